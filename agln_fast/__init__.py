@@ -1,0 +1,71 @@
+"""agln-fast: verified, low-latency inference engines for AGLN-family semantic segmentation networks.
+
+    import agln_fast
+
+    bundle = agln_fast.build("agln_r50_ade.pth", "street.agln", size=(512, 512))
+    segment = agln_fast.load("street.agln")
+    result = segment("street.jpg")
+
+Importing this package is light: what a name needs is imported when the name is first used.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agln_fast.bundle import Bundle, open_bundle
+    from agln_fast.data.classes import ClassSet
+    from agln_fast.errors import AglnError
+    from agln_fast.export.build import build
+    from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
+    from agln_fast.models.config import ModelConfig, list_models
+    from agln_fast.models.networks import create_model
+    from agln_fast.runtime.result import Result
+    from agln_fast.runtime.segmenter import Segmenter, load
+
+__version__ = version("agln-fast")
+
+_HOMES = {
+    "AglnError": "errors",
+    "Bundle": "bundle",
+    "ClassSet": "data.classes",
+    "ModelConfig": "models.config",
+    "Result": "runtime.result",
+    "Segmenter": "runtime.segmenter",
+    "build": "export.build",
+    "create_model": "models.networks",
+    "list_models": "models.config",
+    "load": "runtime.segmenter",
+    "load_backbone": "models.checkpoint",
+    "load_checkpoint": "models.checkpoint",
+    "open_bundle": "bundle",
+    "save_checkpoint": "models.checkpoint",
+}
+
+__all__ = [
+    "AglnError",
+    "Bundle",
+    "ClassSet",
+    "ModelConfig",
+    "Result",
+    "Segmenter",
+    "build",
+    "create_model",
+    "list_models",
+    "load",
+    "load_backbone",
+    "load_checkpoint",
+    "open_bundle",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,51 @@
+"""Inference backends: one small interface (`base.Backend`), one file per library.
+
+A library is imported when one of its engines is looked at, not before.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from agln_fast.backends.base import Backend
+from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.errors import BackendError, ConfigError, did_you_mean
+
+__all__ = ["BACKENDS", "Backend", "backend_class", "open_engine"]
+
+# Name -> module and class, fastest first: the order in which `backend="auto"` tries them.
+BACKENDS = {
+    "tensorrt": "tensorrt:TensorRTBackend",
+    "tensorrt-rtx": "tensorrt:TensorRTRTXBackend",
+    "openvino": "openvino:OpenVinoBackend",
+    "onnxruntime": "onnxruntime:OnnxRuntimeBackend",
+    "torch": "torch:TorchBackend",
+}
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class of the backend `name`.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: type[Backend] = getattr(import_module(f"agln_fast.backends.{module}"), attribute)
+    return backend
+
+
+def open_engine(
+    bundle: Bundle, engine: EngineRecord, *, device: str | None = None, threads: int | None = None
+) -> Backend:
+    """Open one engine of a bundle, after checking that it can run here.
+
+    Raises:
+        BackendError: it cannot; the message says what differs and what to do.
+    """
+    backend = backend_class(engine.backend)
+    obstacle = backend.obstacle(engine)
+    if obstacle:
+        raise BackendError(f"{bundle.path}: engine {engine.name} cannot run here: {obstacle}")
+    return backend(bundle, engine, device=device, threads=threads)

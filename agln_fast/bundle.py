@@ -1,0 +1,207 @@
+"""The bundle: a folder NAME.agln with weights, engines and the manifest that describes them.
+
+`SHA256SUMS` lists every file of the bundle (`sha256sum -c` reads it), so a change of any byte is noticed on opening.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from agln_fast.contract import IOContract
+from agln_fast.errors import AglnError, BundleError, did_you_mean
+from agln_fast.models.config import ModelConfig
+
+__all__ = ["SCHEMA_VERSION", "Bundle", "EngineRecord", "Manifest", "Verification", "open_bundle", "seal"]
+
+SCHEMA_VERSION = 1
+_MANIFEST = "manifest.json"
+_SUMS = "SHA256SUMS"
+_REBUILD = "build it again with `agln-fast build`"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How an engine's labels compare with the fp32 reference network on sample images.
+
+    status: "passed" (run here, at or above the threshold) or "not verified on this machine" (then `reason` says why).
+    agreement: share of pixels with the reference's label, 0..1.
+    weighted_agreement: the same, each pixel weighted by the reference's top-1 minus top-2 logit, 0..1.
+    max_logit_error: largest absolute difference of logits; None where the engine gives labels only.
+    latency_ms: median engine time of one batch on the machine that built it, milliseconds.
+    """
+
+    status: Literal["passed", "not verified on this machine"]
+    reason: str = ""
+    images: int = 0
+    agreement: float | None = None
+    weighted_agreement: float | None = None
+    max_logit_error: float | None = None
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One way to run the bundle's network.
+
+    name: unique in the bundle, e.g. "openvino-fp32".
+    file: relative to the bundle's folder; several engines may share one.
+    precision: as read back from the artefact or library.
+    versions: package name -> version it was built with.
+    compute_capabilities: e.g. ("sm80", "sm86"), empty for CPU engines.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    file: str
+    target: str
+    versions: dict[str, str] = field(default_factory=dict)
+    compute_capabilities: tuple[str, ...] = ()
+    verification: Verification | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says; docs/bundle.md describes every field."""
+
+    model: ModelConfig
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    contract: IOContract
+    engines: tuple[EngineRecord, ...]
+    plan: tuple[str, ...] = ()
+    created_with: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as the JSON schema wants them."""
+        values = {
+            "schema_version": SCHEMA_VERSION,
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "model": asdict(self.model),
+            "contract": self.contract.to_dict(),
+            "engines": [asdict(engine) for engine in self.engines],
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Manifest:
+        """The inverse of `to_dict`.
+
+        Raises:
+            BundleError: another schema version, or it breaks the schema (the message names the place).
+        """
+        found = values.get("schema_version") if isinstance(values, dict) else None
+        if found != SCHEMA_VERSION:
+            raise BundleError(
+                f"manifest has schema version {found!r}, this agln-fast reads {SCHEMA_VERSION}; {_REBUILD}"
+            )
+        schema = json.loads(resources.files("agln_fast.data").joinpath("manifest.schema.json").read_text())
+        error = best_match(Draft202012Validator(schema).iter_errors(values))
+        if error is not None:
+            raise BundleError(f"manifest breaks its schema at {error.json_path}: {error.message[:200]}; {_REBUILD}")
+        engines = tuple(
+            EngineRecord(
+                **{
+                    **engine,
+                    "compute_capabilities": tuple(engine["compute_capabilities"]),
+                    "verification": engine["verification"] and Verification(**engine["verification"]),
+                }
+            )
+            for engine in values["engines"]
+        )
+        return cls(
+            model=ModelConfig.from_dict(values["model"]),
+            classes=tuple(values["classes"]),
+            palette=tuple((r, g, b) for r, g, b in values["palette"]),
+            contract=IOContract.from_dict(values["contract"]),
+            engines=engines,
+            plan=tuple(values["plan"]),
+            created_with=values["created_with"],
+            files=values["files"],
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder, and its manifest. Every file's hash has been checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def engine(self, name: str) -> EngineRecord:
+        """The engine called `name`.
+
+        Raises:
+            BundleError: there is none; the message lists those that there are.
+        """
+        for engine in self.manifest.engines:
+            if engine.name == name:
+                return engine
+        known = [engine.name for engine in self.manifest.engines]
+        raise BundleError(f"{self.path}: no engine {name!r}{did_you_mean(name, known)}; it has {', '.join(known)}")
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest.json`, with the sha256 of every file of `folder` in it, and `SHA256SUMS`; return the manifest."""
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = replace(manifest, files=files)
+    (folder / _MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
+    (folder / _SUMS).write_text(_sums({**files, _MANIFEST: _sha256(folder / _MANIFEST)}))
+    return manifest
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Open a bundle and check every byte of it against its hashes.
+
+    Raises:
+        BundleError: no such folder, not a bundle, a missing or changed file, another schema version.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        what = "not a folder" if path.exists() else "no such bundle"
+        raise BundleError(f"{path}: {what}; a bundle is the folder NAME.agln that `agln-fast build` writes")
+    for name in (_MANIFEST, _SUMS):
+        if not (path / name).is_file():
+            raise BundleError(f"{path}: not a bundle, or a damaged one: there is no {name}; {_REBUILD}")
+    try:
+        values = json.loads((path / _MANIFEST).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: manifest.json is damaged ({error}); {_REBUILD}") from None
+    try:
+        manifest = Manifest.from_dict(values)
+    except AglnError as error:
+        raise BundleError(f"{path}: {error}") from None
+
+    unlisted = [engine.file for engine in manifest.engines if engine.file not in manifest.files]
+    if unlisted:
+        raise BundleError(f"{path}: the manifest gives no hash for {unlisted[0]}; {_REBUILD}")
+    actual = {_MANIFEST: _sha256(path / _MANIFEST)}
+    for name, expected in manifest.files.items():
+        if not (path / name).is_file():
+            raise BundleError(f"{path}: {name} is missing; copy the bundle again or {_REBUILD}")
+        actual[name] = _sha256(path / name)
+        if actual[name] != expected:
+            raise BundleError(f"{path}: {name} was changed after the build; copy the bundle again or {_REBUILD}")
+    if (path / _SUMS).read_bytes() != _sums(actual).encode():
+        raise BundleError(f"{path}: manifest.json or {_SUMS} was changed after the build; copy it again or {_REBUILD}")
+    return Bundle(path, manifest)
+
+
+def _sums(hashes: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

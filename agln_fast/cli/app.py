@@ -1,0 +1,69 @@
+"""The typer application, and how errors leave it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from agln_fast import __version__
+from agln_fast.cli.bench import bench
+from agln_fast.cli.build import build
+from agln_fast.cli.console import err
+from agln_fast.cli.doctor import doctor
+from agln_fast.cli.inspect import inspect
+from agln_fast.cli.run import run
+from agln_fast.cli.verify import verify
+from agln_fast.errors import AglnError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="agln-fast",
+    help="Verified, low-latency inference engines for AGLN-family semantic segmentation networks.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+for verb in (build, run, bench, verify, inspect, doctor):
+    app.command()(verb)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"agln-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors; works behind any verb.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the command line. Exit codes are those of `agln_fast.errors`."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(arguments)
+    except AglnError as error:
+        if debug:
+            raise
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        what = escape(f"{type(error).__name__}: {error}")
+        err.print(f"[bold red]unexpected error:[/] {what}; run again with --debug and report it", highlight=False)
+        sys.exit(1)

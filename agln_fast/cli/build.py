@@ -1,0 +1,93 @@
+"""`agln-fast build`: a checkpoint becomes a bundle of verified engines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from agln_fast.cli.console import Json, out, print_json, progress_bar
+from agln_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agln_fast.bundle import Bundle
+
+__all__ = ["build", "print_engines"]
+
+
+def build(
+    checkpoint: Annotated[Path, typer.Argument(help="Weights: released .pth/.pth.tar, or .safetensors of agln-fast.")],
+    output: Annotated[Path, typer.Option("-o", "--bundle", help="The bundle to write, NAME.agln.")],
+    size: Annotated[str, typer.Option(help="Height x width of the engine's input.")] = "512x512",
+    precision: Annotated[list[str], typer.Option(help="fp32, fp16, bf16 or auto; may be repeated.")] = ["auto"],  # noqa: B006
+    target: Annotated[list[str], typer.Option(help="cpu, tensorrt or tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
+    batch: Annotated[str, typer.Option(help="Images a run: N, or SMALLEST..LARGEST.")] = "1",
+    kind: Annotated[str, typer.Option("--output", help="What the engine returns: labels or logits.")] = "labels",
+    layout: Annotated[
+        str, typer.Option(help="Engine input: uint8_nhwc (normalises inside) or float_nchw.")
+    ] = "uint8_nhwc",
+    resize: Annotated[str, typer.Option(help="stretch, pad (keeps the ratio) or slide (needs logits).")] = "stretch",
+    classes: Annotated[str | None, typer.Option(help="Class set: pascal_voc, ade20k, …; default by the count.")] = None,
+    sm: Annotated[list[str], typer.Option(help="Compute capability for tensorrt-rtx, e.g. sm86; repeatable.")] = [],  # noqa: B006
+    workspace: Annotated[int | None, typer.Option(help="TensorRT's scratch memory, MiB.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache, read and updated.")] = None,
+    samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for the verification.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    json: Json = False,
+) -> None:
+    """Build engines from a checkpoint, compare each with the fp32 network, and write the bundle.
+
+    Example: agln-fast build agln_r50.pth -o street.agln --target cpu --target tensorrt-rtx --precision fp16
+    """
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", batch)
+    if match is None:
+        raise ConfigError(f"batch {batch!r}: give a number, or a range such as 1..8")
+    from agln_fast.export.build import build as build_bundle
+
+    options: dict[str, Any] = {"layout": layout, "output": kind, "resize": resize}
+    with progress_bar() as progress:
+        bundle = build_bundle(
+            checkpoint,
+            output,
+            size=size,
+            precision=precision,
+            targets=target,
+            batch=(int(match[1]), int(match[2] or match[1])),
+            classes=classes,
+            compute_capabilities=sm,
+            workspace_bytes=None if workspace is None else workspace * 2**20,
+            timing_cache=timing_cache,
+            samples=samples,
+            min_agreement=min_agreement,
+            threads=threads,
+            overwrite=force,
+            progress=progress,
+            **options,
+        )
+    if json:
+        print_json({"bundle": str(bundle.path), **bundle.manifest.to_dict()})
+        return
+    print_engines(bundle)
+    out.print(f"wrote {bundle.path}", highlight=False)
+
+
+def print_engines(bundle: Bundle) -> None:
+    """Show the bundle's engines with size, agreement and latency, and why some could not run."""
+    from agln_fast.export.report import ENGINE_COLUMNS, engine_row, obstacles
+
+    model, contract = bundle.manifest.model, bundle.manifest.contract
+    title = f"{bundle.path.name}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for column in ENGINE_COLUMNS:
+        table.add_column(column, justify="left" if column in ("engine", "status") else "right", no_wrap=True)
+    for engine in bundle.manifest.engines:
+        table.add_row(*engine_row(engine, bundle.path))
+    out.print(table)
+    for line in obstacles(bundle.manifest):
+        out.print(line, highlight=False, markup=False)

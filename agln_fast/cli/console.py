@@ -1,0 +1,35 @@
+"""What all verbs share on the screen: the consoles, progress bars and JSON output."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+__all__ = ["Json", "err", "out", "print_json", "progress_bar"]
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def print_json(values: Any) -> None:
+    """Write `values` to standard output as indented JSON."""
+    typer.echo(json.dumps(values, indent=2))
+
+
+def progress_bar() -> Progress:
+    """A progress display on standard error, which leaves standard output to the result."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    )

@@ -1,0 +1,52 @@
+"""`agln-fast verify`: compare a bundle's engines with its own fp32 reference, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agln_fast.cli.console import Json, print_json, progress_bar
+from agln_fast.errors import VerificationError
+
+__all__ = ["verify"]
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle, NAME.agln.")],
+    samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    json: Json = False,
+) -> None:
+    """Check every file's hash, run every engine that can run here, and compare its labels with the fp32 network."""
+    from dataclasses import asdict, replace
+
+    from agln_fast.bundle import Bundle, open_bundle
+    from agln_fast.cli.build import print_engines
+    from agln_fast.models.checkpoint import load_checkpoint
+    from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
+
+    opened = open_bundle(bundle)
+    failures: list[VerificationError] = []
+    engines = []
+    with progress_bar() as progress:
+        task = progress.add_task("reference", total=len(opened.manifest.engines))
+        network = load_checkpoint(opened.path / "weights.safetensors")
+        references = make_reference(network, opened, sample_frames(samples, opened.manifest.contract))
+        for engine in opened.manifest.engines:
+            progress.update(task, description=engine.name)
+            try:
+                outcome = verify_engine(opened, engine, references, minimum=min_agreement, threads=threads)
+                engines.append(replace(engine, verification=outcome))
+            except VerificationError as error:
+                failures.append(error)
+            progress.advance(task)
+    if json:
+        results = {engine.name: engine.verification and asdict(engine.verification) for engine in engines}
+        print_json({"bundle": str(opened.path), "engines": results, "failed": [str(error) for error in failures]})
+    else:
+        print_engines(Bundle(opened.path, replace(opened.manifest, engines=tuple(engines))))
+    if failures:
+        raise VerificationError("; ".join(str(error) for error in failures))

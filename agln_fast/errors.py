@@ -1,0 +1,94 @@
+"""Every error that agln-fast raises on purpose, and the exit code that the command line gives it.
+
+    AglnError                     1
+    ├── ConfigError               2   an option, a name or a value that makes no sense (also a ValueError)
+    ├── CheckpointError           3   a weights file that cannot be used
+    ├── ImageError                4   an input image that cannot be used
+    ├── BundleError               5   a bundle that is damaged, foreign or of another version
+    ├── BackendError              6   an engine that cannot run on this machine
+    │   └── MissingPackageError   6   ... because a package is not installed
+    └── BuildError                7   an export or an engine build that failed
+        └── VerificationError     8   an engine that does not agree with the reference network
+
+Each message is one line that says what was wrong, where, and what to do next.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AglnError",
+    "BackendError",
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "ImageError",
+    "MissingPackageError",
+    "VerificationError",
+    "did_you_mean",
+]
+
+
+class AglnError(Exception):
+    """Base of all errors of agln-fast."""
+
+    exit_code = 1
+
+
+class ConfigError(AglnError, ValueError):
+    """An option, a name or a value that makes no sense."""
+
+    exit_code = 2
+
+
+class CheckpointError(AglnError):
+    """A weights file that is missing, damaged, hostile, or does not fit the network."""
+
+    exit_code = 3
+
+
+class ImageError(AglnError):
+    """An input image that is missing, damaged, empty, animated or too large."""
+
+    exit_code = 4
+
+
+class BundleError(AglnError):
+    """A bundle that is missing, damaged, foreign, or of another schema version."""
+
+    exit_code = 5
+
+
+class BackendError(AglnError):
+    """An engine that cannot run on this machine, or not as it was asked to."""
+
+    exit_code = 6
+
+
+class MissingPackageError(BackendError):
+    """An optional package that is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, hint: str = "") -> None:
+        """`package` is the import name, `extra` the extra of agln-fast that installs it."""
+        super().__init__(
+            f'package "{package}" is not installed: pip install "agln-fast[{extra}]"{hint and f" ({hint})"}'
+        )
+
+
+class BuildError(AglnError):
+    """An export or an engine build that failed."""
+
+    exit_code = 7
+
+
+class VerificationError(BuildError):
+    """An engine whose output does not agree with the reference network."""
+
+    exit_code = 8
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x', 'y'?"` for the known names closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,1 @@
+"""The reference networks: plain PyTorch that reads like the paper."""

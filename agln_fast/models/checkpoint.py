@@ -1,0 +1,281 @@
+"""Read and write weights: the released checkpoints, our own safetensors files, ImageNet encoders.
+
+Nothing is ever unpickled: `.pth` files are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import uuid
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agln_fast.errors import CheckpointError, ConfigError
+from agln_fast.models.config import ModelConfig
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.models.resnet import ResNet
+
+__all__ = ["infer_config", "load_backbone", "load_checkpoint", "save_checkpoint"]
+
+StateDict = dict[str, Tensor]
+
+_log = logging.getLogger("agln_fast.checkpoint")
+_METADATA_KEY = "agln_fast.config"
+_LEVELS = "432"  # the release numbers descriptors and levels by stage: d4 is ours 0, d3 is 1, d2 is 2
+
+# Names in released checkpoints -> ours. Their lists run fine to coarse, ours coarse to fine.
+_RELEASED_NAMES: list[tuple[str, Any]] = [
+    (r"^pretrained\.", "encoder."),
+    (r"^head\.fpn_lateral\.(\d)", lambda m: f"decoder.lateral.{2 - int(m[1])}"),
+    (r"^head\.fpn_out\.(\d)", lambda m: f"decoder.smooth.{2 - int(m[1])}"),
+    (r"^head\.[ce]4conv\.", "decoder.reduce."),
+    (r"^head\.conv5\.", "classifier."),
+    (r"^head\.sab_d([432])", lambda m: f"decoder.sab.{_LEVELS.index(m[1])}"),
+    (r"^head\.cfb_d([432])\.(\d)", lambda m: f"decoder.cfb.{2 - int(m[2])}.{_LEVELS.index(m[1])}"),
+    (r"\.conv_feat\.", ".phi."),
+    (r"\.conv_atten\.", ".theta."),
+    (r"\.conv_de\.", ".phi."),
+    (r"\.out_conv\.", ".project."),
+    (r"\.conv_fusion\.", ".fuse."),
+]
+_DEPTHS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+}
+
+
+def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = None) -> SegmentationNetwork:
+    """Load a network, in eval mode and float32, on the CPU.
+
+    Args:
+        path: a released `.pth` / `.pth.tar` of AGLN, FPN or FCN (a state dict, or a dict that holds one under
+            "state_dict"; with or without the prefix "module."), or a `.safetensors` file of `save_checkpoint`.
+        config: what the network is; None to take it from the file's metadata or infer it from names and shapes.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, no checkpoint, wants to run code, does not fit the config
+            (missing, unexpected, misshapen entries are counted and the first ones named), or holds NaN or Inf.
+    """
+    path = Path(path)
+    state, metadata = _read(path)
+    state = {_our_name(name): tensor for name, tensor in state.items()}
+    if config is None and _METADATA_KEY in metadata:
+        try:
+            config = ModelConfig.from_json(metadata[_METADATA_KEY])
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: its metadata holds no usable config: {error}") from None
+    if config is None:
+        try:
+            config, remarks = infer_config(state)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        for remark in remarks:
+            _log.warning("%s: %s", path, remark)
+    # On the meta device nothing is allocated before the shapes are known to be those of the file.
+    with torch.device("meta"):
+        network = SegmentationNetwork(config)
+    _fill(network, state, path, f"{config.architecture} with {config.encoder}")
+    return network.eval()
+
+
+def save_checkpoint(model: SegmentationNetwork, path: str | os.PathLike[str]) -> None:
+    """Write weights and config as `.safetensors`, whole or not at all.
+
+    Raises:
+        CheckpointError: another suffix, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: checkpoints are written as .safetensors; give the file that suffix")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        save_file(state, part, metadata={_METADATA_KEY: model.config.to_json()})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> None:
+    """Load plain ImageNet ResNet weights (torchvision's names; `fc` is ignored) into the encoder, in place.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    path = Path(path)
+    state, _ = _read(path)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    training = model.encoder.training
+    _fill(model.encoder, state, path, f"the encoder {model.config.encoder}", assign=False)
+    model.encoder.train(training)
+
+
+def infer_config(state: Mapping[str, Tensor]) -> tuple[ModelConfig, list[str]]:
+    """Tell from names and shapes what network `state` belongs to, and what had to be assumed.
+
+    `state` has our names (or released ones, already translated).
+
+    Raises:
+        ConfigError: it is no network of the family.
+    """
+
+    def shape(name: str, dimension: int = 0) -> int:
+        tensor = state.get(name)
+        if tensor is None or tensor.ndim <= dimension:
+            raise ConfigError(f"not a checkpoint of the AGLN family: there is no {name!r} among {len(state)} entries")
+        return tensor.shape[dimension]
+
+    hidden, num_classes = shape("classifier.0.weight"), shape("classifier.4.weight")
+    bottleneck = "encoder.layer1.0.conv3.weight" in state
+    depths = tuple(_count(state, rf"encoder\.layer{stage}\.(\d+)\.conv1\.weight") for stage in (1, 2, 3, 4))
+    if (bottleneck, depths) not in _DEPTHS:
+        raise ConfigError(f"the encoder has {depths} blocks a stage: no ResNet-18, -34, -50 or -101")
+    encoder = _DEPTHS[bottleneck, depths] + ("s" if "encoder.conv1.0.weight" in state else "")
+    values: dict[str, Any] = {
+        "encoder": encoder,
+        "num_classes": num_classes,
+        "width": shape("encoder.layer4.0.conv1.weight") / 512,
+        "channels": hidden // 2,
+    }
+    if "decoder.reduce.0.weight" not in state:
+        return ModelConfig.from_dict({**values, "architecture": "fcn8s"}), []
+    if "decoder.sab.0.phi.weight" not in state:
+        return ModelConfig.from_dict({**values, "architecture": "fpn"}), []
+
+    first = "decoder.cfb.0.0"
+    released = f"{first}.sdm.project.weight" in state
+    refined = f"{first}.gamma" in state if released else any(name.startswith(f"{first}.fuse.") for name in state)
+    convolution = f"{first}.fuse" if released else f"{first}.enhance"
+    config = ModelConfig.from_dict(
+        {
+            **values,
+            "architecture": "agln",
+            "formulation": "release" if released else "paper",
+            "decoder": "dense" if "decoder.sab.1.phi.weight" in state else "straight",
+            "pooling": "attention" if "decoder.sab.0.theta.weight" in state else "average",
+            "num_descriptors": shape(f"{first}.sdm.phi.weight"),
+            "channel_resampling": refined,
+            "spatial_gating": refined,
+            "learnable_alpha": f"{first}.alpha" in state,
+            "learnable_beta": f"{first}.beta" in state or not (released or refined),
+            "lite": f"{convolution}.2.weight" in state,
+        }
+    )
+    remarks = []
+    if refined and not released:
+        remarks.append(
+            "channel resampling and spatial gating have no weights, so the file cannot tell whether both are there; "
+            "both are assumed: pass a config if not"
+        )
+    return config, remarks
+
+
+def _count(names: Mapping[str, Tensor], pattern: str) -> int:
+    return sum(re.fullmatch(pattern, name) is not None for name in names)
+
+
+def _our_name(name: str) -> str:
+    for pattern, replacement in _RELEASED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _read(path: Path) -> tuple[StateDict, dict[str, str]]:
+    """All tensors of a checkpoint file without the prefix "module.", and its metadata."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file")
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        else:
+            content = _unpickle(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: not a checkpoint: it holds no state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: not a checkpoint: entry {name!r} is no tensor but {type(value).__name__}")
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise CheckpointError(f"{path}: entry {name!r} is not a dense tensor of real numbers")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, metadata
+
+
+def _unpickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: truncated: the end of the archive is missing; fetch the file again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:GLOBAL |[Gg]lobal:? |function )`?([\w.]+)`?", str(error))
+        if "truncated" not in str(error) and wanted:
+            raise CheckpointError(
+                f"{path}: refused: besides weights it wants to load {wanted[1]!r}, which could run code; "
+                "save a plain state dict instead"
+            ) from None
+        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _fill(module: nn.Module | ResNet, state: StateDict, path: Path, what: str, *, assign: bool = True) -> None:
+    """Give `module` the tensors of `state` as float32, after checking names, shapes and values."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    counters = [name for name in expected if name.endswith("num_batches_tracked")]
+    # Older PyTorch did not store the counter, and inference does not use it. ImageNet encoders come with `fc`.
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.fc.")}
+    state |= {name: torch.tensor(0) for name in counters if name not in state}
+
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "misshapen": [
+            f"{name}: {tuple(state[name].shape)} in the file, {shape} in the network"
+            for name, shape in expected.items()
+            if name in state and tuple(state[name].shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        listing = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for kind, names in problems.items()
+            if names
+        )
+        raise CheckpointError(f"{path}: does not fit {what}: {listing}")
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path}: NaN or Inf in {len(broken)} of {len(state)} tensors, first in {broken[0]!r}; "
+            "the training diverged or the file is damaged"
+        )
+    tensors = {name: tensor if name in counters else tensor.float() for name, tensor in state.items()}
+    module.load_state_dict(tensors, assign=assign)
+    if assign:
+        module.requires_grad_(True)

@@ -1,0 +1,163 @@
+"""What a network is: `ModelConfig`, and the presets that have a name."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from agln_fast.errors import ConfigError, did_you_mean
+
+__all__ = ["Architecture", "Encoder", "Formulation", "ModelConfig", "list_models", "preset"]
+
+Architecture = Literal["fcn8s", "fpn", "agln"]
+Formulation = Literal["paper", "release"]
+Encoder = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet18s", "resnet34s", "resnet50s", "resnet101s"
+]  # fmt: skip
+
+_DESCRIPTORS = {"paper": 128, "release": 64}
+_LIMITS = {"num_classes": 32767, "channels": 4096, "num_descriptors": 4096}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A member of the AGLN family. Equal configs build equal networks.
+
+    architecture: "fcn8s" (dilated encoder, no decoder), "fpn" (the baseline) or "agln".
+    encoder: ResNet depth; a trailing "s" is the deep stem of three 3x3 convolutions.
+    num_classes: K.
+    width: factor on all encoder channels, for small models.
+    channels: C, the channels of the decoder (the classifier's hidden layer has 2C).
+    The rest concerns "agln" only:
+    formulation: the paper's equations, or the network its authors released (docs/models.md).
+    decoder: Fig. 4: "straight", one CFB per level, or "dense", chains of one, two and three.
+    pooling: SAB by attention (Eq. 1) or by global average (GAP, one descriptor).
+    num_descriptors: N; None for 128 (paper), 64 (release) or 1 (GAP).
+    channel_resampling, spatial_gating: Eq. 4 and Eq. 5; with neither it is AGLN−, global enhancement only.
+    learnable_alpha, learnable_beta: α of Eq. 3 and β of Eq. 6; fixed to 1 if not learnable.
+    lite: the 3x3 convolutions of the CFBs are depthwise separable.
+    """
+
+    architecture: Architecture
+    encoder: Encoder
+    num_classes: int
+    width: float = 1.0
+    channels: int = 256
+    formulation: Formulation = "paper"
+    decoder: Literal["straight", "dense"] = "dense"
+    pooling: Literal["attention", "average"] = "attention"
+    num_descriptors: int | None = None
+    channel_resampling: bool = True
+    spatial_gating: bool = True
+    learnable_alpha: bool = True
+    learnable_beta: bool = True
+    lite: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "architecture": get_args(Architecture),
+            "encoder": get_args(Encoder),
+            "formulation": get_args(Formulation),
+            "decoder": ("straight", "dense"),
+            "pooling": ("attention", "average"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                hint = did_you_mean(str(value), allowed) or f"; known: {', '.join(allowed)}"
+                raise ConfigError(f"{name} {value!r} is unknown{hint}")
+        if self.num_descriptors is None:
+            default = 1 if self.pooling == "average" else _DESCRIPTORS[self.formulation]
+            object.__setattr__(self, "num_descriptors", default)
+        for name, limit in _LIMITS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise ConfigError(f"{name} {value!r}: must be a whole number from 1 to {limit}")
+        for field in fields(self):
+            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
+                raise ConfigError(f"{field.name} {getattr(self, field.name)!r}: must be true or false")
+        if not isinstance(self.width, int | float) or isinstance(self.width, bool) or not 1 / 64 <= self.width <= 8:
+            raise ConfigError(f"width {self.width!r}: must be a number from 1/64 to 8")
+        if self.pooling == "average" and self.num_descriptors != 1:
+            raise ConfigError(f"num_descriptors {self.num_descriptors}: average pooling gives exactly 1")
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build from plain types.
+
+        Raises:
+            ConfigError: an unknown, missing or impossible field.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"model config: unknown field {name!r}{did_you_mean(name, known)}")
+        missing = [name for name in ("architecture", "encoder", "num_classes") if name not in values]
+        if missing:
+            raise ConfigError(f"model config: missing field {missing[0]!r}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: not JSON, or not a config.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"model config: not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"model config: needs a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+_GEM: dict[str, Any] = {"decoder": "straight", "channel_resampling": False, "spatial_gating": False}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "fcn8s": {"architecture": "fcn8s"},
+    "fpn": {"architecture": "fpn"},
+    "agln": {},
+    "agln_lite": {"lite": True},
+    "agln_release": {"formulation": "release"},
+    "agln_straight": {"decoder": "straight"},
+    "agln_straight_alpha1": {"decoder": "straight", "learnable_alpha": False},
+    "agln_straight_beta1": {"decoder": "straight", "learnable_beta": False},
+    "agln_straight_alpha1_beta1": {"decoder": "straight", "learnable_alpha": False, "learnable_beta": False},
+    "agln_straight_lite": {"decoder": "straight", "lite": True},
+    "agln_minus": _GEM,
+    "agln_minus_gap": {**_GEM, "pooling": "average"},
+    "agln_minus_n1": {**_GEM, "num_descriptors": 1},
+    "agln_minus_n64": {**_GEM, "num_descriptors": 64},
+    "agln_minus_n256": {**_GEM, "num_descriptors": 256},
+    "agln_minus_cr": {**_GEM, "channel_resampling": True},
+    "agln_minus_sg": {**_GEM, "spatial_gating": True},
+}
+_PRESETS = {
+    f"{variant}_{encoder}": {"architecture": "agln", "encoder": encoder, **settings}
+    for variant, settings in _VARIANTS.items()
+    for encoder in get_args(Encoder)
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the presets that match the shell-style `pattern`, such as `"agln*"`."""
+    return fnmatch.filter(_PRESETS, pattern)
+
+
+def preset(name: str, num_classes: int, **overrides: Any) -> ModelConfig:
+    """The config of the preset `name` with `num_classes` classes; `overrides` are fields of `ModelConfig`.
+
+    Raises:
+        ConfigError: an unknown name or field (with the closest known ones), or an impossible value.
+    """
+    if name not in _PRESETS:
+        hint = did_you_mean(name, _PRESETS)
+        raise ConfigError(f"unknown model {name!r}{hint or '; agln_fast.list_models() names them all'}")
+    return ModelConfig.from_dict({**_PRESETS[name], "num_classes": num_classes, **overrides})

@@ -1,0 +1,1 @@
+"""Image -> engine -> label map: decoding and resizing before, labels at the image's own size after."""

@@ -1,0 +1,157 @@
+"""Compare an engine with the fp32 reference network on sample images."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from agln_fast.backends import backend_class
+from agln_fast.bundle import Bundle, EngineRecord, Verification
+from agln_fast.contract import DeployedNetwork, IOContract
+from agln_fast.errors import BackendError, VerificationError
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.runtime.images import fit, list_images, load_image
+
+__all__ = ["MINIMUM_AGREEMENT", "Reference", "make_reference", "sample_frames", "sample_images", "verify_engine"]
+
+# fp32 engines differ from the reference by rounding only: plain share of equal labels. Half precision may flip labels
+# where two classes are all but tied: share weighted by the margin between them.
+MINIMUM_AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.99}
+
+_SAMPLES = 4
+_Batch = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One batch of engine input and what the fp32 reference makes of it.
+
+    image: as the contract says; logits (B, K, H, W) float32; labels (B, H, W); margin (B, H, W), top-1 minus top-2.
+    """
+
+    image: _Batch
+    logits: _Batch
+    labels: _Batch
+    margin: _Batch
+
+
+def sample_images(count: int, height: int, width: int, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
+    """Deterministic coloured pictures (height, width, 3) with the 1/f spectrum of natural images (Field, 1987)."""
+    random = np.random.default_rng(seed)
+    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    frequency = np.hypot(fy, fx)
+    frequency[0, 0] = 1.0
+    pictures = []
+    for _ in range(count):
+        noise = np.fft.rfft2(random.standard_normal((3, height, width))) / frequency
+        noise[:, 0, 0] = 0
+        field = np.fft.irfft2(noise, (height, width)).transpose(1, 2, 0)
+        mixed = field @ random.uniform(0.2, 1, (3, 3))
+        pictures.append(np.clip(128 + 50 * mixed / mixed.std(), 0, 255).astype(np.uint8))
+    return pictures
+
+
+def sample_frames(samples: str | os.PathLike[str] | None, contract: IOContract) -> list[npt.NDArray[np.uint8]]:
+    """Frames (height, width, 3) of the contract's size: an image, folder or pattern, or None for generated pictures.
+
+    Raises:
+        ImageError: there is no image, or one cannot be used.
+    """
+    if samples is None:
+        return sample_images(_SAMPLES, contract.height, contract.width)
+    # What slides over an image at run time is compared on the whole image here: the engine cannot tell.
+    whole = replace(contract, resize="stretch")
+    return [fit(load_image(path), whole)[0] for path in list_images(os.fspath(samples))]
+
+
+def make_reference(
+    network: SegmentationNetwork, bundle: Bundle, frames: Sequence[npt.NDArray[np.uint8]]
+) -> list[Reference]:
+    """Run the fp32 reference on frames (height, width, 3) of the contract's size, in batches the engine accepts."""
+    contract = bundle.manifest.contract
+    deployed = DeployedNetwork(network, replace(contract, output="logits"), network.config.num_classes)
+    size = contract.min_batch
+    count = -(-len(frames) // size) * size
+    frames = [frames[i % len(frames)] for i in range(count)]
+    references = []
+    for start in range(0, count, size):
+        image = np.stack(frames[start : start + size])
+        if contract.layout == "float_nchw":
+            mean, std = (np.array(values, np.float32) for values in (contract.mean, contract.std))
+            image = np.ascontiguousarray(((image.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
+        with torch.inference_mode():
+            logits = deployed(torch.from_numpy(image))
+            top = logits.topk(min(2, logits.shape[1]), 1).values
+            margin = top[:, 0] - top[:, -1]
+        references.append(Reference(image, logits.numpy(), logits.argmax(1).numpy(), margin.numpy()))
+    return references
+
+
+def verify_engine(
+    bundle: Bundle,
+    engine: EngineRecord,
+    references: Sequence[Reference],
+    *,
+    minimum: float | None = None,
+    threads: int | None = None,
+) -> Verification:
+    """Run `engine` on the reference's input and compare; an engine that cannot run here is recorded as such.
+
+    Args:
+        minimum: smallest agreement that passes (weighted by margin in half precision); None for MINIMUM_AGREEMENT.
+
+    Raises:
+        VerificationError: the agreement is below the minimum, or the output is not finite or of the wrong shape.
+    """
+    backend = backend_class(engine.backend)
+    obstacle = backend.obstacle(engine)
+    if obstacle:
+        return Verification("not verified on this machine", obstacle)
+    seconds, outputs = [], []
+    try:
+        with backend(bundle, engine, device=None, threads=threads) as opened:
+            opened.run(references[0].image)
+            for reference in references:
+                before = time.perf_counter()
+                outputs.append(opened.run(reference.image))
+                seconds.append(time.perf_counter() - before)
+    except BackendError as error:
+        raise VerificationError(f"{engine.name}: {error}") from None
+
+    equal, total, weight, weighted, worst = 0, 0, 0.0, 0.0, None
+    for reference, output in zip(references, outputs, strict=True):
+        if bundle.manifest.contract.output == "logits":
+            if output.shape != reference.logits.shape or not np.isfinite(output).all():
+                raise VerificationError(f"{engine.name}: logits of shape {output.shape} or not finite")
+            worst = max(worst or 0.0, float(np.abs(output - reference.logits).max()))
+            output = output.argmax(1)
+        if output.shape != reference.labels.shape:
+            raise VerificationError(f"{engine.name}: labels {output.shape}, reference {reference.labels.shape}")
+        same = output == reference.labels
+        equal, total = equal + int(same.sum()), total + same.size
+        weight, weighted = weight + float(reference.margin.sum()), weighted + float(reference.margin[same].sum())
+    agreement, weighted_agreement = equal / total, weighted / weight if weight > 0 else 1.0
+    judged = agreement if engine.precision == "fp32" else weighted_agreement
+    minimum = MINIMUM_AGREEMENT[engine.precision] if minimum is None else minimum
+    if judged < minimum:
+        kind = "" if engine.precision == "fp32" else " weighted by margin"
+        raise VerificationError(
+            f"{engine.name}: agrees with the fp32 reference on {judged:.4%} of the pixels{kind}, "
+            f"below the minimum of {minimum:.4%}; try another precision, or lower the minimum if you accept that"
+        )
+    return Verification(
+        "passed",
+        images=sum(len(reference.labels) for reference in references),
+        agreement=agreement,
+        weighted_agreement=weighted_agreement,
+        max_logit_error=worst,
+        latency_ms=1e3 * statistics.median(seconds),
+    )

@@ -1,0 +1,1 @@
+"""Inference model -> ONNX -> engines -> bundle."""

@@ -1,0 +1,101 @@
+"""Network -> ONNX, by PyTorch's dynamo exporter."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import torch
+
+from agln_fast.contract import DeployedNetwork, IOContract, Precision
+from agln_fast.errors import BuildError
+from agln_fast.models.networks import SegmentationNetwork
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["DTYPES", "OPSET", "export_onnx"]
+
+OPSET = 20
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export_onnx(
+    network: SegmentationNetwork,
+    path: Path,
+    contract: IOContract,
+    precision: Precision = "fp32",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `network` behind `contract` as one checked ONNX file, weights inside.
+
+    The input is called `image`, the output `labels` or `logits`; height and width are fixed, the batch is the symbol
+    "batch" where the contract gives a range. Weights and activations have the type of `precision`; the energy of the
+    channel attention and all softmaxes stay in float32 through casts in the graph.
+
+    Args:
+        network: in eval mode; it is not changed.
+        path: must not exist.
+        metadata: goes into `metadata_props`, beside the contract.
+
+    Raises:
+        BuildError: the exporter or the checker refuses the network.
+    """
+    deployed = DeployedNetwork(
+        copy.deepcopy(network).to(DTYPES[precision]).eval(), contract, network.config.num_classes
+    ).eval()
+    dynamic = contract.min_batch != contract.max_batch
+    # torch.export takes a batch of one for a constant.
+    batch = max(2, contract.min_batch) if dynamic else contract.max_batch
+    dtype = torch.uint8 if contract.layout == "uint8_nhwc" else torch.float32
+    shape = (batch, *(side for side in contract.input_shape[1:] if isinstance(side, int)))
+    image = torch.zeros(shape, dtype=dtype)
+    dimension = torch.export.Dim("batch", min=contract.min_batch, max=contract.max_batch) if dynamic else None
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                deployed,
+                (image,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=[contract.output],
+                dynamic_shapes={"image": {0: dimension} if dimension else None},
+                verbose=False,
+            )
+        assert program is not None
+        program.save(path, external_data=False)
+        model = onnx.load(path)
+        properties = {"agln_fast.contract": json.dumps(contract.to_dict()), **(metadata or {})}
+        onnx.helper.set_model_props(model, properties)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, path)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        path.unlink(missing_ok=True)
+        raise BuildError(f"ONNX export failed: {str(error).strip().splitlines()[0]}") from error
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise BuildError(f"{path}: cannot be written ({error})") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks about itself (torchvision is absent, …) off the user's screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

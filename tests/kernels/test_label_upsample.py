@@ -1,0 +1,150 @@
+"""label_upsample against PyTorch's own resize, against float64, and by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agln_fast.kernels.label_upsample import label_upsample, reference
+
+
+def check(logits: Tensor, size: tuple[int, int]) -> None:
+    """Equal to the float64 resize wherever its two best classes are further apart than float32 can blur.
+
+    A coordinate of at most h (or w) is rounded twice, which moves the weight by h * eps and the value by that times the
+    difference of two neighbours, at most 2 * max|logits|; two classes may move towards each other.
+    """
+    labels = label_upsample(logits, size)
+    exact = F.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
+    chosen = exact.gather(1, labels.long().unsqueeze(1)).squeeze(1)
+    blur = 8 * sum(logits.shape[2:]) * torch.finfo(torch.float32).eps * logits.abs().max().double()
+    assert labels.shape == (logits.shape[0], *size)
+    assert labels.is_contiguous()
+    assert bool((exact.amax(1) - chosen <= blur).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        pytest.param((1, 21, 32, 32), (128, 128), id="quarter-resolution"),
+        pytest.param((2, 7, 17, 13), (50, 41), id="odd-sizes-and-a-batch"),
+        pytest.param((1, 5, 9, 9), (9, 9), id="same-size"),
+        pytest.param((1, 5, 40, 30), (13, 7), id="smaller-than-the-source"),
+        pytest.param((1, 4, 1, 6), (11, 12), id="one-source-row"),
+        pytest.param((1, 4, 6, 1), (11, 12), id="one-source-column"),
+        pytest.param((1, 4, 1, 1), (3, 5), id="one-source-pixel"),
+        pytest.param((1, 4, 6, 5), (1, 9), id="one-target-row"),
+        pytest.param((1, 4, 6, 5), (9, 1), id="one-target-column"),
+        pytest.param((1, 1, 6, 5), (9, 8), id="one-class"),
+        pytest.param((1, 300, 6, 5), (9, 8), id="more-classes-than-8-bits"),
+    ],
+)
+def test_agrees_with_resize_then_argmax(shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    check(logits, size)
+    resized = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+    agreement = (label_upsample(logits, size) == resized.argmax(1)).float().mean()
+    assert agreement > 0.999  # both are float32: only near ties may differ
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(1, 12)] * 4), st.integers(1, 4), st.integers(0, 2**16))
+def test_agrees_with_float64_at_any_size(sides: tuple[int, int, int, int], classes: int, seed: int) -> None:
+    logits = torch.randn(1, classes, *sides[:2], generator=torch.Generator().manual_seed(seed))
+    check(logits, sides[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_accumulates_in_float32_for_every_dtype_and_memory_format(
+    dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    logits = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    check(logits.to(memory_format=memory_format), (23, 19))
+
+
+def test_two_by_two_by_hand() -> None:
+    """A ramp 0, 1, 2 / 1, 2, 3 / 2, 3, 4 between the corners 0, 2, 2, 4 beats a constant 1.5 where it is 2 or more."""
+    ramp = torch.tensor([[0.0, 2.0], [2.0, 4.0]])
+    logits = torch.stack([torch.full((2, 2), 1.5), ramp]).unsqueeze(0)
+    assert label_upsample(logits, (3, 3)).tolist() == [[[0, 0, 1], [0, 1, 1], [1, 1, 1]]]
+
+
+def test_ties_go_to_the_lowest_class() -> None:
+    best = torch.randn(1, 1, 5, 4, generator=torch.Generator().manual_seed(2))
+    logits = torch.cat([best - 1, best, best, best - 2], dim=1)
+    assert bool((label_upsample(logits, (17, 11)) == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(256, torch.uint8), (257, torch.int16), (32767, torch.int16), (32768, torch.int32)],
+    ids=["largest-uint8", "smallest-int16", "largest-int16", "smallest-int32"],
+)
+def test_dtype_holds_the_last_class(classes: int, dtype: torch.dtype) -> None:
+    logits = torch.zeros(1, classes, 1, 2)
+    logits[:, -1] = 1
+    labels = label_upsample(logits, (2, 3))
+    assert labels.dtype == dtype
+    assert bool((labels == classes - 1).all())
+
+
+@pytest.mark.parametrize("size", [(31, 20), (3, 4)], ids=["up", "down"])
+def test_strips_of_one_row_give_the_same_labels(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(3))
+    whole = label_upsample(logits, size)
+    monkeypatch.setattr(reference, "_STRIP_BYTES", 1)
+    assert torch.equal(label_upsample(logits, size), whole)
+
+
+@pytest.mark.parametrize(
+    ("source", "size"), [((16, 16), (512, 512)), ((512, 512), (8, 512))], ids=["up", "rows-shrink-sixtyfold"]
+)
+def test_no_tensor_exceeds_its_share_of_the_strip(
+    source: tuple[int, int], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.zeros(1, 8, *source)
+    given, largest = logits.untyped_storage().data_ptr(), 0
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != given:
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    budget = 6 * 2**20
+    monkeypatch.setattr(reference, "_STRIP_BYTES", budget)
+    with Watch():  # type: ignore[no-untyped-call]
+        label_upsample(logits, size)
+    assert 0 < largest <= budget / 3
+
+
+def test_takes_logits_that_require_grad() -> None:
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    assert not label_upsample(logits, (4, 4)).requires_grad
+
+
+LOGITS = torch.zeros(1, 2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("logits", "size", "error", "message"),
+    [
+        pytest.param(LOGITS.int(), (4, 4), TypeError, r"logits: .*torch\.int32", id="integer-logits"),
+        pytest.param(LOGITS.numpy(), (4, 4), TypeError, "logits: .*ndarray", id="no-tensor"),
+        pytest.param(LOGITS[0], (4, 4), ValueError, r"logits: .*\(2, 3, 3\)", id="no-batch-dimension"),
+        pytest.param(LOGITS[:, :0], (4, 4), ValueError, r"logits: .*\(1, 0, 3, 3\)", id="no-classes"),
+        pytest.param(LOGITS, 4, TypeError, "size: .*got 4", id="size-of-one-number"),
+        pytest.param(LOGITS, (4, 4, 4), TypeError, r"size: .*\(4, 4, 4\)", id="size-of-three-numbers"),
+        pytest.param(LOGITS, (4.0, 4), TypeError, r"size: .*4\.0", id="size-of-floats"),
+        pytest.param(LOGITS, (4, 0), ValueError, r"size: .*\(4, 0\)", id="empty-size"),
+    ],
+)
+def test_wrong_argument_is_named(logits: Tensor, size: tuple[int, int], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        label_upsample(logits, size)

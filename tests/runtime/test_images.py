@@ -1,0 +1,461 @@
+"""Decoding, flattening, listing and fitting of images."""
+
+import itertools
+import math
+import shutil
+import struct
+import threading
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from agln_fast.contract import IOContract
+from agln_fast.errors import ConfigError, ImageError
+from agln_fast.runtime.images import Placement, as_image_list, fit, list_images, load_image, windows
+
+RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
+QUARTERS = np.array([[RED, GREEN, BLUE], [WHITE, WHITE, WHITE]], np.uint8)  # (2, 3, 3)
+
+
+@pytest.fixture
+def png(tmp_path: Path) -> Path:
+    path = tmp_path / "street.png"
+    Image.fromarray(QUARTERS).save(path)
+    return path
+
+
+def assert_image(image: np.ndarray[Any, Any], expected: object) -> None:
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    assert image.flags.writeable
+    np.testing.assert_array_equal(image, np.asarray(expected))
+
+
+TENSOR = torch.from_numpy(QUARTERS).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(Image.fromarray(QUARTERS), id="pil"),
+        pytest.param(QUARTERS, id="numpy-rgb"),
+        pytest.param(QUARTERS[::-1].copy()[::-1], id="numpy-with-negative-strides"),
+        pytest.param(np.dstack([QUARTERS, np.zeros((2, 3), np.uint8)]), id="numpy-rgba-drops-transparent-alpha"),
+        pytest.param(TENSOR, id="torch-uint8"),
+        pytest.param(TENSOR.float() / 255, id="torch-float32"),
+        pytest.param(TENSOR.half() / 255, id="torch-float16"),
+        pytest.param((TENSOR.double() / 255).requires_grad_(), id="torch-float64-with-grad"),
+    ],
+)
+def test_every_kind_of_source_gives_the_same_image(source: Any) -> None:
+    assert_image(load_image(source), QUARTERS)
+
+
+@pytest.mark.parametrize("kind", [str, Path], ids=["str", "Path"])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tga", "qoi", "ppm"])
+def test_lossless_files(suffix: str, kind: type, tmp_path: Path) -> None:
+    Image.fromarray(QUARTERS).save(tmp_path / f"street.{suffix}")
+    assert_image(load_image(kind(tmp_path / f"street.{suffix}")), QUARTERS)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "avif", "jp2"])
+def test_lossy_files_are_close(suffix: str, tmp_path: Path) -> None:
+    grey = np.full((32, 48, 3), 100, np.uint8)
+    Image.fromarray(grey).save(tmp_path / f"street.{suffix}")
+    image = load_image(tmp_path / f"street.{suffix}")
+    assert image.shape == grey.shape
+    assert np.abs(image.astype(int) - 100).max() <= 3
+
+
+def test_every_8_bit_value_survives_a_float_tensor() -> None:
+    values = torch.arange(256, dtype=torch.float32).reshape(1, 16, 16)
+    assert_image(load_image(values / 255), np.arange(256).reshape(16, 16, 1).repeat(3, 2))
+
+
+@pytest.mark.parametrize(
+    "grey",
+    [
+        pytest.param(np.array([[0, 128, 255]], np.uint8), id="height-width"),
+        pytest.param(np.array([[[0], [128], [255]]], np.uint8), id="height-width-1"),
+        pytest.param(torch.tensor([[[0, 128, 255]]], dtype=torch.uint8), id="tensor-1-height-width"),
+    ],
+)
+def test_grey_is_spread_over_three_channels(grey: Any) -> None:
+    assert_image(load_image(grey), [[[0] * 3, [128] * 3, [255] * 3]])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_16_bit_grey_is_scaled_not_clipped(suffix: str, tmp_path: Path) -> None:
+    values = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)  # / 257: 0, 0.498, 0.502, 1, 128, 255
+    Image.fromarray(values).save(tmp_path / f"depth.{suffix}")
+    assert_image(load_image(tmp_path / f"depth.{suffix}"), np.array([[0, 0, 1, 1, 128, 255]])[..., None].repeat(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        pytest.param(Image.fromarray(QUARTERS).quantize(4), QUARTERS, id="palette"),
+        pytest.param(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [[RED]], id="cmyk-red-is-magenta-and-yellow"),
+        pytest.param(Image.new("RGBA", (1, 1), (*GREEN, 0)), [[GREEN]], id="rgba-keeps-what-alpha-hides"),
+        pytest.param(Image.new("LA", (1, 1), (77, 0)), [[[77] * 3]], id="grey-with-alpha"),
+        pytest.param(Image.new("1", (1, 1), 1), [[WHITE]], id="one-bit"),
+    ],
+)
+def test_pil_modes(image: Image.Image, expected: object) -> None:
+    assert_image(load_image(image), expected)
+
+
+def test_palette_with_alpha_keeps_its_colours_without_a_warning(tmp_path: Path) -> None:
+    image = Image.fromarray(QUARTERS).quantize(4)
+    image.save(tmp_path / "logo.png", transparency=bytes([0, 100, 200, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_image(load_image(tmp_path / "logo.png"), QUARTERS)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [
+        pytest.param(1, QUARTERS, id="1-upright"),
+        pytest.param(3, QUARTERS[::-1, ::-1], id="3-upside-down"),
+        pytest.param(6, np.rot90(QUARTERS, -1), id="6-red-from-top-left-to-top-right"),
+        pytest.param(8, np.rot90(QUARTERS, 1), id="8-red-from-top-left-to-bottom-left"),
+    ],
+)
+@pytest.mark.parametrize("through", ["file", "pil"])
+def test_exif_orientation(orientation: int, expected: object, through: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "phone.png"
+    Image.fromarray(QUARTERS).save(path, exif=exif)
+    assert_image(load_image(path if through == "file" else Image.open(path)), expected)
+
+
+def test_exif_orientation_6_moves_the_marked_pixel_to_the_top_right() -> None:
+    image = Image.fromarray(QUARTERS)
+    image.getexif()[0x0112] = 6
+    rotated = load_image(image)
+    assert rotated.shape == (3, 2, 3)
+    assert rotated[0, 1].tolist() == RED
+
+
+def test_array_in_the_returned_form_is_not_copied() -> None:
+    assert np.shares_memory(load_image(QUARTERS), QUARTERS)
+
+
+def test_phone_photo_with_a_depth_map_is_a_still_image(tmp_path: Path) -> None:
+    photo = Image.new("RGB", (16, 16), "red")
+    photo.save(tmp_path / "phone.mpo", save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")])
+    (tmp_path / "phone.mpo").rename(tmp_path / "phone.jpg")
+    assert load_image(tmp_path / "phone.jpg")[8, 8, 0] > 200
+
+
+def test_current_frame_of_an_animated_pil_image(tmp_path: Path) -> None:
+    save_animation(tmp_path / "walk.gif")
+    with Image.open(tmp_path / "walk.gif") as image:
+        image.seek(1)
+        assert load_image(image)[0, 0].tolist() == BLUE
+
+
+def save_animation(path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(path, save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+
+
+@pytest.mark.parametrize("name", ["walk.gif", "walk.png", "walk.webp", "pages.tiff", "walk.avif"])
+def test_file_of_several_frames_is_refused(name: str, tmp_path: Path) -> None:
+    save_animation(tmp_path / name)
+    with pytest.raises(ImageError, match=rf"{name}: has several frames"):
+        load_image(tmp_path / name)
+
+
+def test_missing_file_suggests_its_neighbour(png: Path) -> None:
+    with pytest.raises(ImageError, match=r"stret\.png: no such file; did you mean 'street\.png'"):
+        load_image(png.with_name("stret.png"))
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"no such file$"):
+        load_image(tmp_path / "nowhere" / "street.png")
+
+
+def test_folder(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is a folder"):
+        load_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"<html>not found</html>", id="a-web-page-saved-as-png"),
+        pytest.param(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", id="eps-starts-no-ghostscript"
+        ),
+    ],
+)
+def test_file_that_is_no_image(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "street.png").write_bytes(content)
+    with pytest.raises(ImageError, match=r"street\.png: is not an image of a known format \(AVIF, BMP,"):
+        load_image(tmp_path / "street.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "gif", "webp", "avif", "jp2", "qoi", "tga", "ppm"])
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_truncated_file_is_one_clear_error(suffix: str, kept: float, tmp_path: Path) -> None:
+    path = tmp_path / f"street.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(ImageError, match=rf"street\.{suffix}: (cannot be decoded: |is not an image)") as caught:
+        load_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_closed_pil_image(png: Path) -> None:
+    with Image.open(png) as image:
+        pass
+    with pytest.raises(ImageError, match="PIL image: cannot be decoded"):
+        load_image(image)
+
+
+def test_unreadable_name_is_one_clear_error() -> None:
+    with pytest.raises(ImageError, match="cannot be read: File name too long"):
+        load_image("x" * 5000)
+
+
+def bomb(path: Path, width: int, height: int) -> Path:
+    """A PNG of a hundred bytes that promises width x height pixels and has none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    return path
+
+
+def test_pixel_limit_is_checked_before_decoding(tmp_path: Path) -> None:
+    path = bomb(tmp_path / "bomb.png", 8000, 5000)
+    with pytest.raises(ImageError, match=r"8000x5000 = 40000000 pixels, above the limit of 39999999; .*max_pixels"):
+        load_image(path, max_pixels=39_999_999)
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        load_image(path)
+
+
+@pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        pytest.param(10_000, 10_000, "above the limit of 89478485", id="pillow-warns"),
+        pytest.param(20_000, 20_000, "too large for Pillow", id="pillow-raises"),
+    ],
+)
+def test_decompression_bomb_is_refused_by_default(width: int, height: int, message: str, tmp_path: Path) -> None:
+    path = bomb(tmp_path / "bomb.png", width, height)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ImageError, match=message):
+            load_image(path)
+
+
+def test_pillows_warning_as_an_error_is_the_same_error(tmp_path: Path) -> None:
+    path = bomb(tmp_path / "bomb.png", 10_000, 10_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError, match="too large for Pillow"):
+            load_image(path)
+
+
+@pytest.mark.parametrize("source", [QUARTERS, TENSOR, Image.fromarray(QUARTERS)], ids=["numpy", "torch", "pil"])
+def test_pixel_limit_holds_for_images_in_memory(source: Any) -> None:
+    assert load_image(source, max_pixels=6).shape == (2, 3, 3)
+    with pytest.raises(ImageError, match="3x2 = 6 pixels, above the limit of 5"):
+        load_image(source, max_pixels=5)
+
+
+def test_loading_in_threads_leaves_pillows_limit_alone(png: Path) -> None:
+    before, shapes = Image.MAX_IMAGE_PIXELS, []
+    threads = [
+        threading.Thread(target=lambda limit=limit: shapes.append(load_image(png, max_pixels=limit).shape))
+        for limit in range(6, 14)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert shapes == [(2, 3, 3)] * 8
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param(np.zeros((0, 5, 3), np.uint8), "is empty", id="numpy-without-rows"),
+        pytest.param(torch.zeros(3, 5, 0), "is empty", id="tensor-without-columns"),
+        pytest.param(np.zeros((4, 4, 3), np.float32), r"\(4, 4, 3\) float32: must be uint8", id="numpy-float"),
+        pytest.param(np.zeros((4, 4, 3), np.int64), "int64: must be uint8", id="numpy-int64"),
+        pytest.param(np.zeros((3, 4, 5), np.uint8), r"\(3, 4, 5\).*must be \(H, W\)", id="numpy-channels-first"),
+        pytest.param(np.zeros((4, 4, 2), np.uint8), r"must be \(H, W\)", id="numpy-two-channels"),
+        pytest.param(np.zeros((5,), np.uint8), r"must be \(H, W\)", id="numpy-one-dimension"),
+        pytest.param(torch.zeros(4, 5, 3), r"\(4, 5, 3\) float32: must be \(1, H, W\)", id="tensor-channels-last"),
+        pytest.param(torch.zeros(4, 5), r"must be \(1, H, W\)", id="tensor-two-dimensions"),
+        pytest.param(torch.zeros(3, 4, 5, dtype=torch.int64), "int64: must be uint8", id="tensor-int64"),
+        pytest.param(torch.full((3, 4, 5), 255.0), "values from 255 to 255; .*0..1", id="tensor-0-to-255"),
+        pytest.param(torch.full((3, 4, 5), -0.1), "values from -0.1", id="tensor-normalised-already"),
+        pytest.param(torch.full((3, 4, 5), torch.nan), "values from nan", id="tensor-nan"),
+        pytest.param(Image.new("F", (2, 2)), "floating-point pixels", id="pil-float"),
+        pytest.param(Image.new("I", (2, 2), 70_000), "32-bit pixels", id="pil-32-bit"),
+        pytest.param(Image.new("I", (2, 2), -1), "32-bit pixels", id="pil-negative"),
+        pytest.param(Image.new("RGB", (0, 2)), "is empty", id="pil-without-columns"),
+        pytest.param(None, "NoneType is no image: needs a path", id="none"),
+        pytest.param(3, "int is no image", id="a-number"),
+    ],
+)
+def test_wrong_source_says_what_came_and_what_is_needed(source: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(source)
+
+
+@pytest.mark.parametrize(
+    ("sources", "count", "single"),
+    [
+        pytest.param("a.png", 1, True, id="path"),
+        pytest.param(Image.fromarray(QUARTERS), 1, True, id="pil"),
+        pytest.param(QUARTERS, 1, True, id="numpy-hwc"),
+        pytest.param(TENSOR, 1, True, id="torch-chw"),
+        pytest.param(["a.png"], 1, False, id="list-of-one-is-a-list"),
+        pytest.param(("a.png", QUARTERS, TENSOR), 3, False, id="mixed-tuple"),
+        pytest.param([], 0, False, id="empty-list"),
+        pytest.param(torch.zeros(4, 3, 8, 8), 4, False, id="torch-nchw"),
+        pytest.param(torch.zeros(1, 3, 8, 8), 1, False, id="torch-nchw-of-one-is-a-batch"),
+        pytest.param(np.zeros((2, 8, 8, 3), np.uint8), 2, False, id="numpy-nhwc"),
+        pytest.param(["a.png", torch.zeros(4, 3, 8, 8)], 5, False, id="batch-in-a-list"),
+    ],
+)
+def test_as_image_list(sources: Any, count: int, single: bool) -> None:
+    flat, is_single = as_image_list(sources)
+    assert len(flat) == count
+    assert is_single is single
+    assert all(not isinstance(item, (np.ndarray, torch.Tensor)) or item.ndim == 3 for item in flat)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, png: Path) -> Path:
+    for name in ("b.PNG", "a [1].png"):
+        shutil.copy(png, tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "deeper.png").mkdir()
+    shutil.copy(png, tmp_path / "deeper.png" / "c.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        pytest.param("", ["a [1].png", "b.PNG", "street.png"], id="folder-is-not-recursive"),
+        pytest.param("street.png", ["street.png"], id="file"),
+        pytest.param("notes.txt", ["notes.txt"], id="file-of-any-suffix"),
+        pytest.param("a [1].png", ["a [1].png"], id="file-that-looks-like-a-pattern"),
+        pytest.param("*", ["a [1].png", "b.PNG", "street.png"], id="pattern-takes-images-only"),
+        pytest.param("**/*.png", ["a [1].png", "c.png", "street.png"], id="recursive-pattern"),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, Path], ids=["str", "Path"])
+def test_list_images(pattern: str, names: list[str], kind: type, folder: Path) -> None:
+    assert [path.name for path in list_images(kind(folder / pattern))] == names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        pytest.param("stret.png", r"no such file; did you mean 'street\.png'", id="misspelt"),
+        pytest.param("*.txt", r"none of its 1 files is an image \(.*\.png", id="pattern-of-other-files"),
+        pytest.param("deeper.png/empty", "holds no files", id="empty-folder"),
+    ],
+)
+def test_list_images_without_any_names_the_fix(pattern: str, message: str, folder: Path) -> None:
+    (folder / "deeper.png" / "empty").mkdir()
+    with pytest.raises(ImageError, match=message):
+        list_images(folder / pattern)
+
+
+MEAN = [124, 116, 104]  # of ImageNet, (0.485, 0.456, 0.406) * 255 rounded
+
+
+def contract(resize: Literal["stretch", "pad", "slide"]) -> IOContract:
+    return IOContract(64, 96, resize=resize, output="logits")
+
+
+@pytest.mark.parametrize(
+    ("resize", "shape", "frame_shape", "placement"),
+    [
+        pytest.param("stretch", (200, 50), (64, 96), Placement(0, 0, 64, 96), id="stretch-ignores-the-ratio"),
+        pytest.param("pad", (200, 50), (64, 96), Placement(0, 0, 64, 16), id="pad-right-of-a-tall-image"),
+        pytest.param("pad", (10, 30), (64, 96), Placement(0, 0, 32, 96), id="pad-below-a-wide-image-scaled-up"),
+        pytest.param("pad", (64, 96), (64, 96), Placement(0, 0, 64, 96), id="pad-nothing"),
+        pytest.param("pad", (1, 1000), (64, 96), Placement(0, 0, 1, 96), id="pad-keeps-at-least-one-row"),
+        pytest.param("slide", (50, 200), (64, 200), Placement(0, 0, 50, 200), id="slide-pads-up-to-the-window"),
+        pytest.param("slide", (80, 97), (80, 97), Placement(0, 0, 80, 97), id="slide-keeps-a-large-image"),
+    ],
+)
+def test_fit(
+    resize: Literal["stretch", "pad", "slide"],
+    shape: tuple[int, int],
+    frame_shape: tuple[int, int],
+    placement: Placement,
+) -> None:
+    frame, where = fit(np.full((*shape, 3), 7, np.uint8), contract(resize))
+    assert where == placement
+    assert frame.shape == (*frame_shape, 3)
+    expected = np.full((*frame_shape, 3), MEAN, np.uint8)
+    expected[: where.height, : where.width] = 7
+    assert_image(frame, expected)
+
+
+def test_shrinking_is_antialiased() -> None:
+    """A checkerboard of single pixels becomes grey; sampling alone would keep it black and white."""
+    checkers = (np.indices((640, 960)).sum(0) % 2 * 255).astype(np.uint8)
+    frame, _ = fit(load_image(checkers), contract("stretch"))
+    assert np.abs(frame.astype(int) - 127.5).max() < 16
+
+
+@pytest.mark.parametrize(
+    ("frame", "window", "corners"),
+    [
+        pytest.param((64, 96), (64, 96), [(0, 0)], id="exactly-one"),
+        pytest.param((50, 90), (64, 96), [(0, 0)], id="smaller-than-the-window"),
+        pytest.param((64, 97), (64, 96), [(0, 0), (0, 1)], id="one-pixel-more-needs-a-second"),
+        pytest.param((64, 224), (64, 96), [(0, 0), (0, 64), (0, 128)], id="stride-is-two-thirds"),
+        pytest.param((64, 225), (64, 96), [(0, 0), (0, 64), (0, 128), (0, 129)], id="last-is-flush-with-the-border"),
+        pytest.param((107, 97), (64, 96), [(0, 0), (0, 1), (43, 0), (43, 1)], id="row-by-row-with-a-rounded-up-stride"),
+    ],
+)
+def test_windows_by_hand(frame: tuple[int, int], window: tuple[int, int], corners: list[tuple[int, int]]) -> None:
+    assert windows(*frame, *window) == corners
+
+
+@given(st.integers(1, 3000), st.integers(32, 1024), st.floats(0, 0.9))
+def test_windows_cover_every_pixel_and_overlap_enough(length: int, window: int, overlap: float) -> None:
+    starts = [left for _, left in windows(1, length, 1, window, overlap)]
+    assert starts[0] == 0
+    assert starts[-1] == max(0, length - window)
+    assert all(0 < b - a <= math.ceil(window * (1 - overlap)) for a, b in itertools.pairwise(starts))
+
+
+def test_stride_of_the_default_overlap_is_exact_for_every_window() -> None:
+    strides = [windows(1, 2 * window, 1, window)[1][1] for window in range(32, 4097)]
+    assert strides == [-(-window * 2 // 3) for window in range(32, 4097)]
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1.0, math.nan], ids=["negative", "endless", "nan"])
+def test_senseless_overlap_is_refused(overlap: float) -> None:
+    with pytest.raises(ConfigError, match=r"overlap .* at least 0 and below 1"):
+        windows(100, 100, 64, 64, overlap)
