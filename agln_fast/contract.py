@@ -101,7 +101,8 @@ class DeployedNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """`image` as the contract says -> `labels` or `logits`."""
         if self.contract.layout == "uint8_nhwc":
-            image = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+            # Converted before it is transposed: TensorRT transposes no uint8.
+            image = (image.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
         logits: Tensor = self.network(image.to(next(self.network.parameters()).dtype))
         if self.contract.output == "logits":
             return logits.float()

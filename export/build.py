@@ -157,6 +157,7 @@ def build(
             palette=names.palette,
             contract=contract,
             engines=tuple(engines),
+            plan=("fold_batchnorm",),
             created_with=created_with,
         )
         draft = Bundle(folder, manifest)

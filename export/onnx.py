@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import warnings
@@ -17,13 +16,14 @@ import torch
 from agln_fast.contract import DeployedNetwork, IOContract, Precision
 from agln_fast.errors import BuildError
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.fold_batchnorm import fold_batchnorm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["DTYPES", "OPSET", "export_onnx"]
 
-OPSET = 20
+OPSET = 22  # the first with bfloat16 convolutions
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,9 +48,8 @@ def export_onnx(
     Raises:
         BuildError: the exporter or the checker refuses the network.
     """
-    deployed = DeployedNetwork(
-        copy.deepcopy(network).to(DTYPES[precision]).eval(), contract, network.config.num_classes
-    ).eval()
+    folded = fold_batchnorm(network).to(DTYPES[precision])
+    deployed = DeployedNetwork(folded, contract, network.config.num_classes).eval()
     dynamic = contract.min_batch != contract.max_batch
     # torch.export takes a batch of one for a constant.
     batch = max(2, contract.min_batch) if dynamic else contract.max_batch

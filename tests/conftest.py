@@ -1,0 +1,48 @@
+"""Fixtures that several folders share: small networks whose every branch carries signal, and a bundle of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import agln_fast
+from agln_fast.models.networks import SegmentationNetwork
+
+SMALL = {"width": 0.25, "channels": 16}
+
+
+@pytest.fixture(scope="session")
+def small_network() -> Callable[..., SegmentationNetwork]:
+    """`small_network(name, **overrides)`: a preset at a fraction of its width, with α, β, γ away from 0 and 1."""
+
+    def create(name: str = "agln_release_resnet18", num_classes: int = 5, **overrides: object) -> SegmentationNetwork:
+        torch.manual_seed(0)
+        network = agln_fast.create_model(name, num_classes, **{**SMALL, **overrides})
+        with torch.no_grad():
+            for key, parameter in network.named_parameters():
+                if key.endswith(("alpha", "beta", "gamma")):
+                    parameter.uniform_(0.3, 0.9)
+            for key, buffer in network.named_buffers():
+                if key.endswith("running_var"):
+                    buffer.uniform_(0.5, 1.5)
+        return network.eval()
+
+    return create
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(
+    small_network: Callable[..., SegmentationNetwork], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
+    agln_fast.save_checkpoint(small_network(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> agln_fast.Bundle:
+    """A bundle of a small network for the CPU, 64x96, labels. Do not change it."""
+    return agln_fast.build(small_checkpoint, tmp_path_factory.mktemp("bundle") / "small", size=(64, 96))

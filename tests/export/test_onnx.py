@@ -1,0 +1,185 @@
+"""Exported graphs: names, types and metadata as promised, and the network's own function."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from agln_fast.backends.onnxruntime import graph_precision
+from agln_fast.contract import DeployedNetwork, IOContract
+from agln_fast.errors import BackendError, BuildError
+from agln_fast.export.onnx import OPSET, export_onnx
+
+UINT8 = IOContract(64, 96, output="logits")
+
+
+def _run(path, image):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"image": image})[0]
+
+
+def _run_in_true_half(path, image):
+    """ONNX's own NumPy evaluator: ONNX Runtime computes float16 graphs of a CPU in float32 and hides overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return ReferenceEvaluator(str(path)).run(None, {"image": image})[0]
+
+
+def _image(contract, batch=1):
+    random = np.random.default_rng(1)
+    if contract.layout == "uint8_nhwc":
+        return random.integers(0, 256, (batch, contract.height, contract.width, 3), np.uint8)
+    return random.standard_normal((batch, 3, contract.height, contract.width), np.float32)
+
+
+CONTRACTS = {
+    "uint8 to logits": UINT8,
+    "uint8 to labels": replace(UINT8, output="labels"),
+    "float to logits": replace(UINT8, layout="float_nchw"),
+    "odd size": replace(UINT8, height=43, width=37),
+    "fixed batch of 3": replace(UINT8, min_batch=3, max_batch=3),
+    "batch range": replace(UINT8, max_batch=3),
+}
+
+
+@pytest.mark.parametrize("case", CONTRACTS)
+@torch.inference_mode()
+def test_graph_is_the_network_behind_its_contract(case, small_network, tmp_path):
+    contract, network, path = CONTRACTS[case], small_network(), tmp_path / "model.onnx"
+    export_onnx(network, path, contract)
+    graph = onnx.load(path).graph
+    assert [value.name for value in graph.input] == ["image"]
+    assert [value.name for value in graph.output] == [contract.output]
+    shape = [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
+    assert tuple(shape) == contract.input_shape
+    for batch in {contract.min_batch, contract.max_batch}:
+        image = _image(contract, batch)
+        expected = DeployedNetwork(network, contract, 5)(torch.from_numpy(image)).numpy()
+        actual = _run(path, image)
+        assert actual.dtype == expected.dtype
+        if contract.output == "labels":
+            assert (actual == expected).mean() > 0.999
+        else:
+            # Twice the error that PyTorch itself has in float32, measured against float64.
+            exact = DeployedNetwork(small_network().double(), contract, 5)(torch.from_numpy(image)).numpy()
+            error = np.abs(expected - exact).max()
+            assert np.abs(actual - exact).max() <= 2 * error + 1e-5 * np.abs(exact).max()
+
+
+def test_graph_is_clean(small_network, tmp_path):
+    """BN is folded, every resize is one Resize, and the opset is the one promised."""
+    export_onnx(small_network(), tmp_path / "m.onnx", UINT8)
+    model = onnx.load(tmp_path / "m.onnx")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["BatchNormalization"] == 0
+    assert kinds["Resize"] == 7 + 1 - 1 + 1  # 3 to the laterals, 4 to the concatenation (one is a no-op), 1 to the image
+    assert model.opset_import[0].version == OPSET >= 20
+
+
+def test_metadata_says_what_it_is(small_network, tmp_path):
+    export_onnx(small_network(), tmp_path / "m.onnx", UINT8, metadata={"agln_fast.classes": "a\nb"})
+    properties = {item.key: item.value for item in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert IOContract.from_dict(json.loads(properties["agln_fast.contract"])) == UINT8
+    assert properties["agln_fast.classes"] == "a\nb"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_types_are_those_asked_for(precision, small_network, tmp_path):
+    """Every convolution has the type; everything that feeds a softmax is float32."""
+    export_onnx(small_network(), tmp_path / "m.onnx", UINT8, precision)
+    assert graph_precision(tmp_path / "m.onnx") == precision
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx"), data_prop=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    softmaxes = [node for node in model.graph.node if node.op_type == "Softmax"]
+    assert len(softmaxes) == 3 + 6 + 6  # SABs, SDMs, channel attentions
+    assert {types[node.input[0]] for node in softmaxes} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.fixture(scope="module")
+def overflowing(small_network):
+    """A network whose channel-attention energies exceed the largest float16."""
+    network = small_network("agln_straight_resnet18", formulation="release")
+    with torch.no_grad():
+        for lateral in network.decoder.lateral:
+            lateral[1].weight.fill_(64)
+    return network
+
+
+@torch.inference_mode()
+def test_energies_that_overflow_float16_do_no_harm(overflowing, tmp_path):
+    contract = IOContract(256, 256, output="logits")
+    image = _image(contract)
+    energies = []
+    lrm = overflowing.decoder.cfb[2][0].lrm
+    hook = lrm.register_forward_pre_hook(
+        lambda _, inputs: energies.append(inputs[0].flatten(2) @ inputs[1].flatten(2).transpose(1, 2))
+    )
+    reference = DeployedNetwork(overflowing, contract, 5)(torch.from_numpy(image))
+    hook.remove()
+    assert energies[0].max() > 2 * torch.finfo(torch.float16).max
+
+    export_onnx(overflowing, tmp_path / "half.onnx", contract, "fp16")
+    assert np.isfinite(_run_in_true_half(tmp_path / "half.onnx", image)).all()
+    logits = torch.from_numpy(_run(tmp_path / "half.onnx", image))
+    top = reference.topk(2, 1).values
+    margin = top[:, 0] - top[:, 1]
+    same = logits.argmax(1) == reference.argmax(1)
+    assert margin[same].sum() / margin.sum() > 0.99
+
+
+@torch.inference_mode()
+def test_the_overflow_test_would_notice(overflowing, tmp_path, monkeypatch):
+    monkeypatch.setattr("agln_fast.models.blocks._wide", lambda x: x)
+    contract = IOContract(256, 256, output="logits")
+    export_onnx(overflowing, tmp_path / "half.onnx", contract, "fp16")
+    assert not np.isfinite(_run_in_true_half(tmp_path / "half.onnx", _image(contract))).all()
+
+
+def test_the_network_is_not_changed(small_network, tmp_path):
+    network = small_network()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    export_onnx(network, tmp_path / "m.onnx", UINT8, "fp16")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_refused_export_leaves_nothing(small_network, tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("no such operator\nlong explanation")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(BuildError, match="^ONNX export failed: no such operator$"):
+        export_onnx(small_network(), tmp_path / "m.onnx", UINT8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_precision_of_foreign_files(tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(BackendError, match=r"not an ONNX file|not of one floating-point type"):
+        graph_precision(tmp_path / "x.onnx")
+    with pytest.raises(BackendError, match="not an ONNX file"):
+        graph_precision(tmp_path / "missing.onnx")
+
+
+def test_more_than_256_classes_give_wider_labels(small_network, tmp_path):
+    contract = IOContract(32, 32)
+    export_onnx(small_network(num_classes=300), tmp_path / "m.onnx", contract)
+    assert _run(tmp_path / "m.onnx", _image(contract)).dtype == np.int32
+
+
+def test_exported_lite_network_has_grouped_convolutions(small_network, tmp_path):
+    network = small_network("agln_lite_resnet18")
+    export_onnx(network, tmp_path / "m.onnx", UINT8)
+    groups = [
+        attribute.i
+        for node in onnx.load(tmp_path / "m.onnx").graph.node
+        if node.op_type == "Conv"
+        for attribute in node.attribute
+        if attribute.name == "group"
+    ]
+    assert groups.count(network.config.channels) == 12  # Ψ and Φ of six CFBs
