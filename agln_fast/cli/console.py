@@ -23,7 +23,7 @@ def print_json(values: Any) -> None:
 
 
 def progress_bar() -> Progress:
-    """A progress display on standard error, which leaves standard output to the result."""
+    """A progress display on standard error, if that is a terminal; standard output is left to the result."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -32,4 +32,5 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )

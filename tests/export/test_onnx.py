@@ -78,7 +78,9 @@ def test_graph_is_clean(small_network, tmp_path):
     model = onnx.load(tmp_path / "m.onnx")
     kinds = Counter(node.op_type for node in model.graph.node)
     assert kinds["BatchNormalization"] == 0
-    assert kinds["Resize"] == 7 + 1 - 1 + 1  # 3 to the laterals, 4 to the concatenation (one is a no-op), 1 to the image
+    assert (
+        kinds["Resize"] == 7 + 1 - 1 + 1
+    )  # 3 to the laterals, 4 to the concatenation (one is a no-op), 1 to the image
     assert model.opset_import[0].version == OPSET >= 20
 
 
@@ -153,7 +155,7 @@ def test_a_refused_export_leaves_nothing(small_network, tmp_path, monkeypatch):
         raise RuntimeError("no such operator\nlong explanation")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    with pytest.raises(BuildError, match="^ONNX export failed: no such operator$"):
+    with pytest.raises(BuildError, match=r"^ONNX export failed: no such operator$"):
         export_onnx(small_network(), tmp_path / "m.onnx", UINT8)
     assert not list(tmp_path.iterdir())
 

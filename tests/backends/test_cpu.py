@@ -1,0 +1,103 @@
+"""The CPU backends: what they say they run is what runs, and they never fall back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import agln_fast
+from agln_fast.backends import BACKENDS, backend_class, open_engine
+from agln_fast.errors import BackendError, ConfigError
+from agln_fast.export.onnx import export_onnx
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
+
+
+def test_every_backend_has_its_name():
+    assert {name: backend_class(name).name for name in BACKENDS} == {name: name for name in BACKENDS}
+    with pytest.raises(ConfigError, match="unknown backend 'onnx'; did you mean 'onnxruntime'"):
+        backend_class("onnx")
+
+
+@pytest.mark.parametrize(
+    "name", ["torch-fp32", "onnxruntime-fp32", pytest.param("openvino-fp32", marks=pytest.mark.openvino)]
+)
+def test_results_belong_to_the_caller(name, bundle):
+    """The second run must not write into what the first one returned."""
+    with open_engine(bundle, bundle.engine(name), threads=1) as backend:
+        assert (backend.device, backend.precision) == ("cpu", "fp32")
+        first = backend.run(IMAGE)
+        kept = first.copy()
+        backend.run(255 - IMAGE)
+        assert np.array_equal(first, kept)
+        assert first.flags.c_contiguous
+    backend.close()
+
+
+def test_onnxruntime_precision_is_read_from_the_file(bundle, small_network, tmp_path):
+    export_onnx(small_network(), tmp_path / "half.onnx", bundle.manifest.contract, "fp16")
+    record = replace(bundle.engine("onnxruntime-fp32"), file="half.onnx")
+    with open_engine(replace(bundle, path=tmp_path), record) as backend:
+        assert backend.precision == "fp16"
+
+
+def test_onnxruntime_refuses_what_it_cannot_open(bundle, tmp_path):
+    (tmp_path / "model.onnx").write_bytes((bundle.path / "model.onnx").read_bytes()[:1000])
+    with pytest.raises(BackendError, match=r"model\.onnx"):
+        open_engine(replace(bundle, path=tmp_path), bundle.engine("onnxruntime-fp32"))
+
+
+@pytest.mark.openvino
+def test_openvino_never_runs_in_another_precision(bundle, monkeypatch):
+    import openvino
+
+    has = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    record = replace(bundle.engine("openvino-fp32"), name="openvino-bf16", precision="bf16")
+    if "BF16" in has:
+        with open_engine(bundle, record) as backend:
+            assert backend.precision == "bf16"
+        return
+    with pytest.raises(BackendError, match="this CPU has no bf16 arithmetic"):
+        open_engine(bundle, record)
+    # Asked past the check, OpenVINO would quietly take f32; reading the hint back notices.
+    monkeypatch.setattr(backend_class("openvino"), "obstacle", classmethod(lambda cls, engine: None))
+    with pytest.raises(BackendError, match="openvino would run openvino-bf16 in f32"):
+        open_engine(bundle, record)
+
+
+@pytest.mark.openvino
+def test_openvino_without_its_package_names_the_extra(bundle, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(BackendError, match=r'pip install "agln-fast\[openvino\]"'):
+        open_engine(bundle, bundle.engine("openvino-fp32"))
+
+
+@pytest.mark.gpu
+def test_torch_runs_on_the_gpu_as_on_the_cpu(bundle):
+    with open_engine(bundle, bundle.engine("torch-fp32"), device="cuda") as gpu:
+        assert gpu.device == "cuda"
+        on_gpu = gpu.run(IMAGE)
+    with open_engine(bundle, bundle.engine("torch-fp32")) as cpu:
+        assert (on_gpu == cpu.run(IMAGE)).mean() > 0.999
+
+
+def test_threads_come_from_the_environment(bundle, monkeypatch):
+    seen = {}
+    backend = backend_class("onnxruntime")
+    original = backend.__init__
+
+    def spy(self, *args, threads, **kwargs):
+        seen["threads"] = threads
+        original(self, *args, threads=threads, **kwargs)
+
+    monkeypatch.setattr(backend, "__init__", spy)
+    monkeypatch.setenv("AGLN_FAST_THREADS", "1")
+    agln_fast.load(bundle, "onnxruntime").close()
+    assert seen["threads"] == 1
+    agln_fast.load(bundle, "onnxruntime", threads=2).close()
+    assert seen["threads"] == 2
+    monkeypatch.setenv("AGLN_FAST_THREADS", "many")
+    with pytest.raises(ConfigError, match="AGLN_FAST_THREADS='many': must be a positive whole number"):
+        agln_fast.load(bundle, "onnxruntime")

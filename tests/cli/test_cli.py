@@ -1,0 +1,211 @@
+"""The command line as a person types it: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agln_fast.cli import main
+from agln_fast.cli.app import app
+from agln_fast.cli.run import _names
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """`cli("run", …)` returns exit code, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["agln-fast", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, size in enumerate(((80, 100), (64, 64), (40, 120))):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_every_verb_has_help(cli):
+    code, out, _ = cli("--help")
+    assert code == 0
+    for verb in ("build", "run", "bench", "verify", "inspect", "doctor"):
+        assert verb in out
+        code, text, _ = cli(verb, "--help")
+        assert code == 0
+        assert "Usage" in text
+    assert len(app.registered_commands) == 6
+
+
+def test_help_needs_no_heavy_package():
+    """`--help` must answer at once: nothing heavy is imported for it."""
+    heavy = "{'torch', 'onnx', 'onnxruntime', 'openvino', 'tensorrt_rtx', 'triton', 'matplotlib'}"
+    code = f"import sys, agln_fast.cli; sys.exit(str({heavy} & set(sys.modules) or ''))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).stderr == b"\n"
+
+
+def test_version(cli):
+    assert cli("--version")[1].startswith("agln-fast ")
+
+
+def test_build_run_verify_inspect(cli, small_checkpoint, images, tmp_path):
+    bundle = tmp_path / "x.agln"
+    code, out, _ = cli("build", small_checkpoint, "-o", bundle, "--size", "64x96", "--samples", images)
+    assert code == 0
+    assert "onnxruntime-fp32" in out
+    assert str(bundle) in out.replace("\n", "")
+
+    code, out, _ = cli("run", bundle, images, "-o", tmp_path / "out", "--backend", "onnxruntime", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert (report["engine"], report["device"], report["precision"]) == ("onnxruntime-fp32", "cpu", "fp32")
+    assert [row["image"] for row in report["images"]] == [str(images / f"{i}.png") for i in range(3)]
+    for row in report["images"]:
+        labels = Image.open(row["labels"])
+        assert labels.size == (row["width"], row["height"])
+        assert labels.mode == "P"
+        assert np.asarray(labels).max() < 5
+        assert Image.open(row["overlay"]).width > row["width"]  # the legend stands beside
+        assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-4)
+
+    code, out, _ = cli("run", bundle, images / "0.png", "-o", tmp_path / "out")
+    assert code == 0
+    assert "100x80" in out
+
+    code, out, _ = cli("verify", bundle, "--json")
+    assert code == 0
+    assert json.loads(out)["engines"]["torch-fp32"]["agreement"] == 1.0
+    assert cli("verify", bundle)[0] == 0
+
+    code, out, _ = cli("inspect", bundle, "--json")
+    assert code == 0
+    assert (json.loads(out)["height"], json.loads(out)["width"]) == (64, 96)
+    assert "onnxruntime-fp32" in cli("inspect", bundle)[1]
+
+
+def test_one_bad_image_does_not_stop_the_rest(cli, bundle, images, tmp_path):
+    (images / "1.png").write_bytes(b"not a picture")
+    code, out, err = cli("run", bundle.path, images, tmp_path / "missing.jpg", "-o", tmp_path / "out", "--json")
+    assert code == 1
+    report = json.loads(out)
+    assert [row["image"][-5:] for row in report["images"]] == ["0.png", "2.png"]
+    assert set(report["failed"]) == {str(images / "1.png"), str(tmp_path / "missing.jpg")}
+    assert err.count("failed:") == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "0.labels.png", "0.overlay.png", "2.labels.png", "2.overlay.png",
+    ]  # fmt: skip
+
+
+def test_an_unwritable_output_folder_is_told(cli, bundle, images, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = cli("run", bundle.path, images, "-o", tmp_path / "file")
+    assert code == 4
+    assert "choose another folder" in err.replace("\n", " ")
+
+
+ERRORS = {
+    "missing checkpoint": (("build", "nothing.pth", "-o", "x"), 3, "nothing.pth: no such file"),
+    "bad batch": (("build", "nothing.pth", "-o", "x", "--batch", "many"), 2, "batch 'many'"),
+    "missing bundle": (("run", "nothing.agln", "x.png", "-o", "out"), 5, "nothing.agln: no such bundle"),
+    "unknown preset": (("inspect", "agln_resnet5"), 2, "did you mean 'agln_resnet50'"),
+    "bad size": (("inspect", "agln_resnet50", "--size", "5"), 2, "size '5'"),
+    "no rounds": (("bench", "--iters", "0"), 2, "iters 0"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line_with_their_exit_code(case, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, expected, message = ERRORS[case]
+    code, out, err = cli(*arguments)
+    assert code == expected
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_errors_have_exit_code_2_and_a_hint(cli):
+    code, _, err = cli("buld")
+    assert code == 2
+    assert "build" in err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["agln-fast", "inspect", "nonsense", "--debug"])
+    with pytest.raises(Exception, match="unknown model 'nonsense'"):
+        main()
+
+
+def test_an_unexpected_error_is_told_without_a_traceback(cli, monkeypatch):
+    monkeypatch.setattr("agln_fast.models.config.preset", lambda *_: 1 / 0)
+    code, _, err = cli("inspect", "agln_resnet50")
+    assert code == 1
+    assert "unexpected error: ZeroDivisionError" in err
+
+
+def test_interruption(cli, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agln_fast.models.config.preset", interrupt)
+    assert cli("inspect", "agln_resnet50")[0] == 130
+
+
+def test_inspect_shows_table_viii(cli):
+    code, out, _ = cli("inspect", "fpn_resnet101s", "--num-classes", "59", "--size", "480x480", "--json")
+    assert code == 0
+    total = json.loads(out)["parts"][-1]
+    assert total["parameters"] == 54_324_219
+    assert "classifier" in cli("inspect", "fpn_resnet18")[1]
+
+
+def test_doctor_says_what_is_there_and_what_to_install(cli, monkeypatch):
+    code, out, _ = cli("doctor", "--json")
+    assert code == 0
+    rows = {row["what"]: row for row in json.loads(out)}
+    assert rows["onnxruntime"]["found"]
+    assert "Python" in rows
+    for row in rows.values():
+        if row["what"] in ("openvino", "tensorrt", "tensorrt-rtx", "triton"):
+            assert bool(row["found"]) != bool(row["advice"])
+    assert "onnxruntime" in cli("doctor")[1]
+
+
+def test_images_with_one_stem_do_not_overwrite_each_other(tmp_path):
+    paths = [tmp_path / name for name in ("a/x.png", "b/x.png", "x.jpg", "y.png", "c/x.png")]
+    names = _names(paths)
+    assert len(set(names)) == 5
+    assert names[0] == "x"
+    assert names[3] == "y"
+
+
+def test_bench_compares_networks_side_by_side(cli):
+    arguments = ("bench", "fpn_resnet18", "agln_lite_resnet18", "--size", "64x64", "--iters", "2", "--num-classes", "3")
+    code, out, _ = cli(*arguments, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["machine"]["torch"]
+    networks = [row["network"] for row in report["rows"]]
+    assert set(networks) == {"fpn_resnet18", "agln_lite_resnet18"}
+    for row in report["rows"]:
+        assert row["median_ms"] > 0
+        assert row["agreement"] >= 0.999
+        assert row["ratio"] == 1 if row["network"] == "fpn_resnet18" else row["ratio"] > 0
