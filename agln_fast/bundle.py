@@ -32,14 +32,15 @@ _REBUILD = "build it again with `agln-fast build`"
 class Verification:
     """How an engine's labels compare with the fp32 reference network on sample images.
 
-    status: "passed" (run here, at or above the threshold) or "not verified on this machine" (then `reason` says why).
+    status: "passed" (run here, at or above the threshold), "not verified on this machine", or "failed" (`reason` says
+        why; a bundle with a failed engine is never written).
     agreement: share of pixels with the reference's label, 0..1.
     weighted_agreement: the same, each pixel weighted by the reference's top-1 minus top-2 logit, 0..1.
     max_logit_error: largest absolute difference of logits; None where the engine gives labels only.
     latency_ms: median engine time of one batch on the machine that built it, milliseconds.
     """
 
-    status: Literal["passed", "not verified on this machine"]
+    status: Literal["passed", "not verified on this machine", "failed"]
     reason: str = ""
     images: int = 0
     agreement: float | None = None
@@ -110,6 +111,8 @@ class Manifest:
         error = best_match(Draft202012Validator(schema).iter_errors(values))
         if error is not None:
             raise BundleError(f"manifest breaks its schema at {error.json_path}: {error.message[:200]}; {_REBUILD}")
+        if not len(values["classes"]) == len(values["palette"]) == values["model"]["num_classes"]:
+            raise BundleError(f"manifest has not one class name and one colour for each output; {_REBUILD}")
         engines = tuple(
             EngineRecord(
                 **{

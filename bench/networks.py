@@ -22,7 +22,6 @@ from agln_fast.bench.weights import random_network
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.export.build import build
 from agln_fast.models.complexity import complexity
-from agln_fast.runtime.segmenter import runnable_engines
 
 __all__ = ["DEFAULT_NETWORKS", "Row", "compare_networks", "to_json"]
 
@@ -60,6 +59,7 @@ def compare_networks(
     num_classes: int = 59,
     batch: int = 1,
     precision: str = "auto",
+    targets: Sequence[str] = ("cpu",),
     device: str | None = None,
     warmup: int = 1,
     iters: int = 5,
@@ -70,7 +70,8 @@ def compare_networks(
 
     Args:
         size: height and width, pixels.
-        device: "cpu", "cuda", …; None for each engine's own.
+        precision, targets: as `build` has them.
+        device: "cpu", "cuda", …: engines that cannot use it are left out; None for each engine's own.
         warmup, iters: rounds before and while timing; one round runs every engine of every network once.
 
     Raises:
@@ -81,7 +82,7 @@ def compare_networks(
         raise ConfigError(f"warmup {warmup}, iters {iters}: need at least 0 and 1")
     image = np.random.default_rng(0).integers(0, 256, (batch, *size, 3), np.uint8)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        opened, costs = [], {}
+        opened, left_out, costs = [], [], {}
         for name in networks:
             model = random_network(name, num_classes)
             costs[name] = complexity(model.config, *size)[-1]
@@ -91,15 +92,18 @@ def compare_networks(
                 size=size,
                 batch=batch,
                 precision=precision,
+                targets=targets,
                 threads=threads,
                 progress=progress,
             )
-            for engine, obstacle in runnable_engines(bundle):
-                if obstacle is None and (device is None or engine.backend == "torch" or device == "cpu"):
+            for engine in bundle.manifest.engines:
+                try:
                     backend = stack.enter_context(open_engine(bundle, engine, device=device, threads=threads))
                     opened.append((name, engine, backend))
+                except BackendError as error:
+                    left_out.append(f"{name}: {error}")
         if not opened:
-            raise BackendError(f"no engine runs on device {device!r}; `agln-fast doctor` shows what is there")
+            raise BackendError(f"no engine runs here: {'; '.join(left_out)}")
         seconds: list[list[float]] = [[] for _ in opened]
         task = None if progress is None else progress.add_task("measure", total=warmup + iters)
         for i_round in range(warmup + iters):

@@ -21,14 +21,14 @@ from agln_fast.backends.openvino import OpenVinoBackend
 from agln_fast.bundle import Bundle, EngineRecord, Manifest, open_bundle, seal
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
-from agln_fast.errors import BuildError, ConfigError, did_you_mean
+from agln_fast.errors import AglnError, BuildError, ConfigError, did_you_mean
 from agln_fast.export.onnx import export_onnx
 from agln_fast.export.report import write_report
-from agln_fast.export.tensorrt import RTX_CAPABILITIES, Flavour, build_tensorrt_engine
+from agln_fast.export.tensorrt import Flavour, build_tensorrt_engine, resolve_capabilities
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
+from agln_fast.runtime.verify import check_minimum, make_reference, sample_frames, verify_engine
 
 __all__ = ["TARGETS", "build", "parse_size"]
 
@@ -73,7 +73,7 @@ def build(
         config: what the network is, where the checkpoint cannot tell.
         compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
         workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
-        timing_cache: file that TensorRT reads and updates.
+        timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
         samples: image, folder or pattern to verify with; None for generated pictures.
         min_agreement: smallest share of equal labels, 0..1; None for 0.999 in fp32, 0.99 (weighted) in half.
         threads: CPU threads for the verification.
@@ -93,6 +93,12 @@ def build(
         std=std,
     )
     wanted = _plan_engines(targets, precision)
+    check_minimum(min_agreement)
+    capabilities = {
+        flavour: resolve_capabilities(flavour, compute_capabilities if flavour == "tensorrt-rtx" else ())
+        for flavour in get_args(Flavour)
+        if flavour in targets
+    }
     destination = _destination(Path(path), overwrite)
     steps = _Steps(progress)
 
@@ -126,18 +132,18 @@ def build(
                 continue
             assert engine.graph is not None
             steps.start(f"{engine.backend} {engine.precision}")
-            capabilities = tuple(compute_capabilities) or (RTX_CAPABILITIES if engine.backend == "tensorrt-rtx" else ())
+            flavour = cast(Flavour, engine.backend)
             suffix = "rtx" if engine.backend == "tensorrt-rtx" else "trt"
             plan = folder / f"model.{engine.precision}.{suffix}.engine"
             built = build_tensorrt_engine(
                 graphs[engine.graph],
                 plan,
-                flavour=cast(Flavour, engine.backend),
+                flavour=flavour,
                 precision=engine.precision,
-                compute_capabilities=capabilities,
+                compute_capabilities=capabilities[flavour],
                 batch=None if contract.min_batch == contract.max_batch else _profile(contract),
                 workspace_bytes=workspace_bytes,
-                timing_cache=timing_cache,
+                timing_cache=timing_cache if flavour == "tensorrt" else None,
                 progress=progress,
             )
             engines.append(
@@ -157,7 +163,7 @@ def build(
             palette=names.palette,
             contract=contract,
             engines=tuple(engines),
-            plan=("fold_batchnorm",),
+            plan=("fold_batchnorm",) if graphs else (),
             created_with=created_with,
         )
         draft = Bundle(folder, manifest)
@@ -266,7 +272,9 @@ def _destination(path: Path, overwrite: bool) -> Path:
     path = path if path.suffix == ".agln" else path.with_name(path.name + ".agln")
     if path.exists():
         if not overwrite:
-            raise ConfigError(f"{path}: exists already; choose another name, or replace it with --force")
+            raise ConfigError(
+                f"{path}: exists already; choose another name, or replace it with --force (overwrite=True)"
+            )
         if not (path / "manifest.json").is_file():
             raise ConfigError(f"{path}: exists and is no bundle, so it is not replaced; choose another name")
     if not path.absolute().parent.is_dir():
@@ -287,6 +295,10 @@ def _whole_or_nothing(destination: Path) -> Iterator[Path]:
             replaced = folder.with_name(folder.name + ".old")
             destination.rename(replaced)
         folder.rename(destination)
+    except AglnError as error:
+        # The temporary folder is gone when the message is read.
+        error.args = (str(error).replace(str(folder), str(destination)),)
+        raise
     except OSError as error:
         if replaced is not None and not destination.exists():
             replaced.rename(destination)

@@ -8,7 +8,7 @@ from agln_fast.bundle import EngineRecord, Manifest
 
 __all__ = ["ENGINE_COLUMNS", "engine_row", "obstacles", "write_report"]
 
-ENGINE_COLUMNS = ("engine", "MB", "agreement", "weighted", "logit error", "ms/batch", "status")
+ENGINE_COLUMNS = ("engine", "MB", "agreement", "weighted", "logit error", "ms", "status")
 
 
 def engine_row(engine: EngineRecord, folder: Path) -> tuple[str, ...]:
@@ -16,7 +16,15 @@ def engine_row(engine: EngineRecord, folder: Path) -> tuple[str, ...]:
     size = f"{(folder / engine.file).stat().st_size / 1e6:.1f}"
     check = engine.verification
     if check is None or check.agreement is None or check.weighted_agreement is None:
-        return engine.name, size, "–", "–", "–", "–", "not run here"
+        return (
+            engine.name,
+            size,
+            "–",
+            "–",
+            "–",
+            "–",
+            "not run here" if check is None or check.status != "failed" else "FAILED",
+        )
     return (
         engine.name,
         size,

@@ -23,7 +23,7 @@ from agln_fast.backends.tensorrt import RTX_CAPABILITIES, Flavour, compute_capab
 from agln_fast.contract import Output, Precision
 from agln_fast.errors import BuildError, ConfigError, did_you_mean
 
-__all__ = ["RTX_CAPABILITIES", "Flavour", "TensorRTBuild", "build_tensorrt_engine"]
+__all__ = ["RTX_CAPABILITIES", "Flavour", "TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
 
 _PRECISIONS: dict[str, Precision] = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
@@ -89,21 +89,13 @@ def build_tensorrt_engine(
         BuildError: the model cannot be parsed, built or written, or is not in `precision`.
         KeyboardInterrupt: Ctrl-C.
     """
-    _check_choice("flavour", flavour, get_args(Flavour))
     _check_choice("precision", precision, get_args(Precision))
-    if flavour == "tensorrt-rtx":
-        if timing_cache is not None:
-            raise ConfigError("timing cache: tensorrt-rtx has none, because it chooses kernels where they run")
-        compute_capabilities = tuple(dict.fromkeys(compute_capabilities)) or RTX_CAPABILITIES
-        for capability in compute_capabilities:
-            if capability in _DATA_CENTRE:
-                raise ConfigError(f"compute capability {capability!r}: tensorrt-rtx does not serve it, tensorrt does")
-            _check_choice("compute capability", capability, RTX_CAPABILITIES)
+    if flavour == "tensorrt-rtx" and timing_cache is not None:
+        raise ConfigError("timing cache: tensorrt-rtx has none, because it chooses kernels where they run")
+    compute_capabilities = resolve_capabilities(flavour, compute_capabilities)
     if not onnx_path.is_file():
         raise BuildError(f"{onnx_path}: no such file")
     library = import_library(flavour)
-    if flavour == "tensorrt":
-        compute_capabilities = _capability_here(compute_capabilities)
 
     started = time.perf_counter()
     log = shared_logger(library)
@@ -150,6 +142,26 @@ def build_tensorrt_engine(
         convolutions_in_plan=in_plan,
         warnings=tuple(log.warnings),
     )
+
+
+def resolve_capabilities(flavour: Flavour, asked: Sequence[str] = ()) -> tuple[str, ...]:
+    """The compute capabilities that an engine of `flavour` would be built for here; none asked for means all.
+
+    Raises:
+        ConfigError: an unknown flavour or capability, or one that the flavour does not serve.
+        MissingPackageError: the library is not installed.
+        BuildError: tensorrt needs a GPU, and there is none.
+    """
+    _check_choice("flavour", flavour, get_args(Flavour))
+    if flavour == "tensorrt":
+        import_library(flavour)
+        return _capability_here(asked)
+    for capability in asked:
+        if capability in _DATA_CENTRE:
+            raise ConfigError(f"compute capability {capability!r}: tensorrt-rtx does not serve it, tensorrt does")
+        _check_choice("compute capability", capability, RTX_CAPABILITIES)
+    import_library(flavour)
+    return tuple(dict.fromkeys(asked)) or RTX_CAPABILITIES
 
 
 def _check_choice(what: str, value: str, known: Sequence[str]) -> None:

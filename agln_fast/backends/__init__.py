@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from agln_fast import environment
 from agln_fast.backends.base import Backend
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BackendError, ConfigError, did_you_mean
@@ -41,11 +42,17 @@ def open_engine(
 ) -> Backend:
     """Open one engine of a bundle, after checking that it can run here.
 
+    `threads` is None for `AGLN_FAST_THREADS`, and without that for the library's own choice.
+
     Raises:
         BackendError: it cannot; the message says what differs and what to do.
+        ConfigError: fewer threads than one.
     """
+    threads = environment.default_threads() if threads is None else threads
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads {threads}: must be at least 1")
     backend = backend_class(engine.backend)
     obstacle = backend.obstacle(engine)
     if obstacle:
-        raise BackendError(f"{bundle.path}: engine {engine.name} cannot run here: {obstacle}")
+        raise BackendError(f"engine {engine.name} cannot run here: {obstacle}")
     return backend(bundle, engine, device=device, threads=threads)

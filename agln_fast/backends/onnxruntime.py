@@ -11,7 +11,7 @@ import onnx
 from agln_fast.backends.base import Array, Backend
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.contract import Precision
-from agln_fast.errors import BackendError, MissingPackageError
+from agln_fast.errors import BackendError
 
 __all__ = ["OnnxRuntimeBackend", "graph_precision"]
 
@@ -55,7 +55,7 @@ class OnnxRuntimeBackend(Backend):
         try:
             import onnxruntime
         except ImportError:
-            raise MissingPackageError("onnxruntime", "", "it belongs to the core install") from None
+            raise BackendError("package onnxruntime is not installed: pip install onnxruntime") from None
 
         self.device = device or "cpu"
         kind, _, index = self.device.partition(":")

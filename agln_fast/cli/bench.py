@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json, progress_bar
@@ -20,6 +21,7 @@ def bench(
     num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 59,
     batch: Annotated[int, typer.Option(help="Images a run.")] = 1,
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or auto.")] = "auto",
+    target: Annotated[list[str], typer.Option(help="cpu, tensorrt or tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default each engine's own.")] = None,
     warmup: Annotated[int, typer.Option(help="Rounds before timing.")] = 1,
     iters: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
@@ -37,6 +39,7 @@ def bench(
             num_classes=num_classes,
             batch=batch,
             precision=precision,
+            targets=target,
             device=device,
             warmup=warmup,
             iters=iters,
@@ -46,29 +49,27 @@ def bench(
     if json:
         print_json(to_json(rows))
         return
-    table = Table(
-        title=f"{size}, batch {batch}, {num_classes} classes; uint8 image to labels, engine only; {iters} rounds"
-    )
-    for column in ("network", "engine", "device"):
-        table.add_column(column)
-    for column in ("median ms", "p95 ms", "images/s", "ratio", "agreement", "parameters (M)", "G multiply-adds"):
-        table.add_column(column, justify="right")
+    title = f"{size}, batch {batch}, {num_classes} classes; uint8 image to labels, engine only; {iters} rounds"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("network", "engine", "ms", "p95", "images/s", "ratio", "agreement"):
+        table.add_column(column, justify="left" if column in ("network", "engine") else "right", no_wrap=True)
     previous = None
     for row in rows:
         if row.network != previous:
             table.add_section()
-        previous = row.network
         table.add_row(
-            row.network,
-            row.engine,
-            row.device,
+            "" if row.network == previous else row.network,
+            row.engine if row.device == "cpu" else f"{row.engine} {row.device}",
             f"{row.median_ms:.1f}",
             f"{row.p95_ms:.1f}",
             f"{row.images_per_second:.2f}",
             f"{row.ratio:.2f}",
-            "–" if row.agreement is None else f"{row.agreement:.4%}",
-            f"{row.parameters_m:.2f}",
-            f"{row.gmacs:.1f}",
+            "–" if row.agreement is None else f"{row.agreement:.3%}",
         )
+        previous = row.network
     out.print(table)
-    out.print(f"ratio: time against {rows[0].network} on the same engine, median over the rounds", highlight=False)
+    for row in {row.network: row for row in rows}.values():
+        out.print(
+            f"{row.network}: {row.parameters_m:.2f} M parameters, {row.gmacs:.1f} G multiply-adds", highlight=False
+        )
+    out.print("ratio: time against the first network on the same engine, median over the rounds", highlight=False)

@@ -40,6 +40,8 @@ def run(
         except ImageError as error:
             failed[pattern] = str(error)
     found = list(dict.fromkeys(found))
+    if not found:
+        raise ImageError("; ".join(failed.values()))
     names = _names(found)
     rows: list[dict[str, Any]] = []
     with load(bundle, backend, precision=precision, device=device, threads=threads) as segment, progress_bar() as bar:

@@ -23,11 +23,12 @@ def verify(
     """Check every file's hash, run every engine that can run here, and compare its labels with the fp32 network."""
     from dataclasses import asdict, replace
 
-    from agln_fast.bundle import Bundle, open_bundle
+    from agln_fast.bundle import Bundle, Verification, open_bundle
     from agln_fast.cli.build import print_engines
     from agln_fast.models.checkpoint import load_checkpoint
-    from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
+    from agln_fast.runtime.verify import check_minimum, make_reference, sample_frames, verify_engine
 
+    check_minimum(min_agreement)
     opened = open_bundle(bundle)
     failures: list[VerificationError] = []
     engines = []
@@ -42,10 +43,11 @@ def verify(
                 engines.append(replace(engine, verification=outcome))
             except VerificationError as error:
                 failures.append(error)
+                engines.append(replace(engine, verification=Verification("failed", str(error))))
             progress.advance(task)
     if json:
         results = {engine.name: engine.verification and asdict(engine.verification) for engine in engines}
-        print_json({"bundle": str(opened.path), "engines": results, "failed": [str(error) for error in failures]})
+        print_json({"bundle": str(opened.path), "engines": results, "failed": len(failures)})
     else:
         print_engines(Bundle(opened.path, replace(opened.manifest, engines=tuple(engines))))
     if failures:

@@ -10,11 +10,13 @@ import os
 import pickle
 import re
 import uuid
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,6 +30,15 @@ from agln_fast.models.resnet import ResNet
 __all__ = ["infer_config", "load_backbone", "load_checkpoint", "save_checkpoint"]
 
 StateDict = dict[str, Tensor]
+
+# NumPy scalars, which older training scripts store beside the weights ("best_pred").
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    _NUMPY_SCALAR,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+]
 
 _log = logging.getLogger("agln_fast.checkpoint")
 _METADATA_KEY = "agln_fast.config"
@@ -70,6 +81,7 @@ def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = N
     """
     path = Path(path)
     state, metadata = _read(path)
+    released = any(name.startswith("head.") for name in state)
     state = {_our_name(name): tensor for name, tensor in state.items()}
     if config is None and _METADATA_KEY in metadata:
         try:
@@ -81,7 +93,8 @@ def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = N
             config, remarks = infer_config(state)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        for remark in remarks:
+        # The network of the release has both halves of the LRM: under its names nothing is in doubt.
+        for remark in remarks if not released else ():
             _log.warning("%s: %s", path, remark)
     # On the meta device nothing is allocated before the shapes are known to be those of the file.
     with torch.device("meta"):
@@ -176,7 +189,7 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[ModelConfig, list[str]]:
         }
     )
     remarks = []
-    if refined and not released:
+    if refined:
         remarks.append(
             "channel resampling and spatial gating have no weights, so the file cannot tell whether both are there; "
             "both are assumed: pass a config if not"
@@ -228,17 +241,26 @@ def _unpickle(path: Path) -> Any:
     if zipped and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: truncated: the end of the archive is missing; fetch the file again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"(?:GLOBAL |[Gg]lobal:? |function )`?([\w.]+)`?", str(error))
-        if "truncated" not in str(error) and wanted:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
             raise CheckpointError(
                 f"{path}: refused: besides weights it wants to load {wanted[1]!r}, which could run code; "
                 "save a plain state dict instead"
             ) from None
-        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
+        # PyTorch's own text would advise to switch the protection off.
+        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint of PyTorch") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "fit",
     "list_images",
     "load_image",
+    "pack",
     "windows",
 ]
 
@@ -147,6 +148,15 @@ def fit(image: ImageArray, contract: IOContract) -> tuple[ImageArray, Placement]
     return frame, placement
 
 
+def pack(frames: Sequence[ImageArray], contract: IOContract) -> npt.NDArray[Any]:
+    """Frames (height, width, 3) of the contract's size -> the engine's input `image`, as the contract's layout says."""
+    batch = np.stack(frames)
+    if contract.layout == "uint8_nhwc":
+        return batch
+    mean, std = np.array(contract.mean, np.float32), np.array(contract.std, np.float32)
+    return np.ascontiguousarray(((batch.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
+
+
 def windows(
     height: int, width: int, window_height: int, window_width: int, overlap: float = 1 / 3
 ) -> list[tuple[int, int]]:
@@ -257,8 +267,10 @@ def _check_size(height: int, width: int, name: str, max_pixels: int) -> None:
     if height * width == 0:
         raise ImageError(f"{name}: is empty ({width}x{height} pixels)")
     if height * width > max_pixels:
-        much = f"{width}x{height} = {height * width} pixels"
-        raise ImageError(f"{name}: {much}, above the limit of {max_pixels}; scale it down or raise max_pixels")
+        much = f"{width}x{height} pixels"
+        raise ImageError(
+            f"{name}: {much}, above the limit of {max_pixels}; scale it down, or raise AGLN_FAST_MAX_PIXELS"
+        )
 
 
 def _missing(path: Path) -> str:

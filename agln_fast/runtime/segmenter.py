@@ -16,10 +16,9 @@ import torch
 from agln_fast.backends import BACKENDS, Backend, backend_class, open_engine
 from agln_fast.bundle import Bundle, EngineRecord, open_bundle
 from agln_fast.data.classes import ClassSet
-from agln_fast.environment import default_threads
 from agln_fast.errors import BackendError, BundleError, did_you_mean
 from agln_fast.kernels.label_upsample import label_upsample
-from agln_fast.runtime.images import ImageArray, ImageSource, Placement, as_image_list, fit, load_image, windows
+from agln_fast.runtime.images import ImageArray, ImageSource, Placement, as_image_list, fit, load_image, pack, windows
 from agln_fast.runtime.result import Labels, Result, Timing
 
 __all__ = ["Segmenter", "load", "runnable_engines"]
@@ -60,17 +59,14 @@ def load(
         known = ", ".join(engine.name for engine in bundle.manifest.engines)
         wanted = f"{backend} engine" + (f" in {precision}" if precision else "")
         raise BundleError(f"{bundle.path}: no {wanted}{did_you_mean(backend, known.split(', '))}; it has {known}")
-    threads = threads if threads is not None else default_threads()
     engines = sorted(engines, key=_preference)
     reasons = []
     for engine in engines:
         try:
             return Segmenter(bundle, engine, open_engine(bundle, engine, device=device, threads=threads))
         except BackendError as error:
-            if len(engines) == 1:
-                raise
-            reasons.append(f"{engine.name}: {error}")
-    raise BackendError(f"{bundle.path}: no engine can run here: " + "; ".join(reasons))
+            reasons.append(str(error))
+    raise BackendError(f"{bundle.path}: {'; '.join(reasons)}")
 
 
 def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:
@@ -97,8 +93,6 @@ class Segmenter:
         self.class_set = ClassSet("bundle", bundle.path.stem, bundle.manifest.classes, bundle.manifest.palette)
         self._backend = backend
         self._contract = bundle.manifest.contract
-        self._mean = np.array(self._contract.mean, np.float32)
-        self._std = np.array(self._contract.std, np.float32)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -166,11 +160,7 @@ class Segmenter:
     def _batch(self, frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
         """Frames (H, W, 3) -> the engine's input; short batches are filled up with the last frame."""
         missing = self._contract.min_batch - len(frames)
-        batch = np.stack([*frames, *[frames[-1]] * missing])
-        if self._contract.layout == "uint8_nhwc":
-            return batch
-        normalised = (batch.astype(np.float32) / 255 - self._mean) / self._std
-        return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+        return pack([*frames, *[frames[-1]] * missing], self._contract)
 
     def _to_own_size(self, output: npt.NDArray[Any], placement: Placement, size: tuple[int, int]) -> Labels:
         """The engine's labels (h, w) or logits (K, h, w) of one frame -> labels (H, W), resampled once."""
