@@ -6,25 +6,29 @@ from pathlib import Path
 
 from agln_fast.bundle import EngineRecord, Manifest
 
-__all__ = ["ENGINE_COLUMNS", "engine_row", "obstacles", "write_report"]
+__all__ = ["engine_table", "obstacles", "write_report"]
 
-ENGINE_COLUMNS = ("engine", "MB", "agreement", "weighted", "logit error", "ms", "status")
+_STATUS = {"passed": "passed", "failed": "FAILED", "not verified on this machine": "not run"}
 
 
-def engine_row(engine: EngineRecord, folder: Path) -> tuple[str, ...]:
-    """The cells of ENGINE_COLUMNS for one engine of the bundle in `folder`."""
-    size = f"{(folder / engine.file).stat().st_size / 1e6:.1f}"
+def engine_table(manifest: Manifest, folder: Path) -> list[tuple[str, ...]]:
+    """Header and one row for each engine of the bundle in `folder`: size, agreement, latency, status.
+
+    Logit errors have a column only where an engine returns logits.
+    """
+    rows: list[tuple[str, ...]] = [("engine", "MB", "agreement", "weighted", "logit error", "ms", "status")]
+    rows += [_row(engine, folder) for engine in manifest.engines]
+    if manifest.contract.output == "labels":
+        rows = [(*row[:4], *row[5:]) for row in rows]
+    return rows
+
+
+def _row(engine: EngineRecord, folder: Path) -> tuple[str, ...]:
+    size = f"{(folder / engine.file).stat().st_size / 1e6:.0f}"
     check = engine.verification
+    status = "not run" if check is None else _STATUS[check.status]
     if check is None or check.agreement is None or check.weighted_agreement is None:
-        return (
-            engine.name,
-            size,
-            "–",
-            "–",
-            "–",
-            "–",
-            "not run here" if check is None or check.status != "failed" else "FAILED",
-        )
+        return engine.name, size, "–", "–", "–", "–", status
     return (
         engine.name,
         size,
@@ -32,24 +36,24 @@ def engine_row(engine: EngineRecord, folder: Path) -> tuple[str, ...]:
         f"{check.weighted_agreement:.3%}",
         "–" if check.max_logit_error is None else f"{check.max_logit_error:.1e}",
         "–" if check.latency_ms is None else f"{check.latency_ms:.1f}",
-        check.status,
+        status,
     )
 
 
 def obstacles(manifest: Manifest) -> list[str]:
-    """A line for each engine that could not be verified: why, and for which GPUs it was built."""
-    lines = []
-    for engine in manifest.engines:
-        if engine.verification is not None and engine.verification.reason:
-            built = f"built for {', '.join(engine.compute_capabilities)}; " if engine.compute_capabilities else ""
-            lines.append(f"{engine.name}: {built}{engine.verification.status}: {engine.verification.reason}")
-    return lines
+    """A line for each engine that could not be verified, and why."""
+    return [
+        f"{engine.name}: {engine.verification.status}: {engine.verification.reason}"
+        for engine in manifest.engines
+        if engine.verification is not None and engine.verification.reason
+    ]
 
 
 def write_report(path: Path, name: str, manifest: Manifest, folder: Path) -> None:
     """Write the report of the bundle `name`, whose files lie in `folder`, to `path`."""
     model, contract = manifest.model, manifest.contract
-    rows = [ENGINE_COLUMNS, ("---",) * len(ENGINE_COLUMNS), *(engine_row(e, folder) for e in manifest.engines)]
+    header, *engines = engine_table(manifest, folder)
+    rows = [header, ("---",) * len(header), *engines]
     batch = str(contract.max_batch)
     if contract.min_batch != contract.max_batch:
         batch = f"{contract.min_batch} to {contract.max_batch}"

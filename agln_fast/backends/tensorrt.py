@@ -141,7 +141,7 @@ class _Engine(Backend):
         built_for = ", ".join(engine.compute_capabilities)
         present = compute_capability(device)
         if present is None:
-            return f"no CUDA device is present, and the engine needs a GPU of {built_for}; choose a CPU engine here"
+            return f"no CUDA device is present, and it needs a GPU of {built_for}"
         if present not in engine.compute_capabilities:
             target = cls.flavour if present in RTX_CAPABILITIES else "tensorrt"
             return f"built for {built_for}, but this GPU is {present}: {_rebuild(target)}"

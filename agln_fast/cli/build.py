@@ -79,15 +79,16 @@ def build(
 
 def print_engines(bundle: Bundle) -> None:
     """Show the bundle's engines with size, agreement and latency, and why some could not run."""
-    from agln_fast.export.report import ENGINE_COLUMNS, engine_row, obstacles
+    from agln_fast.export.report import engine_table, obstacles
 
     model, contract = bundle.manifest.model, bundle.manifest.contract
     title = f"{bundle.path.name}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"
+    header, *rows = engine_table(bundle.manifest, bundle.path)
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    for column in ENGINE_COLUMNS:
+    for column in header:
         table.add_column(column, justify="left" if column in ("engine", "status") else "right", no_wrap=True)
-    for engine in bundle.manifest.engines:
-        table.add_row(*engine_row(engine, bundle.path))
+    for row in rows:
+        table.add_row(*row)
     out.print(table)
     for line in obstacles(bundle.manifest):
         out.print(line, highlight=False, markup=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -77,14 +78,18 @@ def run(
     if json:
         print_json({**engine, "images": rows, "failed": failed})
     else:
-        table = Table(title=f"{engine['engine']} on {engine['device']} in {engine['precision']}")
-        for column in ("image", "size", "largest classes", "pre ms", "engine ms", "post ms", "overlay"):
+        table = Table(
+            title=f"{engine['engine']} on {engine['device']} in {engine['precision']}", box=SIMPLE_HEAD, pad_edge=False
+        )
+        for column in ("image", "size", "largest classes", "pre ms", "engine ms", "post ms"):
             table.add_column(column, justify="right" if column.endswith("ms") else "left", overflow="fold")
         for row in rows:
             largest = ", ".join(f"{name} {share:.0%}" for name, share in list(row["shares"].items())[:3])
             times = [f"{value:.1f}" for value in row["milliseconds"].values()]
-            table.add_row(row["image"], f"{row['width']}x{row['height']}", largest, *times, row["overlay"])
+            table.add_row(Path(row["image"]).name, f"{row['width']}x{row['height']}", largest, *times)
         out.print(table)
+        for row in rows:
+            out.print(f"{row['overlay']}  {row['labels']}", highlight=False, markup=False)
     for message in failed.values():
         err.print(f"[bold red]failed:[/] {escape(message)}", highlight=False)
     if failed:

@@ -62,10 +62,7 @@ def test_obstacles_in_their_order(backend: Any, machine: SimpleNamespace, monkey
     rebuild = f"build it again with `agln-fast build ... --target {backend.name}`"
     assert backend.obstacle(engine) == f"built for sm86, sm89, but this GPU is sm80: {rebuild}"
     machine.cuda = False
-    assert backend.obstacle(engine) == (
-        "no CUDA device is present, and the engine needs a GPU of sm86, sm89: "
-        "build it again with `agln-fast build ... --target cpu`"
-    )
+    assert backend.obstacle(engine) == "no CUDA device is present, and it needs a GPU of sm86, sm89"
     machine.library.__version__ = "1.2.4"
     assert backend.obstacle(engine) == f"built with {backend.name} 1.2.3, but 1.2.4 is installed: {rebuild}"
     monkeypatch.setitem(sys.modules, backend.name.replace("-", "_"), None)

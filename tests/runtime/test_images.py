@@ -244,7 +244,7 @@ def bomb(path: Path, width: int, height: int) -> Path:
 
 def test_pixel_limit_is_checked_before_decoding(tmp_path: Path) -> None:
     path = bomb(tmp_path / "bomb.png", 8000, 5000)
-    with pytest.raises(ImageError, match=r"8000x5000 = 40000000 pixels, above the limit of 39999999; .*max_pixels"):
+    with pytest.raises(ImageError, match=r"8000x5000 pixels, above the limit of 39999999; .*AGLN_FAST_MAX_PIXELS"):
         load_image(path, max_pixels=39_999_999)
     with pytest.raises(ImageError, match="cannot be decoded"):
         load_image(path)
@@ -277,7 +277,7 @@ def test_pillows_warning_as_an_error_is_the_same_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", [QUARTERS, TENSOR, Image.fromarray(QUARTERS)], ids=["numpy", "torch", "pil"])
 def test_pixel_limit_holds_for_images_in_memory(source: Any) -> None:
     assert load_image(source, max_pixels=6).shape == (2, 3, 3)
-    with pytest.raises(ImageError, match="3x2 = 6 pixels, above the limit of 5"):
+    with pytest.raises(ImageError, match="3x2 pixels, above the limit of 5"):
         load_image(source, max_pixels=5)
 
 

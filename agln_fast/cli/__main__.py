@@ -1,0 +1,5 @@
+"""`python -m agln_fast.cli`, for environments whose scripts are not on the path."""
+
+from agln_fast.cli.app import main
+
+main()
