@@ -1,6 +1,7 @@
 """Deterministic weights, for measuring and demonstrating without a trained checkpoint.
 
-They are random: nothing they segment means anything, but every branch of the network carries signal.
+They are random: nothing they segment means anything, but every branch of the network carries signal, and every class
+occurs, so that equal labels prove something.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import re
 import zlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from agln_fast.contract import IOContract
 from agln_fast.models.networks import SegmentationNetwork, create_model
+from agln_fast.runtime.images import pack
+from agln_fast.runtime.verify import sample_images
 
 __all__ = ["random_network", "released_state_dict"]
 
@@ -33,7 +37,11 @@ _RELEASED_NAMES = [
 
 
 def random_network(name: str, num_classes: int, seed: int = 0) -> SegmentationNetwork:
-    """The preset `name` in eval mode with weights that depend on nothing but the parameters' names and `seed`."""
+    """The preset `name` in eval mode with weights that depend on nothing but the parameters' names and `seed`.
+
+    The last layer is scaled so that each class has logits of mean 0 and deviation 1 on generated pictures: otherwise
+    one class would win everywhere.
+    """
     network = create_model(name, num_classes).eval()
     with torch.no_grad():
         for key, tensor in network.state_dict().items():
@@ -53,6 +61,13 @@ def random_network(name: str, num_classes: int, seed: int = 0) -> SegmentationNe
                 tensor.uniform_(low, high, generator=generator)
             else:
                 tensor.normal_(0, math.sqrt(2 / tensor[0].numel()), generator=generator)
+        pictures = pack(sample_images(2, 128, 128, seed), IOContract(128, 128, layout="float_nchw"))
+        logits = network(torch.from_numpy(pictures)).transpose(0, 1).flatten(1)
+        classifier = network.classifier[-1]
+        assert isinstance(classifier, nn.Conv2d)
+        assert classifier.bias is not None
+        classifier.bias.sub_(logits.mean(1)).div_(logits.std(1))
+        classifier.weight.div_(logits.std(1)[:, None, None, None])
     return network
 
 
