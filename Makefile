@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/agln-fast run $(DEMO)/agln.agln $(DEMO)/photograph.png -o $(DEMO)/out
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Types and layers are checked on a build tree, where the mapped folders lie inside the package.
 lint: $(READY)

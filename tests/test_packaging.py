@@ -41,6 +41,8 @@ def _modules() -> list[str]:
         *((n, f"agln_fast.{n}") for n in ("kernels", "export", "bench")),
     ):
         for file in sorted((ROOT / folder).rglob("*.py")):
+            if not (file.parent / "__init__.py").exists():
+                continue  # pytest's files in bench/suite/ are no part of the package
             parts = file.relative_to(ROOT / folder).with_suffix("").parts
             found.append(".".join([package, *(part for part in parts if part != "__init__")]))
     return found

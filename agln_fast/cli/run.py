@@ -30,9 +30,11 @@ def run(
 
     An image that cannot be used is reported and the rest go on; the exit code is 1 then.
     """
+    from agln_fast.bundle import open_bundle
     from agln_fast.runtime.images import list_images
     from agln_fast.runtime.segmenter import load
 
+    opened = open_bundle(bundle)
     found: list[Path] = []
     failed: dict[str, str] = {}
     for pattern in images:
@@ -45,7 +47,7 @@ def run(
         raise ImageError("; ".join(failed.values()))
     names = _names(found)
     rows: list[dict[str, Any]] = []
-    with load(bundle, backend, precision=precision, device=device, threads=threads) as segment, progress_bar() as bar:
+    with load(opened, backend, precision=precision, device=device, threads=threads) as segment, progress_bar() as bar:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
