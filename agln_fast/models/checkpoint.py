@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from agln_fast.errors import CheckpointError, ConfigError
@@ -115,9 +115,10 @@ def save_checkpoint(model: SegmentationNetwork, path: str | os.PathLike[str]) ->
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        save_file(state, part, metadata={_METADATA_KEY: model.config.to_json()})
+        # Not `save_file`: it would make the file readable for its owner only, whatever the umask.
+        part.write_bytes(save(state, metadata={_METADATA_KEY: model.config.to_json()}))
         part.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from None
     finally:
         part.unlink(missing_ok=True)

@@ -191,10 +191,10 @@ class Segmenter:
         padded, _ = fit(image, self._contract)
         places = windows(padded.shape[0], padded.shape[1], window_h, window_w)
 
+        # The sum has the same argmax as the mean: at a pixel, all classes were seen by the same number of windows.
         # Only the rows under the current band of windows are held: (K, window_h, W) instead of (K, H, W).
         num_classes = self.bundle.manifest.model.num_classes
         total = np.zeros((num_classes, window_h, padded.shape[1]), np.float32)
-        count = np.zeros((window_h, padded.shape[1]), np.float32)
         labels = np.empty(padded.shape[:2], np.uint8 if num_classes <= 256 else np.int32)
         band, engine_seconds = 0, 0.0
         for start in range(0, len(places), self._contract.max_batch):
@@ -206,12 +206,10 @@ class Segmenter:
             for (top, left), logits in zip(chunk, outputs, strict=False):
                 if top > band:
                     step = top - band
-                    labels[band:top] = (total[:, :step] / count[:step]).argmax(0)
-                    for held in (total, count):
-                        held[..., :-step, :] = held[..., step:, :].copy()
-                        held[..., -step:, :] = 0
+                    labels[band:top] = total[:, :step].argmax(0)
+                    total[:, :-step] = total[:, step:].copy()
+                    total[:, -step:] = 0
                     band = top
                 total[:, :, left : left + window_w] += logits
-                count[:, left : left + window_w] += 1
-        labels[band:] = (total / count).argmax(0)
+        labels[band:] = total.argmax(0)
         return np.ascontiguousarray(labels[:height, :width]), engine_seconds

@@ -74,6 +74,38 @@ def test_openvino_without_its_package_names_the_extra(bundle, monkeypatch):
         open_engine(bundle, bundle.engine("openvino-fp32"))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_onnxruntime_gets_its_threads(threads, bundle):
+    with open_engine(bundle, bundle.engine("onnxruntime-fp32"), threads=threads) as backend:
+        assert backend._session.get_session_options().intra_op_num_threads == threads
+
+
+@pytest.mark.openvino
+def test_openvino_gets_its_threads_and_its_precision(bundle, monkeypatch):
+    import openvino
+
+    seen = {}
+    compile_model = openvino.Core.compile_model
+
+    def spy(self, model, device, settings):
+        seen.update(settings)
+        return compile_model(self, model, device, settings)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    open_engine(bundle, bundle.engine("openvino-fp32"), threads=1).close()
+    assert (seen["INFERENCE_NUM_THREADS"], seen["INFERENCE_PRECISION_HINT"]) == (1, "f32")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_onnxruntime_never_falls_back_to_another_provider(bundle, monkeypatch):
+    """The provider is listed but does not start: ONNX Runtime would go on with the CPU and say nothing."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(BackendError, match="could not start CUDAExecutionProvider and would run on CPUExecution"):
+        open_engine(bundle, bundle.engine("onnxruntime-fp32"), device="cuda")
+
+
 @pytest.mark.gpu
 def test_torch_runs_on_the_gpu_as_on_the_cpu(bundle):
     with open_engine(bundle, bundle.engine("torch-fp32"), device="cuda") as gpu:

@@ -111,6 +111,8 @@ def test_own_format_keeps_config_and_weights(small_network, tmp_path):
     image = torch.randn(1, 3, 40, 40)
     torch.testing.assert_close(loaded(image), network(image), rtol=0, atol=0)
     assert os.listdir(tmp_path) == ["own.safetensors"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / "own.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # as the umask says
     loaded(image.clone())  # and it still trains
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 

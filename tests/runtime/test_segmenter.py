@@ -181,6 +181,15 @@ def test_labels_lie_where_the_image_has_them(output, resize, size, colour_segmen
     assert same[inside].all()
 
 
+@pytest.mark.parametrize("size", [(32, 48), (128, 192), (192, 288), (1, 500)], ids=str)
+def test_labels_are_resized_as_pillow_does(size, colour_segmenter):
+    labels = np.random.default_rng(0).integers(0, 3, (64, 96), np.uint8)
+    segment = colour_segmenter()
+    segment._backend.run = lambda image: labels[None]
+    expected = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
+    assert np.array_equal(segment(_pixels(*size)).labels, np.asarray(expected))
+
+
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (200, 300), (20, 300), (200, 30), (10, 10)], ids=str)
 @pytest.mark.parametrize("max_batch", [1, 4])
 def test_sliding_windows_see_every_pixel_once(size, max_batch, colour_segmenter):
@@ -191,7 +200,7 @@ def test_sliding_windows_see_every_pixel_once(size, max_batch, colour_segmenter)
 
 
 def test_sliding_windows_are_averaged(colour_segmenter):
-    """Three windows of width 96 over a width of 160 (at 0, 64): a window-dependent engine shows the mean."""
+    """Windows at 0 and 64 of width 96 over a width of 160; in the overlap the larger sum of logits wins."""
     segment = colour_segmenter(output="logits", resize="slide")
     calls = []
 
