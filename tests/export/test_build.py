@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -220,3 +221,20 @@ def test_generated_samples_do_not_change():
 def test_all_errors_are_one_tree():
     for error in (BuildError, CheckpointError, ConfigError, ImageError, VerificationError):
         assert issubclass(error, AglnError)
+
+
+def test_latency_is_measured(bundle, monkeypatch):
+    from agln_fast.backends.torch import TorchBackend
+
+    run = TorchBackend.run
+
+    def slow(self, image):
+        time.sleep(0.3)
+        return run(self, image)
+
+    monkeypatch.setattr(TorchBackend, "run", slow)
+    network = agln_fast.load_checkpoint(bundle.path / "weights.safetensors")
+    check = verify_engine(
+        bundle, bundle.engine("torch-fp32"), make_reference(network, bundle, sample_images(1, 64, 96))
+    )
+    assert check.latency_ms >= 300
