@@ -34,7 +34,7 @@ lint: $(READY)
 	rm -rf build/lint
 	$(BIN)/python setup.py --quiet build_py --build-lib build/lint
 	$(BIN)/mypy --config-file pyproject.toml build/lint/agln_fast
-	PYTHONPATH=build/lint $(BIN)/lint-imports
+	cd build/lint && $(abspath $(BIN))/lint-imports --config ../../pyproject.toml
 
 format: $(READY)
 	$(BIN)/ruff format $(SOURCES)

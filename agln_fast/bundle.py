@@ -111,6 +111,9 @@ class Manifest:
         error = best_match(Draft202012Validator(schema).iter_errors(values))
         if error is not None:
             raise BundleError(f"manifest breaks its schema at {error.json_path}: {error.message[:200]}; {_REBUILD}")
+        names = [engine["name"] for engine in values["engines"]]
+        if len(set(names)) != len(names) or len(set(values["classes"])) != len(values["classes"]):
+            raise BundleError(f"manifest names an engine or a class twice; {_REBUILD}")
         if not len(values["classes"]) == len(values["palette"]) == values["model"]["num_classes"]:
             raise BundleError(f"manifest has not one class name and one colour for each output; {_REBUILD}")
         engines = tuple(
@@ -170,7 +173,13 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     Raises:
         BundleError: no such folder, not a bundle, a missing or changed file, another schema version.
     """
-    path = Path(path)
+    try:
+        return _open(Path(path))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error}); check its permissions") from None
+
+
+def _open(path: Path) -> Bundle:
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such bundle"
         raise BundleError(f"{path}: {what}; a bundle is the folder NAME.agln that `agln-fast build` writes")

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from rich.progress import Progress
 
 from agln_fast.backends import open_engine
 from agln_fast.bench.weights import random_network
-from agln_fast.errors import BackendError, ConfigError
+from agln_fast.errors import BackendError, ConfigError, VerificationError
 from agln_fast.export.build import build
 from agln_fast.models.complexity import complexity
+from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
 
 __all__ = ["DEFAULT_NETWORKS", "Row", "compare_networks", "to_json"]
 
@@ -98,9 +99,14 @@ def compare_networks(
             )
             for engine in bundle.manifest.engines:
                 try:
+                    if device is not None:
+                        # The build compared it where it runs by default, which may be another device.
+                        references = make_reference(model, bundle, sample_frames(None, bundle.manifest.contract))
+                        checked = verify_engine(bundle, engine, references, device=device, threads=threads)
+                        engine = replace(engine, verification=checked)
                     backend = stack.enter_context(open_engine(bundle, engine, device=device, threads=threads))
                     opened.append((name, engine, backend))
-                except BackendError as error:
+                except (BackendError, VerificationError) as error:
                     left_out.append(f"{name}: {error}")
         if not opened:
             raise BackendError(f"no engine runs here: {'; '.join(left_out)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import platform
@@ -41,7 +42,7 @@ def build(
     *,
     size: tuple[int, int] | str = (512, 512),
     precision: str | Sequence[str] = "auto",
-    targets: Sequence[str] = ("cpu",),
+    targets: str | Sequence[str] = ("cpu",),
     batch: int | tuple[int, int] = 1,
     layout: Layout = "uint8_nhwc",
     output: Output = "labels",
@@ -85,14 +86,23 @@ def build(
     """
     contract = IOContract(
         *parse_size(size),
-        *((batch, batch) if isinstance(batch, int) else batch),
+        *_batch_range(batch),
         layout=layout,
         output=output,
         resize=resize,
         mean=mean,
         std=std,
     )
+    targets = [targets] if isinstance(targets, str) else list(targets)
     wanted = _plan_engines(targets, precision)
+    if compute_capabilities and "tensorrt-rtx" not in targets:
+        raise ConfigError(
+            "compute capabilities are for target tensorrt-rtx; the others build for the GPU that is there"
+        )
+    if timing_cache is not None and "tensorrt" not in targets:
+        raise ConfigError("timing cache: only target tensorrt has one")
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ConfigError(f"workspace of {workspace_bytes} bytes: must be at least 1")
     check_minimum(min_agreement)
     capabilities = {
         flavour: resolve_capabilities(flavour, compute_capabilities if flavour == "tensorrt-rtx" else ())
@@ -103,8 +113,10 @@ def build(
     steps = _Steps(progress)
 
     steps.start("checkpoint")
-    network = checkpoint if isinstance(checkpoint, SegmentationNetwork) else load_checkpoint(checkpoint, config)
-    network = network.eval()
+    if isinstance(checkpoint, SegmentationNetwork):
+        network = copy.deepcopy(checkpoint).float().cpu().eval()
+    else:
+        network = load_checkpoint(checkpoint, config)
     names = _class_set(classes, network.config.num_classes)
     frames = sample_frames(samples, contract)
     created_with = {
@@ -192,9 +204,16 @@ def parse_size(size: tuple[int, int] | str) -> tuple[int, int]:
         if match is None:
             raise ConfigError(f"size {size!r}: give height x width in pixels, such as 512x512")
         return int(match[1]), int(match[2])
-    if len(size) != 2 or not all(isinstance(side, int) for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise ConfigError(f"size {size!r}: needs two whole numbers, height and width")
     return size[0], size[1]
+
+
+def _batch_range(batch: int | tuple[int, int]) -> tuple[int, int]:
+    ends = (batch, batch) if isinstance(batch, int) else batch
+    if not isinstance(ends, tuple | list) or len(ends) != 2 or any(type(end) is not int for end in ends):
+        raise ConfigError(f"batch {batch!r}: give a number of images, or the smallest and the largest")
+    return ends[0], ends[1]
 
 
 @dataclass(frozen=True)
@@ -300,11 +319,11 @@ def _whole_or_nothing(destination: Path) -> Iterator[Path]:
         error.args = (str(error).replace(str(folder), str(destination)),)
         raise
     except OSError as error:
-        if replaced is not None and not destination.exists():
-            replaced.rename(destination)
         hint = "free some space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
         raise BuildError(f"{destination}: cannot be written ({error}); {hint}") from None
     finally:
+        if replaced is not None and replaced.exists() and not destination.exists():
+            replaced.rename(destination)
         for leftover in (folder, replaced):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -78,10 +78,22 @@ def export_onnx(
         onnx.save(model, path)
     except (RuntimeError, ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         path.unlink(missing_ok=True)
-        raise BuildError(f"ONNX export failed: {str(error).strip().splitlines()[0]}") from error
+        raise BuildError(f"ONNX export failed: {_reason(error)}") from error
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise BuildError(f"{path}: cannot be written ({error})") from None
+        raise BuildError(f"{path}: cannot be written ({error}); check the folder and its free space") from None
+
+
+def _reason(error: BaseException) -> str:
+    """First line of the innermost cause: the exporter wraps it in its own advice. An interruption stays one."""
+    while True:
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

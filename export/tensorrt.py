@@ -26,6 +26,7 @@ from agln_fast.errors import BuildError, ConfigError, did_you_mean
 __all__ = ["RTX_CAPABILITIES", "Flavour", "TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
 
 _PRECISIONS: dict[str, Precision] = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+_RTX_SUPPORTED = ("sm75", *RTX_CAPABILITIES, "sm121")
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
 
 # TensorRT-RTX keeps its compiled programs in the plan as text: a declaration of each tensor, then the operations.
@@ -159,7 +160,7 @@ def resolve_capabilities(flavour: Flavour, asked: Sequence[str] = ()) -> tuple[s
     for capability in asked:
         if capability in _DATA_CENTRE:
             raise ConfigError(f"compute capability {capability!r}: tensorrt-rtx does not serve it, tensorrt does")
-        _check_choice("compute capability", capability, RTX_CAPABILITIES)
+        _check_choice("compute capability", capability, _RTX_SUPPORTED)
     import_library(flavour)
     return tuple(dict.fromkeys(asked)) or RTX_CAPABILITIES
 

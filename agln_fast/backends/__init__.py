@@ -5,6 +5,7 @@ A library is imported when one of its engines is looked at, not before.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 from agln_fast import environment
@@ -49,8 +50,9 @@ def open_engine(
         ConfigError: fewer threads than one.
     """
     threads = environment.default_threads() if threads is None else threads
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads {threads}: must be at least 1")
+    most = 4 * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise ConfigError(f"threads {threads}: must be from 1 to {most} on this machine")
     backend = backend_class(engine.backend)
     obstacle = backend.obstacle(engine)
     if obstacle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -40,8 +41,14 @@ def graph_precision(path: Path) -> Precision:
     return _PRECISIONS[cast(int, kind)]
 
 
+def _obstacle_to_fp16() -> str | None:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return "onnxruntime has no fp16 convolution on x86 CPUs and would compute in fp32"
+    return None
+
+
 class OnnxRuntimeBackend(Backend):
-    """Runs the ONNX file as it is typed: fp32 or fp16."""
+    """Runs the ONNX file as it is typed: fp32, or fp16 where there are kernels for it (CUDA, Arm)."""
 
     name: ClassVar[str] = "onnxruntime"
 
@@ -49,6 +56,10 @@ class OnnxRuntimeBackend(Backend):
     def obstacle(cls, engine: EngineRecord) -> str | None:
         if find_spec("onnxruntime") is None:
             return "package onnxruntime is not installed: pip install onnxruntime"
+        import onnxruntime
+
+        if engine.precision == "fp16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            return _obstacle_to_fp16()
         return None
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
@@ -65,8 +76,13 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(f"onnxruntime cannot use device {self.device!r}: it has {', '.join(available)}")
         path = bundle.path / engine.file
         self.precision = graph_precision(path)
+        if kind == "cpu" and self.precision == "fp16" and (obstacle := _obstacle_to_fp16()):
+            raise BackendError(obstacle)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if kind == "cuda":
+            # Otherwise nodes without a CUDA kernel would quietly run on the CPU.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         providers: list[Any] = [(provider, {"device_id": index or "0"}) if kind == "cuda" else provider]

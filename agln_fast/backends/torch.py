@@ -31,6 +31,8 @@ class TorchBackend(Backend):
             torch.set_num_threads(threads)
         try:
             self._device = torch.device(self.device)
+            if self._device.type not in ("cpu", "cuda"):
+                raise RuntimeError("only cpu and cuda are supported")
             network = load_checkpoint(bundle.path / engine.file).to(self._device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
@@ -43,8 +45,13 @@ class TorchBackend(Backend):
     @torch.inference_mode()
     def run(self, image: Array) -> Array:
         assert self._network is not None, "the backend is closed"
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            result = self._network(torch.from_numpy(image).to(self._device))
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                result = self._network(torch.from_numpy(image).to(self._device))
+        finally:
+            torch.set_float32_matmul_precision(precision)
         return cast(Array, result.cpu().numpy())
 
     def close(self) -> None:

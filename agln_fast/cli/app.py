@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -51,6 +52,8 @@ def main() -> None:
     """Entry point of the command line. Exit codes are those of `agln_fast.errors`."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    # A terminated build cleans up behind itself like an interrupted one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app(arguments)
     except AglnError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json, progress_bar
@@ -74,7 +75,7 @@ def build(
         print_json({"bundle": str(bundle.path), **bundle.manifest.to_dict()})
         return
     print_engines(bundle)
-    out.print(f"wrote {bundle.path}", highlight=False)
+    out.print(f"wrote {bundle.path}", highlight=False, markup=False)
 
 
 def print_engines(bundle: Bundle) -> None:
@@ -82,7 +83,7 @@ def print_engines(bundle: Bundle) -> None:
     from agln_fast.export.report import engine_table, obstacles
 
     model, contract = bundle.manifest.model, bundle.manifest.contract
-    title = f"{bundle.path.name}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"
+    title = f"{escape(bundle.path.name)}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"
     header, *rows = engine_table(bundle.manifest, bundle.path)
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     for column in header:

@@ -47,7 +47,7 @@ def inspect(
         print_json({"model": asdict(config), "height": height, "width": width, "parts": parts, "engines": engines})
         return
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    out.print(f"[bold]{model}[/]: {settings}", highlight=False)
+    out.print(f"{model}: {settings}", highlight=False, markup=False)
     table = Table(title=f"one image of {height}x{width}")
     table.add_column("part")
     for column in ("parameters (M)", "convolutions (G multiply-adds)", "matrix products (G multiply-adds)"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,6 +14,10 @@ from rich.table import Table
 
 from agln_fast.cli.console import Json, err, out, print_json, progress_bar
 from agln_fast.errors import ImageError
+
+if TYPE_CHECKING:
+    from agln_fast.runtime.result import Result
+    from agln_fast.runtime.segmenter import Segmenter
 
 __all__ = ["run"]
 
@@ -52,9 +58,10 @@ def run(
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ImageError(f"{output}: cannot be created ({error.strerror}); choose another folder") from None
-        for path, name in bar.track(list(zip(found, names, strict=True)), description="segment"):
+        for path, name, result in bar.track(_segment(segment, found, names), total=len(found), description="segment"):
             try:
-                result = segment(path)
+                if isinstance(result, ImageError):
+                    raise result
                 overlay, labels = output / f"{name}.overlay.png", output / f"{name}.labels.png"
                 result.save(overlay)
                 result.save(labels, kind="labels")
@@ -88,7 +95,7 @@ def run(
         for row in rows:
             largest = ", ".join(f"{name} {share:.0%}" for name, share in list(row["shares"].items())[:3])
             times = [f"{value:.1f}" for value in row["milliseconds"].values()]
-            table.add_row(Path(row["image"]).name, f"{row['width']}x{row['height']}", largest, *times)
+            table.add_row(escape(Path(row["image"]).name), f"{row['width']}x{row['height']}", escape(largest), *times)
         out.print(table)
         for row in rows:
             out.print(f"{row['overlay']}  {row['labels']}", highlight=False, markup=False)
@@ -98,11 +105,32 @@ def run(
         raise typer.Exit(1)
 
 
+def _segment(
+    segment: Segmenter, paths: list[Path], names: list[str]
+) -> Iterator[tuple[Path, str, Result | ImageError]]:
+    """Results in the order of `paths`, as many images a run as the engine takes, and errors in their place."""
+    size = segment.bundle.manifest.contract.max_batch
+    for start in range(0, len(paths), size):
+        chunk = slice(start, start + size)
+        results: list[Result | ImageError]
+        try:
+            results = segment(list(paths[chunk]))
+        except ImageError:
+            results = []
+            for path in paths[chunk]:
+                try:
+                    results.append(segment(path))
+                except ImageError as error:
+                    results.append(error)
+        yield from zip(paths[chunk], names[chunk], results, strict=True)
+
+
 def _names(paths: list[Path]) -> list[str]:
-    """A file name for each image: its stem, with the suffix and a number added where two would collide."""
-    names: list[str] = []
+    """A file name for each image: its stem, with the suffix or a number added where two would collide."""
+    names: dict[str, None] = {}
     for path in paths:
-        candidates = [path.stem, path.name.replace(".", "_")]
-        candidates += [f"{path.stem}_{number}" for number in range(2, len(paths) + 2)]
-        names.append(next(name for name in candidates if name not in names))
-    return names
+        numbered = (f"{path.stem}_{number}" for number in count(2))
+        names[next(name for name in chain((path.stem, path.name.replace(".", "_")), numbered) if name not in names)] = (
+            None
+        )
+    return list(names)

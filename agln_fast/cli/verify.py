@@ -17,6 +17,7 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle, NAME.agln.")],
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default each engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     json: Json = False,
 ) -> None:
@@ -39,7 +40,9 @@ def verify(
         for engine in opened.manifest.engines:
             progress.update(task, description=engine.name)
             try:
-                outcome = verify_engine(opened, engine, references, minimum=min_agreement, threads=threads)
+                outcome = verify_engine(
+                    opened, engine, references, minimum=min_agreement, device=device, threads=threads
+                )
                 engines.append(replace(engine, verification=outcome))
             except VerificationError as error:
                 failures.append(error)

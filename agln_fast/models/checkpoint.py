@@ -31,6 +31,9 @@ __all__ = ["infer_config", "load_backbone", "load_checkpoint", "save_checkpoint"
 
 StateDict = dict[str, Tensor]
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
+
 # NumPy scalars, which older training scripts store beside the weights ("best_pred").
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Any] = [
@@ -162,7 +165,7 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[ModelConfig, list[str]]:
     values: dict[str, Any] = {
         "encoder": encoder,
         "num_classes": num_classes,
-        "width": shape("encoder.layer4.0.conv1.weight") / 512,
+        "width": _width([shape(f"encoder.layer{stage}.0.conv1.weight") for stage in (1, 2, 3, 4)]),
         "channels": hidden // 2,
     }
     if "decoder.reduce.0.weight" not in state:
@@ -198,6 +201,16 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[ModelConfig, list[str]]:
     return config, remarks
 
 
+def _width(planes: list[int]) -> float:
+    """A width factor that rounds to the channels of all four stages (64, 128, 256, 512 at width 1)."""
+    bases = (64, 128, 256, 512)
+    if all(base * planes[3] == 512 * plane for plane, base in zip(planes, bases, strict=True)):
+        return planes[3] / 512
+    low = max((plane - 0.5) / base for plane, base in zip(planes, bases, strict=True))
+    high = min((plane + 0.5) / base for plane, base in zip(planes, bases, strict=True))
+    return (low + high) / 2
+
+
 def _count(names: Mapping[str, Tensor], pattern: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in names)
 
@@ -231,8 +244,11 @@ def _read(path: Path) -> tuple[StateDict, dict[str, str]]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: not a checkpoint: entry {name!r} is no tensor but {type(value).__name__}")
-        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+        counter = name.endswith("num_batches_tracked")
+        if value.layout != torch.strided or value.is_meta or value.dtype not in (_INTEGERS if counter else _FLOATS):
             raise CheckpointError(f"{path}: entry {name!r} is not a dense tensor of real numbers")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise CheckpointError(f"{path}: entry {name!r} claims shape {tuple(value.shape)}, but the file holds less")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, metadata
 
 
@@ -241,6 +257,15 @@ def _unpickle(path: Path) -> Any:
         zipped = file.read(2) == b"PK"
     if zipped and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: truncated: the end of the archive is missing; fetch the file again")
+    if zipped:
+        # PyTorch does not look at the checksums.
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            damaged = _first_line(error)
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged ({damaged}); fetch the file again")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")
@@ -292,13 +317,13 @@ def _fill(module: nn.Module | ResNet, state: StateDict, path: Path, what: str, *
             if names
         )
         raise CheckpointError(f"{path}: does not fit {what}: {listing}")
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    tensors = {name: tensor if name in counters else tensor.float() for name, tensor in state.items()}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{path}: NaN or Inf in {len(broken)} of {len(state)} tensors, first in {broken[0]!r}; "
             "the training diverged or the file is damaged"
         )
-    tensors = {name: tensor if name in counters else tensor.float() for name, tensor in state.items()}
     module.load_state_dict(tensors, assign=assign)
     if assign:
         module.requires_grad_(True)

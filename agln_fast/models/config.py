@@ -148,7 +148,7 @@ _PRESETS = {
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the presets that match the shell-style `pattern`, such as `"agln*"`."""
-    return fnmatch.filter(_PRESETS, pattern)
+    return fnmatch.filter(_PRESETS, pattern.lower())
 
 
 def preset(name: str, num_classes: int, **overrides: Any) -> ModelConfig:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,9 @@ import torch
 
 from agln_fast.backends import BACKENDS, Backend, backend_class, open_engine
 from agln_fast.bundle import Bundle, EngineRecord, open_bundle
+from agln_fast.contract import Precision
 from agln_fast.data.classes import ClassSet
-from agln_fast.errors import BackendError, BundleError, did_you_mean
+from agln_fast.errors import BackendError, BundleError, ConfigError, did_you_mean
 from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.runtime.images import ImageArray, ImageSource, Placement, as_image_list, fit, load_image, pack, windows
 from agln_fast.runtime.result import Labels, Result, Timing
@@ -44,12 +45,14 @@ def load(
     Raises:
         BundleError: it is damaged, or has no such engine.
         BackendError: no engine that fits can run here; the message says why, for each.
-        ConfigError: an unknown backend.
+        ConfigError: an unknown backend or precision.
     """
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     if backend != "auto":
         backend_class(backend)
+    if precision not in (None, *get_args(Precision)):
+        raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(get_args(Precision))}")
     engines = [
         engine
         for engine in bundle.manifest.engines

@@ -111,6 +111,13 @@ def test_one_bad_image_does_not_stop_the_rest(cli, bundle, images, tmp_path):
     ]  # fmt: skip
 
 
+def test_names_with_brackets_are_shown_as_they_are(cli, bundle, images, tmp_path):
+    (images / "0.png").rename(images / "a [red] [b].png")
+    code, out, _ = cli("run", bundle.path, images / "a [red] [b].png", "-o", tmp_path / "out")
+    assert code == 0
+    assert "a [red] [b].overlay.png" in out
+
+
 def test_an_unwritable_output_folder_is_told(cli, bundle, images, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = cli("run", bundle.path, images, "-o", tmp_path / "file")

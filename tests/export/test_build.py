@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import time
 from dataclasses import replace
 
@@ -14,7 +15,15 @@ from PIL import Image
 
 import agln_fast
 from agln_fast.bundle import Verification
-from agln_fast.errors import AglnError, BuildError, CheckpointError, ConfigError, ImageError, VerificationError
+from agln_fast.errors import (
+    AglnError,
+    BackendError,
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    ImageError,
+    VerificationError,
+)
 from agln_fast.export import build as build_module
 from agln_fast.export.build import parse_size
 from agln_fast.runtime.verify import make_reference, sample_images, verify_engine
@@ -68,13 +77,24 @@ def test_tensorrt_rtx_with_a_batch_range_in_bf16(small_network, tmp_path):
     assert (built.manifest.contract.min_batch, built.manifest.contract.max_batch) == (1, 4)
 
 
-def test_half_precision_on_the_cpu(small_network, tmp_path):
+def test_half_precision_on_the_cpu_never_means_float32(small_network, tmp_path):
+    """x86 CPUs have no fp16 convolution in ONNX Runtime: the engine is there, and said not to run here."""
     built = agln_fast.build(small_network(), tmp_path / "half", size=(64, 64), precision="fp16")
     engine = built.engine("onnxruntime-fp16")
     assert engine.file == "model.fp16.onnx"
-    assert engine.verification.weighted_agreement > 0.99
-    with agln_fast.load(built, "onnxruntime") as segment:
-        assert segment.precision == "fp16"
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert engine.verification.status == "not verified on this machine"
+        assert "would compute in fp32" in engine.verification.reason
+        with pytest.raises(BackendError, match="would compute in fp32"):
+            agln_fast.load(built, "onnxruntime")
+
+
+def test_a_network_in_memory_is_neither_changed_nor_trusted_to_be_fp32(small_network, tmp_path):
+    network = small_network().half().train()
+    built = agln_fast.build(network, tmp_path / "x", size=(64, 64))
+    assert network.training
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float16}
+    assert built.engine("onnxruntime-fp32").verification.agreement > 0.999
 
 
 def test_logits_and_batches_are_verified_too(small_network, tmp_path):
@@ -121,6 +141,13 @@ WRONG = {
     "layout": ({"layout": "bgr"}, "layout 'bgr'"),
     "class set": ({"classes": "ade20"}, "did you mean 'ade20k'"),
     "samples": ({"samples": "no/such/*.png"}, "no/such"),
+    "wide batch": ({"batch": (1, 2, 3)}, r"batch \(1, 2, 3\): give a number"),
+    "text batch": ({"batch": "4"}, "batch '4': give a number"),
+    "one side": ({"size": 64}, "size 64: needs two whole numbers"),
+    "negative workspace": ({"workspace_bytes": -5}, "workspace of -5 bytes"),
+    "idle capabilities": ({"compute_capabilities": ["sm86"]}, "compute capabilities are for target tensorrt-rtx"),
+    "idle timing cache": ({"timing_cache": "x"}, "only target tensorrt has one"),
+    "agreement": ({"min_agreement": 2}, "min_agreement 2: must be from 0 to 1"),
     "folder": ({"path": "no/such/folder/x"}, "there is no folder"),
 }
 

@@ -9,13 +9,15 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from released import normalised_image, released_shapes, weights
 from safetensors.torch import save_file
 
 import agln_fast
 from agln_fast.bench.weights import random_network, released_state_dict
 from agln_fast.errors import CheckpointError, ConfigError
-from agln_fast.models.checkpoint import infer_config
+from agln_fast.models.checkpoint import _width, infer_config
 from agln_fast.models.config import ModelConfig
 
 
@@ -189,6 +191,22 @@ def test_truncated_files_are_told(suffix, keep, small_network, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_flipped_bytes_of_a_zip_are_noticed(small_network, tmp_path):
+    torch.save(small_network().state_dict(), tmp_path / "x.pth")
+    data = bytearray((tmp_path / "x.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+
+
+@given(st.floats(0.02, 4))
+def test_widths_are_inferred_from_all_four_stages(width):
+    planes = [max(1, round(width * base)) for base in (64, 128, 256, 512)]
+    found = _width(planes)
+    assert [max(1, round(found * base)) for base in (64, 128, 256, 512)] == planes
+
+
 def _with(name, value):
     def change(state):
         state[name] = value(state[name]) if callable(value) else value
@@ -217,8 +235,12 @@ DEFECTS = {
     "sparse": (_with("encoder.bn1.weight", lambda t: t.to_sparse()), r"not a dense tensor of real numbers"),
     "absurd size": (
         _with("classifier.0.weight", torch.zeros(1).expand(2**40, 1, 1, 1)),
-        r"channels 549755813888: must be a whole number",
+        r"'classifier.0.weight' claims shape \(1099511627776, 1, 1, 1\), but the file holds less",
     ),
+    "whole numbers": (_with("encoder.bn1.weight", lambda t: t.to(torch.int8)), r"not a dense tensor of real numbers"),
+    "float8": (_with("encoder.bn1.weight", lambda t: t.to(torch.float8_e4m3fn)), r"not a dense tensor of real numbers"),
+    "beyond float32": (_with("encoder.bn1.weight", lambda t: t.double() * 1e300), r"NaN or Inf in 1 of .*'encoder.bn1"),
+    "meta": (_with("encoder.bn1.weight", lambda t: t.to("meta")), r"not a dense tensor of real numbers"),
     "other network": (
         lambda s: [s.pop(k) for k in list(s) if k.startswith("classifier")],
         "not a checkpoint of the AGLN family",

@@ -64,6 +64,8 @@ def test_unknown_choices_are_corrected(bundle):
         agln_fast.load(bundle, "onnxrutime")
     with pytest.raises(BundleError, match=r"no tensorrt engine.* it has openvino-fp32"):
         agln_fast.load(bundle, "tensorrt")
+    with pytest.raises(ConfigError, match="unknown precision 'fp8'"):
+        agln_fast.load(bundle, precision="fp8")
     with pytest.raises(BundleError, match="no torch engine in bf16"):
         agln_fast.load(bundle, "torch", precision="bf16")
     with pytest.raises(BackendError, match="cuda"):
