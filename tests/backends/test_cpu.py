@@ -113,7 +113,7 @@ def test_onnxruntime_never_falls_back_to_another_provider(bundle, monkeypatch):
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    with pytest.raises(BackendError, match="onnxruntime c(annot open|ould not start)"):
+    with pytest.raises(BackendError, match=r"onnxruntime c(annot open|ould not start)"):
         open_engine(bundle, bundle.engine("onnxruntime-fp32"), device="cuda")
 
 
