@@ -32,9 +32,17 @@ def build(
         str, typer.Option(help="Engine input: uint8_nhwc (normalises inside) or float_nchw.")
     ] = "uint8_nhwc",
     resize: Annotated[str, typer.Option(help="stretch, pad (keeps the ratio) or slide (needs logits).")] = "stretch",
-    classes: Annotated[str | None, typer.Option(help="Class set: pascal_voc, ade20k, …; default by the count.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Class set (pascal_voc, ade20k, …) or a text file, a name a line; default by count."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with the model config, where names cannot tell.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="R,G,B in 0..1; default ImageNet's.")] = None,
+    std: Annotated[str | None, typer.Option(help="R,G,B in 0..1; default ImageNet's.")] = None,
     sm: Annotated[list[str], typer.Option(help="Compute capability for tensorrt-rtx, e.g. sm86; repeatable.")] = [],  # noqa: B006
-    workspace: Annotated[int | None, typer.Option(help="TensorRT's scratch memory, MiB.")] = None,
+    workspace: Annotated[int | None, typer.Option(min=1, help="TensorRT's scratch memory, MiB.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache, read and updated.")] = None,
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
@@ -50,8 +58,13 @@ def build(
     if match is None:
         raise ConfigError(f"batch {batch!r}: give a number, or a range such as 1..8")
     from agln_fast.export.build import build as build_bundle
+    from agln_fast.models.config import ModelConfig
 
     options: dict[str, Any] = {"layout": layout, "output": kind, "resize": resize}
+    options |= {name: _colour(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+    if config is not None:
+        options["config"] = ModelConfig.from_json(_read(config))
+    class_names = _read(Path(classes)).splitlines() if classes is not None and Path(classes).is_file() else classes
     with progress_bar() as progress:
         bundle = build_bundle(
             checkpoint,
@@ -60,7 +73,7 @@ def build(
             precision=precision,
             targets=target,
             batch=(int(match[1]), int(match[2] or match[1])),
-            classes=classes,
+            classes=class_names,
             compute_capabilities=sm,
             workspace_bytes=None if workspace is None else workspace * 2**20,
             timing_cache=timing_cache,
@@ -76,6 +89,21 @@ def build(
         return
     print_engines(bundle)
     out.print(f"wrote {bundle.path}", highlight=False, markup=False)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def _colour(name: str, text: str) -> tuple[float, ...]:
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} {text!r}: give three numbers, such as 0.485,0.456,0.406") from None
+    return red, green, blue
 
 
 def print_engines(bundle: Bundle) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from agln_fast.cli import main
@@ -98,6 +99,32 @@ def test_build_run_verify_inspect(cli, small_checkpoint, images, tmp_path):
     assert "onnxruntime-fp32" in cli("inspect", bundle)[1]
 
 
+def test_build_with_own_config_names_and_normalisation(cli, small_network, tmp_path):
+    """What a state dict cannot tell comes from the command line."""
+    network = small_network("agln_minus_cr_resnet18")
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    (tmp_path / "config.json").write_text(network.config.to_json())
+    (tmp_path / "names.txt").write_text("road\nsky\ncar\ntree\nperson\n")
+    options = ("--size", "64x64", "--config", tmp_path / "config.json", "--classes", tmp_path / "names.txt")
+    code, out, _ = cli(
+        "build",
+        tmp_path / "plain.pth",
+        "-o",
+        tmp_path / "x",
+        *options,
+        "--mean",
+        "0.5,0.5,0.5",
+        "--std",
+        "1,1,1",
+        "--json",
+    )
+    assert code == 0
+    manifest = json.loads(out)
+    assert not manifest["model"]["spatial_gating"]
+    assert manifest["classes"] == ["road", "sky", "car", "tree", "person"]
+    assert (manifest["contract"]["mean"], manifest["contract"]["std"]) == ([0.5] * 3, [1.0] * 3)
+
+
 def test_one_bad_image_does_not_stop_the_rest(cli, bundle, images, tmp_path):
     (images / "1.png").write_bytes(b"not a picture")
     code, out, err = cli("run", bundle.path, images, tmp_path / "missing.jpg", "-o", tmp_path / "out", "--json")
@@ -127,6 +154,8 @@ def test_an_unwritable_output_folder_is_told(cli, bundle, images, tmp_path):
 
 ERRORS = {
     "missing checkpoint": (("build", "nothing.pth", "-o", "x"), 3, "nothing.pth: no such file"),
+    "bad mean": (("build", "nothing.pth", "-o", "x", "--mean", "0.5"), 2, "mean '0.5': give three numbers"),
+    "no config": (("build", "nothing.pth", "-o", "x", "--config", "no.json"), 2, "no.json: cannot be read"),
     "bad batch": (("build", "nothing.pth", "-o", "x", "--batch", "many"), 2, "batch 'many'"),
     "missing bundle": (("run", "nothing.agln", "x.png", "-o", "out"), 5, "nothing.agln: no such bundle"),
     "unknown preset": (("inspect", "agln_resnet5"), 2, "did you mean 'agln_resnet50'"),
