@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import platform
 import time
 from dataclasses import replace
@@ -265,3 +266,35 @@ def test_latency_is_measured(bundle, monkeypatch):
         bundle, bundle.engine("torch-fp32"), make_reference(network, bundle, sample_images(1, 64, 96))
     )
     assert check.latency_ms >= 300
+
+
+def test_a_bundle_that_cannot_be_put_in_place_brings_the_old_one_back(small_network, tmp_path, monkeypatch):
+    agln_fast.build(small_network(), tmp_path / "x", size=(64, 64))
+    rename = pathlib.Path.rename
+
+    def fail_at_the_last_step(self, target):
+        if self.name.startswith(".x.agln.") and not self.name.endswith(".old"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail_at_the_last_step)
+    with pytest.raises(BuildError, match="Input/output error"):
+        agln_fast.build(small_network(), tmp_path / "x", size=(64, 96), overwrite=True)
+    assert os.listdir(tmp_path) == ["x.agln"]
+    assert agln_fast.open_bundle(tmp_path / "x.agln").manifest.contract.width == 64
+
+
+@pytest.mark.tensorrt_rtx
+def test_every_compute_capability_reaches_the_library(small_network, tmp_path, monkeypatch):
+    import tensorrt_rtx
+
+    seen = {}
+    real = tensorrt_rtx.IBuilderConfig.set_compute_capability
+
+    def spy(self, capability, index):
+        seen[index] = capability.name
+        return real(self, capability, index)
+
+    monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "set_compute_capability", spy)
+    agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), targets="tensorrt-rtx")
+    assert seen == {0: "SM80", 1: "SM86", 2: "SM89", 3: "SM120"}
