@@ -7,10 +7,13 @@
     ├── BundleError               5   a bundle that is damaged, foreign or of another version
     ├── BackendError              6   an engine that cannot run on this machine
     │   └── MissingPackageError   6   ... because a package is not installed
-    └── BuildError                7   an export or an engine build that failed
-        └── VerificationError     8   an engine that does not agree with the reference network
+    ├── BuildError                7   an export or an engine build that failed
+    │   └── VerificationError     8   an engine that does not agree with the reference network
+    ├── DatasetError              9   a dataset's folder that is missing, incomplete or damaged
+    └── TrainingError            10   a training that diverged, or whose state cannot be saved
 
-Each message is one line that says what was wrong, where, and what to do next.
+Each message is one line that says what was wrong, where, and what to do next; where folders of a dataset are missing,
+the tree that they belong to follows.
 """
 
 import difflib
@@ -23,8 +26,10 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "DatasetError",
     "ImageError",
     "MissingPackageError",
+    "TrainingError",
     "VerificationError",
     "did_you_mean",
 ]
@@ -86,6 +91,18 @@ class VerificationError(BuildError):
     """An engine whose output does not agree with the reference network."""
 
     exit_code = 8
+
+
+class DatasetError(AglnError):
+    """A dataset's folder that is missing, incomplete or damaged."""
+
+    exit_code = 9
+
+
+class TrainingError(AglnError):
+    """A training that diverged, or whose state cannot be saved."""
+
+    exit_code = 10
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from agln_fast.errors import ConfigError, did_you_mean
 __all__ = ["ClassSet", "class_set", "default_class_set", "list_class_sets"]
 
 _FOLDER = resources.files("agln_fast.data")
-_BY_COUNT = {21: "pascal_voc", 59: "pascal_context_59", 60: "pascal_context_60", 150: "ade20k"}
+_BY_COUNT = {12: "scenes", 21: "pascal_voc", 59: "pascal_context_59", 60: "pascal_context_60", 150: "ade20k"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def class_set(name: str) -> ClassSet:
 def default_class_set(num_classes: int) -> ClassSet:
     """The class set that a network with `num_classes` outputs was most likely trained on.
 
-    21 is PASCAL VOC, 59 and 60 PASCAL Context, 150 ADE20K. Any other number gets "class 0", "class 1", ... in the
-    colours of VOC's colour map, which are distinct for up to 2^24 classes.
+    12 is Scenes, 21 PASCAL VOC, 59 and 60 PASCAL Context, 150 ADE20K. Any other number gets "class 0", "class 1", ...
+    in the colours of VOC's colour map, which are distinct for up to 2^24 classes.
 
     Raises:
         ConfigError: `num_classes` is below 1.

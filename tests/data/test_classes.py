@@ -8,7 +8,7 @@ import pytest
 from agln_fast.data import ClassSet, class_set, default_class_set, list_class_sets
 from agln_fast.errors import ConfigError
 
-SIZES = {"ade20k": 150, "pascal_context_59": 59, "pascal_context_60": 60, "pascal_voc": 21}
+SIZES = {"ade20k": 150, "pascal_context_59": 59, "pascal_context_60": 60, "pascal_voc": 21, "scenes": 12}
 
 # The ids of Context's 59 classes among its 459, as PyTorch-Encoding lists them.
 CONTEXT_IDS = """2 259 260 415 324 9 258 144 18 19 22 23 397 25 284 158 159 416 33 162 420 454 295 296 427 44 45 46 308

@@ -1,0 +1,61 @@
+"""What every dataset is: numbered images with label maps, and the class set that the labels mean."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from agln_fast.data.classes import ClassSet
+
+__all__ = ["IGNORE_INDEX", "CachedDataset", "Sample", "SegmentationDataset"]
+
+IGNORE_INDEX = 255
+"""Label of pixels that belong to no class: neither trained on nor counted."""
+
+_Array: TypeAlias = npt.NDArray[np.uint8]
+
+
+class Sample(NamedTuple):
+    """image: (H, W, 3) uint8 RGB; labels: (H, W) uint8 class ids or IGNORE_INDEX; name: unique within the split."""
+
+    image: _Array
+    labels: _Array
+    name: str
+
+
+class SegmentationDataset(ABC):
+    """A split of a dataset; a map-style dataset for `torch.utils.data.DataLoader` too.
+
+    class_set: names and colours of the K classes.
+    split: which part it is, e.g. "train".
+    """
+
+    class_set: ClassSet
+    split: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Sample number `index`; IndexError past the end, so that a plain `for` loop ends."""
+
+
+class CachedDataset(SegmentationDataset):
+    """Keeps in memory what it has read once: for datasets that are small, or slow to read, such as Scenes."""
+
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.class_set, self.split = dataset.class_set, dataset.split
+        self._dataset = dataset
+        self._samples: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        if index not in self._samples:
+            self._samples[index] = self._dataset[index]
+        return self._samples[index]
