@@ -1,12 +1,13 @@
-# `make demo`: build engines from a checkpoint and segment a photograph.  `make test`: all tests.  `make lint`: all checks.
+# `make demo`: build engines from checkpoints and segment pictures.  `make test`: all tests.  `make lint`: all checks.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
+RUNS ?= runs
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = agln_fast kernels export bench tests setup.py
 
-.PHONY: demo test lint format clean
+.PHONY: demo checkpoints test lint format clean
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,14 +16,17 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python -m agln_fast.bench.demo $(DEMO)
-	$(BIN)/agln-fast build $(DEMO)/agln.pth -o $(DEMO)/agln.agln --size 512x512 --precision fp32 --precision fp16 \
-		--target cpu --target tensorrt-rtx --samples $(DEMO)/photograph.png --force
-	$(BIN)/agln-fast build $(DEMO)/fpn.pth -o $(DEMO)/fpn.agln --precision fp32 --precision fp16 \
-		--target tensorrt-rtx --samples $(DEMO)/photograph.png --force
-	$(BIN)/agln-fast build $(DEMO)/agln_lite.safetensors -o $(DEMO)/agln_lite.agln --precision fp32 --precision fp16 \
-		--target tensorrt-rtx --samples $(DEMO)/photograph.png --force
-	$(BIN)/agln-fast run $(DEMO)/agln.agln $(DEMO)/photograph.png -o $(DEMO)/out
+	$(BIN)/python -m agln_fast.bench.demo pictures $(DEMO)
+	for network in fpn agln agln_lite; do \
+		$(BIN)/agln-fast build $${network}_nano -o $(DEMO)/$$network.agln --size 128x128 --output logits \
+			--precision fp32 --precision fp16 --target cpu --target tensorrt-rtx --force || exit 1; \
+	done
+	$(BIN)/agln-fast run $(DEMO)/agln.agln $(DEMO)/scenes/images $(DEMO)/photograph.png -o $(DEMO)/out
+	$(BIN)/python -m agln_fast.bench.demo compare $(DEMO)
+
+# Trains the checkpoints in agln_fast/checkpoints again: hours on two cores. It may be stopped; it goes on.
+checkpoints: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m agln_fast.bench.checkpoints $(RUNS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal

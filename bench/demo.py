@@ -1,35 +1,64 @@
-"""The inputs of `make demo`: checkpoints in the released format, and a photograph.
+"""The two ends of `make demo`: pictures to segment, and what the engines made of them side by side, as in Fig. 6.
 
-python -m agln_fast.bench.demo FOLDER
+python -m agln_fast.bench.demo pictures FOLDER
+python -m agln_fast.bench.demo compare FOLDER
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image
 
-from agln_fast.bench.weights import random_network, released_state_dict
-from agln_fast.models.checkpoint import save_checkpoint
+from agln_fast.data.scenes import Scenes, write_scenes
+from agln_fast.figures.comparison import Example, draw_comparison
+from agln_fast.figures.saving import save_figure
+from agln_fast.runtime.images import load_image
+from agln_fast.runtime.segmenter import load
 
-__all__ = ["main"]
+__all__ = ["compare", "pictures"]
+
+NETWORKS = {"FPN": "fpn.agln", "AGLN": "agln.agln"}
+SCENES = (1, 5, 9)
+"""Numbers in the test split; chosen for what is in them before any network had seen them."""
 
 
-def main(folder: Path) -> None:
-    """Write `agln.pth` and `fpn.pth` as released, `agln_lite.safetensors`, and `photograph.png` into `folder`."""
+def pictures(folder: Path) -> None:
+    """Write scenes with their ground truth into `folder`/scenes, and a photograph."""
     from skimage import data
 
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(data.coffee()).save(folder / "photograph.png")
-    for name, preset in (("agln", "agln_release_resnet50"), ("fpn", "fpn_resnet50")):
-        released = released_state_dict(random_network(preset, num_classes=59))
-        torch.save({"state_dict": released, "epoch": 0}, folder / f"{name}.pth")
-    save_checkpoint(random_network("agln_lite_resnet50", num_classes=59), folder / "agln_lite.safetensors")
-    print(f"{folder}: three ResNet-50 checkpoints and a photograph.")
-    print("The weights are random and deterministic, not trained: the masks show that the path works, no more.")
+    scenes = Scenes("test")
+    write_scenes((scenes[number] for number in SCENES), folder / "scenes")
+    Image.fromarray(data.rocket()).save(folder / "photograph.png")
+    print(f"{folder}: {len(SCENES)} scenes with their labels, and a photograph (NASA, public domain)")
+
+
+def compare(folder: Path) -> None:
+    """Segment them with the engines of both bundles, and write `folder`/comparison.png."""
+    images = [*sorted((folder / "scenes" / "images").iterdir()), folder / "photograph.png"]
+    predictions = []
+    for file in NETWORKS.values():
+        with load(folder / file) as segment:
+            predictions.append([segment(path).labels for path in images])
+    examples = []
+    for path, *labels in zip(images, *predictions, strict=True):
+        truth = folder / "scenes" / "labels" / path.name
+        known = np.array(Image.open(truth)) if truth.exists() else None
+        examples.append(Example(load_image(path), known, labels, path.stem))
+    save_figure(draw_comparison(examples, list(NETWORKS), Scenes("test").class_set), folder / "comparison.png")
+    print(f"{folder / 'comparison.png'}: input, ground truth, {', '.join(NETWORKS)}")
+
+
+def main() -> None:
+    """Entry point of the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("pictures", "compare"))
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    {"pictures": pictures, "compare": compare}[arguments.step](arguments.folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -39,7 +39,7 @@ _RELEASED_NAMES = [
 def random_network(name: str, num_classes: int, seed: int = 0) -> SegmentationNetwork:
     """The preset `name` in eval mode with weights that depend on nothing but the parameters' names and `seed`.
 
-    The last layer is scaled so that each class has logits of mean 0 and deviation 1 on generated pictures: otherwise
+    The last layer is scaled so that each class has logits of mean 0 and deviation 1 on Scenes: otherwise
     one class would win everywhere.
     """
     network = create_model(name, num_classes).eval()

@@ -75,7 +75,7 @@ def build(
         compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
         workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
         timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
-        samples: image, folder or pattern to verify with; None for generated pictures.
+        samples: image, folder or pattern to verify with; None for Scenes.
         min_agreement: smallest share of equal labels, 0..1; None for 0.999 in fp32, 0.99 (weighted) in half.
         threads: CPU threads for the verification.
         overwrite: replace an existing bundle.

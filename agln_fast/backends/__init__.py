@@ -13,7 +13,7 @@ from agln_fast.backends.base import Backend
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BackendError, ConfigError, did_you_mean
 
-__all__ = ["BACKENDS", "Backend", "backend_class", "open_engine"]
+__all__ = ["BACKENDS", "Backend", "backend_class", "check_threads", "open_engine"]
 
 # Name -> module and class, fastest first: the order in which `backend="auto"` tries them.
 BACKENDS = {
@@ -38,6 +38,19 @@ def backend_class(name: str) -> type[Backend]:
     return backend
 
 
+def check_threads(threads: int | None) -> int | None:
+    """`threads` itself; None becomes `AGLN_FAST_THREADS`, and stays None without it.
+
+    Raises:
+        ConfigError: fewer threads than one, or more than four for each core.
+    """
+    threads = environment.default_threads() if threads is None else threads
+    most = 4 * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise ConfigError(f"threads {threads}: must be from 1 to {most} on this machine")
+    return threads
+
+
 def open_engine(
     bundle: Bundle, engine: EngineRecord, *, device: str | None = None, threads: int | None = None
 ) -> Backend:
@@ -49,10 +62,7 @@ def open_engine(
         BackendError: it cannot; the message says what differs and what to do.
         ConfigError: fewer threads than one.
     """
-    threads = environment.default_threads() if threads is None else threads
-    most = 4 * (os.cpu_count() or 1)
-    if threads is not None and not 1 <= threads <= most:
-        raise ConfigError(f"threads {threads}: must be from 1 to {most} on this machine")
+    threads = check_threads(threads)
     backend = backend_class(engine.backend)
     obstacle = backend.obstacle(engine)
     if obstacle:

@@ -14,9 +14,13 @@ from agln_fast.cli.bench import bench
 from agln_fast.cli.build import build
 from agln_fast.cli.console import err
 from agln_fast.cli.doctor import doctor
+from agln_fast.cli.eval import evaluate
 from agln_fast.cli.inspect import inspect
 from agln_fast.cli.run import run
+from agln_fast.cli.scenes import scenes
+from agln_fast.cli.train import train
 from agln_fast.cli.verify import verify
+from agln_fast.cli.visualize import visualize
 from agln_fast.errors import AglnError
 
 __all__ = ["app", "main"]
@@ -28,8 +32,8 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for verb in (build, run, bench, verify, inspect, doctor):
-    app.command()(verb)
+for verb in (build, run, bench, verify, evaluate, train, scenes, visualize, inspect, doctor):
+    app.command("eval" if verb is evaluate else None)(verb)
 
 
 def _print_version(value: bool) -> None:

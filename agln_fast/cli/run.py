@@ -109,7 +109,7 @@ def _segment(
     segment: Segmenter, paths: list[Path], names: list[str]
 ) -> Iterator[tuple[Path, str, Result | ImageError]]:
     """Results in the order of `paths`, as many images a run as the engine takes, and errors in their place."""
-    size = segment.bundle.manifest.contract.max_batch
+    size = segment.contract.max_batch
     for start in range(0, len(paths), size):
         chunk = slice(start, start + size)
         results: list[Result | ImageError]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -41,7 +42,10 @@ class SegmentationDataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Sample number `index`; IndexError past the end, so that a plain `for` loop ends."""
+        """Sample number `index`, from the end if it is negative; IndexError where there is none."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
 
 
 class CachedDataset(SegmentationDataset):

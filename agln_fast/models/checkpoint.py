@@ -22,12 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from agln_fast.errors import CheckpointError, ConfigError
+from agln_fast.errors import CheckpointError, ConfigError, did_you_mean
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import ResNet
 
-__all__ = ["infer_config", "load_backbone", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "find_checkpoint",
+    "infer_config",
+    "list_checkpoints",
+    "load_backbone",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 StateDict = dict[str, Tensor]
 
@@ -45,6 +52,7 @@ _HARMLESS: list[Any] = [
 
 _log = logging.getLogger("agln_fast.checkpoint")
 _METADATA_KEY = "agln_fast.config"
+_SHIPPED = Path(__file__).parents[1] / "checkpoints"
 _LEVELS = "432"  # the release numbers descriptors and levels by stage: d4 is ours 0, d3 is 1, d2 is 2
 
 # Names in released checkpoints -> ours. Their lists run fine to coarse, ours coarse to fine.
@@ -75,14 +83,15 @@ def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = N
 
     Args:
         path: a released `.pth` / `.pth.tar` of AGLN, FPN or FCN (a state dict, or a dict that holds one under
-            "state_dict"; with or without the prefix "module."), or a `.safetensors` file of `save_checkpoint`.
+            "state_dict"; with or without the prefix "module."), a `.safetensors` file of `save_checkpoint`, or the
+            name of a checkpoint that ships with the package (`list_checkpoints`).
         config: what the network is; None to take it from the file's metadata or infer it from names and shapes.
 
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint, wants to run code, does not fit the config
             (missing, unexpected, misshapen entries are counted and the first ones named), or holds NaN or Inf.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     state, metadata = _read(path)
     released = any(name.startswith("head.") for name in state)
     state = {_our_name(name): tensor for name, tensor in state.items()}
@@ -106,8 +115,26 @@ def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = N
     return network.eval()
 
 
-def save_checkpoint(model: SegmentationNetwork, path: str | os.PathLike[str]) -> None:
+def list_checkpoints() -> list[str]:
+    """Names of the checkpoints that ship with the package: trained on Scenes, small, read by `load_checkpoint`."""
+    return sorted(file.stem for file in _SHIPPED.glob("*.safetensors"))
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The file that `path` means: itself, unless it is the bare name of a shipped checkpoint and no file is there."""
+    if str(path) in list_checkpoints() and not Path(path).exists():
+        return _SHIPPED / f"{path}.safetensors"
+    return Path(path)
+
+
+def save_checkpoint(
+    model: SegmentationNetwork, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
+) -> None:
     """Write weights and config as `.safetensors`, whole or not at all.
+
+    Args:
+        dtype: of the convolutions' weights, e.g. `torch.float16` for half the size; all else stays float32, because
+            variances may be too small for float16. What is read back is float32 in any case.
 
     Raises:
         CheckpointError: another suffix, or the file cannot be written.
@@ -115,7 +142,10 @@ def save_checkpoint(model: SegmentationNetwork, path: str | os.PathLike[str]) ->
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: checkpoints are written as .safetensors; give the file that suffix")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: (tensor.detach().to("cpu", dtype) if tensor.ndim > 1 else tensor.detach().cpu()).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         # Not `save_file`: it would make the file readable for its owner only, whatever the umask.
@@ -224,7 +254,8 @@ def _our_name(name: str) -> str:
 def _read(path: Path) -> tuple[StateDict, dict[str, str]]:
     """All tensors of a checkpoint file without the prefix "module.", and its metadata."""
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
+        known = "; the shipped ones are " + ", ".join(list_checkpoints())
+        raise CheckpointError(f"{path}: no such file{did_you_mean(path.name, list_checkpoints()) or known}")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
     metadata: dict[str, str] = {}

@@ -52,12 +52,15 @@ class Result:
     image: (H, W, 3) uint8 RGB, as decoded.
     class_set: names and colours of the ids.
     timing: of this image alone, or its equal part of a batch.
+    margin: (H, W) float32, how far the first class is ahead of the second: of their logits, or of their probabilities
+        with test-time augmentation. None if it was not asked for, or the engine returns labels.
     """
 
     labels: Labels
     image: ImageArray
     class_set: ClassSet
     timing: Timing
+    margin: npt.NDArray[np.float32] | None = None
 
     def __repr__(self) -> str:
         height, width = self.labels.shape

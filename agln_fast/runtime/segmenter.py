@@ -1,4 +1,4 @@
-"""`load` a bundle and call it: preprocessing, one engine, postprocessing."""
+"""`load` a bundle, or `load_network` a checkpoint, and call it: preprocessing, one engine, postprocessing."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from agln_fast.backends import BACKENDS, Backend, backend_class, open_engine
+from agln_fast.backends import BACKENDS, Backend, backend_class, check_threads, open_engine
+from agln_fast.backends.torch import NetworkBackend
 from agln_fast.bundle import Bundle, EngineRecord, open_bundle
-from agln_fast.contract import Precision
-from agln_fast.data.classes import ClassSet
+from agln_fast.contract import IOContract, Precision, Resize
+from agln_fast.data.classes import ClassSet, default_class_set
 from agln_fast.errors import BackendError, BundleError, ConfigError, did_you_mean
 from agln_fast.kernels.label_upsample import label_upsample
-from agln_fast.runtime.images import ImageArray, ImageSource, Placement, as_image_list, fit, load_image, pack, windows
+from agln_fast.models.checkpoint import load_checkpoint
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
+from agln_fast.runtime.multiscale import TestTimeAugmentation, multiscale
 from agln_fast.runtime.result import Labels, Result, Timing
+from agln_fast.runtime.sliding import slide
 
-__all__ = ["Segmenter", "load", "runnable_engines"]
+__all__ = ["Segmenter", "load", "load_network", "runnable_engines"]
 
 
 def load(
@@ -51,8 +59,8 @@ def load(
         bundle = open_bundle(bundle)
     if backend != "auto":
         backend_class(backend)
-    if precision not in (None, *get_args(Precision)):
-        raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(get_args(Precision))}")
+    if precision is not None:
+        _check_precision(precision)
     engines = [
         engine
         for engine in bundle.manifest.engines
@@ -66,10 +74,62 @@ def load(
     reasons = []
     for engine in engines:
         try:
-            return Segmenter(bundle, engine, open_engine(bundle, engine, device=device, threads=threads))
+            opened = open_engine(bundle, engine, device=device, threads=threads)
+            names = ClassSet("bundle", bundle.path.stem, bundle.manifest.classes, bundle.manifest.palette)
+            return Segmenter(engine, opened, bundle.manifest.contract, names)
         except BackendError as error:
             reasons.append(str(error))
     raise BackendError(f"{bundle.path}: {'; '.join(reasons)}")
+
+
+def load_network(
+    network: SegmentationNetwork | str | os.PathLike[str],
+    *,
+    size: tuple[int, int] = (480, 480),
+    resize: Resize = "slide",
+    precision: str = "fp32",
+    class_set: ClassSet | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    max_batch: int = 8,
+) -> Segmenter:
+    """Open a network for segmentation without a bundle: eager PyTorch between the same steps before and after.
+
+    Args:
+        network: a checkpoint's path, or a network, which is used as it is, on `device` and in eval mode.
+        size: (height, width) of the network's input, pixels.
+        resize: how images get there; with "slide" the input is a window.
+        precision: "fp32", or "bf16" and "fp16" under `torch.autocast`, on any CPU.
+        class_set: what the labels mean; None to go by their number.
+        device: "cpu", "cuda", "cuda:1"; None for "cpu".
+        threads: CPU threads; None for `AGLN_FAST_THREADS`, and without it PyTorch's own choice.
+        max_batch: the most windows, or images, that go through the network at once.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        BackendError: the device cannot be used.
+        ConfigError: an unknown precision, an impossible size, or a class set of another number of classes.
+    """
+    checked = _check_precision(precision)
+    threads = check_threads(threads)
+    contract = IOContract(*size, max_batch=max_batch, output="logits", resize=resize)
+    if not isinstance(network, SegmentationNetwork):
+        network = load_checkpoint(network)
+    num_classes = network.config.num_classes
+    class_set = default_class_set(num_classes) if class_set is None else class_set
+    if len(class_set.classes) != num_classes:
+        raise ConfigError(
+            f"class set {class_set.name!r} has {len(class_set.classes)} classes, the network {num_classes}: "
+            "give the one that it was trained on"
+        )
+    backend = NetworkBackend(network, contract, precision=checked, device=device, threads=threads)
+    return Segmenter(EngineRecord(f"torch-{checked}", "torch", checked, "", "cpu"), backend, contract, class_set)
+
+
+def _check_precision(precision: str) -> Precision:
+    if precision not in get_args(Precision):
+        raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(get_args(Precision))}")
+    return cast(Precision, precision)
 
 
 def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:
@@ -84,18 +144,19 @@ def _preference(engine: EngineRecord) -> tuple[bool, float, int]:
 
 
 class Segmenter:
-    """A callable that segments images with one engine of a bundle. Close it, or use it in a `with` statement.
+    """A callable that segments images with one engine. Close it, or use it in a `with` statement.
+
+    engine: what runs; contract: what goes into it and comes out; class_set: what the labels mean.
 
     One call runs at a time; threads that share a segmenter wait for each other.
     """
 
-    def __init__(self, bundle: Bundle, engine: EngineRecord, backend: Backend) -> None:
+    def __init__(self, engine: EngineRecord, backend: Backend, contract: IOContract, class_set: ClassSet) -> None:
         """`backend` is `engine` opened; the segmenter closes it."""
-        self.bundle = bundle
         self.engine = engine
-        self.class_set = ClassSet("bundle", bundle.path.stem, bundle.manifest.classes, bundle.manifest.palette)
+        self.contract = contract
+        self.class_set = class_set
         self._backend = backend
-        self._contract = bundle.manifest.contract
         self._lock = threading.Lock()
         self._closed = False
 
@@ -109,25 +170,42 @@ class Segmenter:
         """The precision that really runs, e.g. "fp32"."""
         return self._backend.precision
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> Any:
+    def __call__(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        tta: bool | TestTimeAugmentation = False,
+        *,
+        margin: bool = False,
+    ) -> Any:
         """Segment one image or several.
 
         Args:
             images: a path, PIL image, numpy (H, W[, 1 | 3 | 4]) uint8, torch (C, H, W) uint8 or float in 0..1, a
                 torch batch (B, C, H, W), or a list of these. Colours are RGB.
+            tta: test-time augmentation: several scales and mirror images, each under sliding windows whatever the
+                contract's resize policy; True for the paper's settings. Needs an engine that returns logits.
+            margin: whether to fill `Result.margin`, if the engine returns logits. It holds all (K, H, W) scores.
 
         Returns:
             A `Result` with labels at the image's own size; for a list or a batch, a list of them.
 
         Raises:
             ImageError: an image that cannot be used.
+            ConfigError: `tta` with an engine that returns labels.
             BackendError: the engine failed, or the segmenter is closed.
         """
         sources, single = as_image_list(images)
+        tta = TestTimeAugmentation() if tta is True else tta
+        if tta and self.contract.output != "logits":
+            raise ConfigError(
+                f"engine {self.engine.name} returns labels, and test-time augmentation averages scores: "
+                "build the bundle with --output logits"
+            )
         if self._closed:
             raise BackendError("this segmenter is closed; load the bundle again")
+        slides = tta or self.contract.resize == "slide"
         with self._lock:
-            results = list(self._slide(sources) if self._contract.resize == "slide" else self._whole(sources))
+            results = list(self._slide(sources, tta, margin) if slides else self._whole(sources, margin))
         return results[0] if single else results
 
     def close(self) -> None:
@@ -142,12 +220,12 @@ class Segmenter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _whole(self, sources: Sequence[ImageSource]) -> Iterator[Result]:
+    def _whole(self, sources: Sequence[ImageSource], margin: bool) -> Iterator[Result]:
         """Policies stretch and pad: the whole image goes through the engine once."""
-        for start in range(0, len(sources), self._contract.max_batch):
+        for start in range(0, len(sources), self.contract.max_batch):
             began = time.perf_counter()
-            images = [load_image(source) for source in sources[start : start + self._contract.max_batch]]
-            frames, placements = zip(*(fit(image, self._contract) for image in images), strict=True)
+            images = [load_image(source) for source in sources[start : start + self.contract.max_batch]]
+            frames, placements = zip(*(fit(image, self.contract) for image in images), strict=True)
             batch = self._batch(frames)
             ready = time.perf_counter()
             outputs = self._backend.run(batch)
@@ -155,64 +233,70 @@ class Segmenter:
             n = len(images)
             for image, output, placement in zip(images, outputs, placements, strict=False):
                 last = time.perf_counter()
-                labels = self._to_own_size(output, placement, image.shape[:2])
+                size = image.shape[:2]
+                rows = slice(placement.top, placement.top + placement.height)
+                columns = slice(placement.left, placement.left + placement.width)
+                output = output[..., rows, columns]
+                labels = self._to_own_size(output, size)
+                ahead = _lead(_resize(output, size)) if margin and self.contract.output == "logits" else None
                 post = time.perf_counter() - last
                 timing = Timing(1e3 * (ready - began) / n, 1e3 * (done - ready) / n, 1e3 * post)
-                yield Result(labels, image, self.class_set, timing)
+                yield Result(labels, image, self.class_set, timing, ahead)
 
     def _batch(self, frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
         """Frames (H, W, 3) -> the engine's input; short batches are filled up with the last frame."""
-        missing = self._contract.min_batch - len(frames)
-        return pack([*frames, *[frames[-1]] * missing], self._contract)
+        missing = self.contract.min_batch - len(frames)
+        return pack([*frames, *[frames[-1]] * missing], self.contract)
 
-    def _to_own_size(self, output: npt.NDArray[Any], placement: Placement, size: tuple[int, int]) -> Labels:
-        """The engine's labels (h, w) or logits (K, h, w) of one frame -> labels (H, W), resampled once."""
-        rows = slice(placement.top, placement.top + placement.height)
-        columns = slice(placement.left, placement.left + placement.width)
-        output = output[..., rows, columns]
-        if self._contract.output == "logits":
-            labels = label_upsample(torch.from_numpy(output)[None], size)[0].numpy()
-            return labels if labels.dtype == np.uint8 else labels.astype(np.int32)
+    def _to_own_size(self, output: npt.NDArray[Any], size: tuple[int, int]) -> Labels:
+        """The engine's labels (h, w) or logits (K, h, w) of one image -> labels (H, W), resampled once."""
+        if self.contract.output == "logits":
+            return self._as_labels(label_upsample(torch.from_numpy(output)[None], size)[0])
         if output.shape == size:
             return np.ascontiguousarray(output)
         nearest = [((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in zip(size, output.shape, strict=True)]
         return output[np.ix_(*nearest)]
 
-    def _slide(self, sources: Sequence[ImageSource]) -> Iterator[Result]:
-        """Policy slide: overlapping windows at the image's own resolution, logits averaged."""
+    def _as_labels(self, ids: Tensor) -> Labels:
+        """Class ids (H, W) of any integer type -> uint8, or int32 for more than 256 classes."""
+        return cast(Labels, ids.numpy().astype(np.uint8 if len(self.class_set.classes) <= 256 else np.int32))
+
+    def _slide(
+        self, sources: Sequence[ImageSource], tta: TestTimeAugmentation | Literal[False], margin: bool
+    ) -> Iterator[Result]:
+        """Policy slide and test-time augmentation: one image after the other, its windows and flips in batches."""
         for source in sources:
             began = time.perf_counter()
             image = load_image(source)
             ready = time.perf_counter()
-            labels, engine_seconds = self._slide_one(image)
-            post = time.perf_counter() - ready - engine_seconds
-            yield Result(labels, image, self.class_set, Timing(1e3 * (ready - began), 1e3 * engine_seconds, 1e3 * post))
+            seconds: list[float] = []
+            run = partial(self._run_timed, seconds)
+            if tta:
+                bands = iter([multiscale(run, image, self.contract, tta)])
+            else:
+                bands = (logits[0] for logits in slide(run, image, self.contract))
+            parts = [(self._as_labels(scores.argmax(0)), _lead(scores) if margin else None) for scores in bands]
+            labels = np.concatenate([labels for labels, _ in parts])
+            ahead = np.concatenate([lead for _, lead in parts if lead is not None]) if margin else None
+            post = time.perf_counter() - ready - sum(seconds)
+            timing = Timing(1e3 * (ready - began), 1e3 * sum(seconds), 1e3 * post)
+            yield Result(labels, image, self.class_set, timing, ahead)
 
-    def _slide_one(self, image: ImageArray) -> tuple[Labels, float]:
-        height, width = image.shape[:2]
-        window_h, window_w = self._contract.height, self._contract.width
-        padded, _ = fit(image, self._contract)
-        places = windows(padded.shape[0], padded.shape[1], window_h, window_w)
+    def _run_timed(self, seconds: list[float], frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
+        """Frames (H, W, 3), at most max_batch, through the engine; the time that it took is appended to `seconds`."""
+        batch = self._batch(frames)
+        began = time.perf_counter()
+        outputs = self._backend.run(batch)
+        seconds.append(time.perf_counter() - began)
+        return outputs
 
-        # The sum has the same argmax as the mean: at a pixel, all classes were seen by the same number of windows.
-        # Only the rows under the current band of windows are held: (K, window_h, W) instead of (K, H, W).
-        num_classes = self.bundle.manifest.model.num_classes
-        total = np.zeros((num_classes, window_h, padded.shape[1]), np.float32)
-        labels = np.empty(padded.shape[:2], np.uint8 if num_classes <= 256 else np.int32)
-        band, engine_seconds = 0, 0.0
-        for start in range(0, len(places), self._contract.max_batch):
-            chunk = places[start : start + self._contract.max_batch]
-            batch = self._batch([padded[top : top + window_h, left : left + window_w] for top, left in chunk])
-            before = time.perf_counter()
-            outputs = self._backend.run(batch)
-            engine_seconds += time.perf_counter() - before
-            for (top, left), logits in zip(chunk, outputs, strict=False):
-                if top > band:
-                    step = top - band
-                    labels[band:top] = total[:, :step].argmax(0)
-                    total[:, :-step] = total[:, step:].copy()
-                    total[:, -step:] = 0
-                    band = top
-                total[:, :, left : left + window_w] += logits
-        labels[band:] = total.argmax(0)
-        return np.ascontiguousarray(labels[:height, :width]), engine_seconds
+
+def _resize(logits: npt.NDArray[Any], size: tuple[int, int]) -> Tensor:
+    """(K, h, w) -> (K, H, W), as `label_upsample` does."""
+    return F.interpolate(torch.from_numpy(logits)[None], size, mode="bilinear", align_corners=True)[0]
+
+
+def _lead(scores: Tensor) -> npt.NDArray[np.float32]:
+    """(K, H, W) -> (H, W): the largest score minus the next one; 0 for a single class."""
+    top = scores.topk(min(2, len(scores)), 0).values
+    return (top[0] - top[-1]).float().numpy()

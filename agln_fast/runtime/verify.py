@@ -17,6 +17,7 @@ import torch
 from agln_fast.backends import backend_class, open_engine
 from agln_fast.bundle import Bundle, EngineRecord, Verification
 from agln_fast.contract import DeployedNetwork, IOContract
+from agln_fast.data.scenes import Scenes
 from agln_fast.errors import BackendError, ConfigError, VerificationError
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.runtime.images import fit, list_images, load_image, pack
@@ -36,6 +37,7 @@ __all__ = [
 MINIMUM_AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.99}
 
 _SAMPLES = 4
+_LARGEST_DRAWN = 512  # pixels; larger scenes would take longer to draw than to segment
 _Batch = npt.NDArray[Any]
 
 
@@ -64,23 +66,18 @@ def check_minimum(min_agreement: float | None) -> None:
 
 
 def sample_images(count: int, height: int, width: int, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
-    """Deterministic coloured pictures (height, width, 3) with the 1/f spectrum of natural images (Field, 1987)."""
-    random = np.random.default_rng(seed)
-    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    frequency = np.hypot(fy, fx)
-    frequency[0, 0] = 1.0
-    pictures = []
-    for _ in range(count):
-        noise = np.fft.rfft2(random.standard_normal((3, height, width))) / frequency
-        noise[:, 0, 0] = 0
-        field = np.fft.irfft2(noise, (height, width)).transpose(1, 2, 0)
-        mixed = field @ random.uniform(0.2, 1, (3, 3))
-        pictures.append(np.clip(128 + 50 * mixed / mixed.std(), 0, 255).astype(np.uint8))
-    return pictures
+    """Scenes (height, width, 3) of the test split, the first ones; drawn at up to 512 pixels a side, then enlarged."""
+    scenes = Scenes("test", size=(_drawn(height), _drawn(width)), length=count, seed=seed)
+    stretch = IOContract(height, width)
+    return [fit(sample.image, stretch)[0] for sample in scenes]
+
+
+def _drawn(side: int) -> int:
+    return min(max(side, 32), _LARGEST_DRAWN)
 
 
 def sample_frames(samples: str | os.PathLike[str] | None, contract: IOContract) -> list[npt.NDArray[np.uint8]]:
-    """Frames (height, width, 3) of the contract's size: an image, folder or pattern, or None for generated pictures.
+    """Frames (height, width, 3) of the contract's size: an image, folder or pattern, or None for Scenes.
 
     Raises:
         ImageError: there is no image, or one cannot be used.

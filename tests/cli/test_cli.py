@@ -45,12 +45,13 @@ def images(tmp_path):
 def test_every_verb_has_help(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    for verb in ("build", "run", "bench", "verify", "inspect", "doctor"):
+    verbs = ("build", "run", "bench", "verify", "eval", "train", "scenes", "visualize", "inspect", "doctor")
+    for verb in verbs:
         assert verb in out
         code, text, _ = cli(verb, "--help")
         assert code == 0
         assert "Usage" in text
-    assert len(app.registered_commands) == 6
+    assert len(app.registered_commands) == len(verbs)
 
 
 def test_help_needs_no_heavy_package():

@@ -14,6 +14,7 @@ from PIL import Image
 import agln_fast
 from agln_fast.bundle import Bundle
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract
+from agln_fast.data.classes import ClassSet
 from agln_fast.errors import BackendError, BundleError, ConfigError, ImageError
 from agln_fast.runtime.segmenter import Segmenter, runnable_engines
 
@@ -151,10 +152,8 @@ class _FakeBackend:
 def colour_segmenter(bundle):
     def create(**settings):
         contract = IOContract(**{"height": 64, "width": 96, **settings})
-        model = replace(bundle.manifest.model, num_classes=3)
-        names = {"classes": ("red", "green", "blue"), "palette": ((255, 0, 0), (0, 255, 0), (0, 0, 255))}
-        manifest = replace(bundle.manifest, contract=contract, model=model, **names)
-        return Segmenter(Bundle(bundle.path, manifest), manifest.engines[0], _FakeBackend(contract))
+        colours = ClassSet("rgb", "RGB", ("red", "green", "blue"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
+        return Segmenter(bundle.manifest.engines[0], _FakeBackend(contract), contract, colours)
 
     return create
 

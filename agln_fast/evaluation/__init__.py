@@ -1,0 +1,1 @@
+"""How good a segmentation is: metrics over a dataset, and where two engines disagree."""

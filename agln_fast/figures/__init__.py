@@ -1,0 +1,1 @@
+"""Figures: what a network sees and what it gets right, drawn with matplotlib."""

@@ -1,0 +1,1 @@
+"""The paper's recipe: what to train on, how, and the loop that does it."""

@@ -1,0 +1,168 @@
+"""What a training run is: one typed dataclass, filled from a YAML file or from flags."""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from agln_fast.errors import ConfigError, MissingPackageError, did_you_mean
+
+__all__ = ["RECIPES", "Recipe", "TrainingConfig"]
+
+TrainingPrecision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What depends on the dataset (section IV-A): lengths in pixels."""
+
+    base_lr: float
+    epochs: float
+    crop: int = 480
+    base_size: int = 520
+    cache: bool = False
+
+
+RECIPES = {
+    "pascal_voc": Recipe(base_lr=0.0005, epochs=120),
+    "pascal_context_59": Recipe(base_lr=0.001, epochs=240),
+    "pascal_context_60": Recipe(base_lr=0.001, epochs=240),
+    "ade20k": Recipe(base_lr=0.001, epochs=240),
+    # Not the paper's: without an ImageNet encoder everything has to be learned, so the steps are longer.
+    "scenes": Recipe(base_lr=0.05, epochs=16, crop=128, base_size=128, cache=True),
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training run; equal configs give equal weights on one machine.
+
+    What the recipe of the dataset gives (`Recipe`) may be left out.
+
+    Raises:
+        ConfigError: an unknown name or an impossible value.
+    """
+
+    model: str = _option("agln_nano", "Preset; `agln-fast inspect` names them all.")
+    data: str = _option("scenes", "Dataset: scenes, pascal_voc, pascal_context_59, pascal_context_60, ade20k.")
+    data_root: str | None = _option(None, "Folder of the dataset; scenes needs none.")
+    train_split: str = _option("train", "Split to train on.")
+    val_split: str = _option("val", "Split to validate on.")
+    train_samples: int | None = _option(None, "Take only so many, the first ones; default all.")
+    val_samples: int | None = _option(None, "Take only so many, the first ones; default all.")
+    encoder_weights: str | None = _option(None, "ImageNet weights for the encoder (torchvision's names).")
+    initial_weights: str | None = _option(None, "Checkpoint of the same model to start from, e.g. to fine-tune.")
+    epochs: float = _option(None, "Passes over the data; default the dataset's recipe.")
+    base_lr: float = _option(None, "Learning rate at the start; default the dataset's recipe.")
+    batch_size: int = _option(16, "Images a step, over all devices together.")
+    momentum: float = _option(0.9, "Of SGD.")
+    weight_decay: float = _option(1e-4, "Of SGD, on all weights.")
+    poly_power: float = _option(0.9, "The rate falls with (1 - iteration / total) to this power.")
+    crop: int = _option(None, "Side of the training crop, pixels; default the dataset's recipe.")
+    base_size: int = _option(None, "Longer side of the image at scale 1, pixels; default the dataset's recipe.")
+    min_scale: float = _option(0.5, "Smallest random scale.")
+    max_scale: float = _option(2.0, "Largest random scale.")
+    precision: TrainingPrecision = _option("fp32", "fp32, or mixed precision in bf16 or fp16.")  # noqa: RUF009
+    accelerator: str = _option("auto", "cpu, cuda, auto: what Lightning Fabric knows.")
+    devices: int = _option(1, "How many devices; more than one train together (DDP).")
+    workers: int = _option(0, "Processes that read images; 0 reads in the training process.")
+    cache: bool = _option(None, "Keep images in memory; default the dataset's recipe.")
+    seed: int = _option(0, "Of weights, order, augmentation and dropout.")
+    validate_every: float = _option(1.0, "Epochs between validations.")
+    save_every: int = _option(100, "Iterations between saved states.")
+
+    def __post_init__(self) -> None:
+        if self.data not in RECIPES:
+            hint = did_you_mean(self.data, RECIPES)
+            raise ConfigError(f"no recipe for dataset {self.data!r}{hint}; known: {', '.join(RECIPES)}")
+        for name, value in asdict(RECIPES[self.data]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        positive = ("epochs", "base_lr", "batch_size", "devices", "validate_every", "save_every", "poly_power")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be above 0")
+        for name in ("momentum", "weight_decay", "workers", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be at least 0")
+        if self.precision not in get_args(TrainingPrecision):
+            known = ", ".join(get_args(TrainingPrecision))
+            raise ConfigError(f"precision {self.precision!r} is unknown; known: {known}")
+        if self.batch_size % self.devices:
+            raise ConfigError(f"batch size {self.batch_size} cannot be divided among {self.devices} devices")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
+        """Build from plain types, such as a YAML file holds.
+
+        Raises:
+            ConfigError: an unknown field, or a value of the wrong type.
+        """
+        hints = typing.get_type_hints(cls)
+        converted = {}
+        for name, value in values.items():
+            if name not in hints:
+                raise ConfigError(f"training config: unknown field {name!r}{did_you_mean(name, hints)}")
+            converted[name] = _convert(name, value, hints[name])
+        return cls(**converted)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> TrainingConfig:
+        """Read a YAML file; `overrides` win over it.
+
+        Raises:
+            ConfigError: no such file, not YAML, not a mapping, or as `from_dict`.
+            MissingPackageError: PyYAML is not installed.
+        """
+        try:
+            import yaml
+        except ImportError:
+            raise MissingPackageError("yaml", "train") from None
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: needs `field: value` lines, got {type(values).__name__}")
+        return cls.from_dict({**values, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types; the inverse of `from_dict`."""
+        return asdict(self)
+
+    def differences(self, other: TrainingConfig) -> list[str]:
+        """Fields, with both values, that would make another run of it: not how many processes read images."""
+        same = replace(other, workers=self.workers, save_every=self.save_every, cache=self.cache)
+        return [
+            f"{item.name} {getattr(other, item.name)!r} instead of {getattr(self, item.name)!r}"
+            for item in fields(self)
+            if getattr(self, item.name) != getattr(same, item.name)
+        ]
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    allowed = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if typing.get_origin(hint) is Literal:
+        allowed = (str,)
+    if type(value) is int and float in allowed:
+        return float(value)
+    # YAML 1.1 reads 1e-4 as text.
+    if isinstance(value, str) and float in allowed:
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) not in allowed:
+        names = " or ".join("nothing" if kind is types.NoneType else kind.__name__ for kind in allowed)
+        raise ConfigError(f"training config: {name} must be {names}, got {value!r}")
+    return value

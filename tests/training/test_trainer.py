@@ -1,0 +1,206 @@
+"""The training loop against hand-made arithmetic, and against being killed."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import agln_fast
+from agln_fast.data.augment import Augmentation
+from agln_fast.data.scenes import Scenes
+from agln_fast.errors import CheckpointError, ConfigError, TrainingError
+from agln_fast.training import trainer
+from agln_fast.training.config import TrainingConfig
+from agln_fast.training.trainer import LOG_FILE, STATE_FILE, WEIGHTS_FILE, train
+
+SMALL: dict[str, Any] = {
+    "model": "agln_nano",
+    "accelerator": "cpu",
+    "batch_size": 2,
+    "crop": 64,
+    "base_size": 64,
+    "train_samples": 6,
+    "val_samples": 2,
+    "epochs": 2.0,
+    "save_every": 1,
+}
+ITERATIONS = 6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training") / "run"
+    train(TrainingConfig(**SMALL), folder)
+    return folder
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = torch.load(a, weights_only=True)["network"], torch.load(b, weights_only=True)["network"]
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_steps_are_sgd_with_poly_rate_on_cross_entropy(tmp_path: Path) -> None:
+    """The whole loop, written out again with plain PyTorch."""
+    config = TrainingConfig(**{**SMALL, "model": "fpn_nano", "base_lr": 0.1})
+    run = train(config, tmp_path / "run")
+
+    scenes = Scenes("train", length=6)
+    augmentation = Augmentation(64, 64, (0.5, 2.0))
+    torch.manual_seed(0)
+    network = agln_fast.create_model("fpn_nano", 12).to(memory_format=torch.channels_last).train()
+    velocity = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
+    order = [(epoch, int(i)) for epoch in range(2) for i in np.random.default_rng([0, epoch]).permutation(6)]
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    losses = []
+    for iteration in range(ITERATIONS):
+        samples = [
+            augmentation(scenes[index], np.random.default_rng([0, epoch, index]))
+            for epoch, index in order[2 * iteration : 2 * iteration + 2]
+        ]
+        images = torch.stack([torch.from_numpy((s.image.astype(np.float32) / 255 - mean) / std) for s in samples])
+        labels = torch.from_numpy(np.stack([s.labels for s in samples]).astype(np.int64))
+        trainer._seed_dropout(0, iteration, 0)
+        logits = network(images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, labels, ignore_index=255)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        rate = 0.1 * (1 - iteration / ITERATIONS) ** 0.9
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(network.named_parameters(), gradients, strict=True):
+                velocity[name] = 0.9 * velocity[name] + gradient + 1e-4 * parameter
+                parameter -= rate * velocity[name]
+        losses.append(float(loss.detach()))
+    assert [row.loss for row in run.log] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-4)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(run.network.get_parameter(name), parameter, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_equal_configs_give_equal_weights_and_seeds_differ(finished: Path, tmp_path: Path) -> None:
+    train(TrainingConfig(**SMALL), tmp_path / "again")
+    assert same_weights(finished / STATE_FILE, tmp_path / "again" / STATE_FILE)
+    train(TrainingConfig(**SMALL, seed=1), tmp_path / "other")
+    assert not same_weights(finished / STATE_FILE, tmp_path / "other" / STATE_FILE)
+
+
+def test_the_weights_load_and_the_log_is_complete(finished: Path) -> None:
+    network = agln_fast.load_checkpoint(finished / WEIGHTS_FILE)
+    assert network.config == agln_fast.create_model("agln_nano", 12).config
+    rows = list(csv.DictReader((finished / LOG_FILE).open()))
+    assert [row["iteration"] for row in rows] == ["3", "6"]
+    assert all(0 <= float(row["val_miou"]) <= float(row["val_pixel_accuracy"]) <= 1 for row in rows)
+    assert float(rows[1]["learning_rate"]) == pytest.approx(0.05 * (1 / 6) ** 0.9)
+
+
+def test_killed_at_any_moment_it_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL, three times, wherever the process happens to be; then to the end."""
+    folder = tmp_path / "run"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    command = [sys.executable, "-m", "agln_fast.cli", "train", "-o", str(folder), "--resume", *flags]
+    kills = 0
+    for iteration in (1, 2, 4):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and _iteration(folder) < iteration and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        assert not (folder / WEIGHTS_FILE).exists() or agln_fast.load_checkpoint(folder / WEIGHTS_FILE)
+    assert kills >= 1
+    assert 1 <= _iteration(folder) < ITERATIONS
+    subprocess.run(command, check=True, capture_output=True)
+    assert same_weights(folder / STATE_FILE, finished / STATE_FILE)
+    without_time = [[row.rsplit(",", 1)[0] for row in (f / LOG_FILE).open()] for f in (folder, finished)]
+    assert without_time[0] == without_time[1]
+    assert not list(folder.glob(".*"))
+
+
+def _iteration(folder: Path) -> int:
+    if not (folder / STATE_FILE).exists():
+        return 0
+    return int(torch.load(folder / STATE_FILE, weights_only=True)["iteration"])
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a training already"):
+        train(TrainingConfig(**SMALL), finished)
+    with pytest.raises(ConfigError, match="another training, with momentum"):
+        train(TrainingConfig(**SMALL, momentum=0.5), finished, resume=True)
+
+
+def test_a_finished_run_is_returned(finished: Path) -> None:
+    before = (finished / STATE_FILE).read_bytes()
+    assert len(train(TrainingConfig(**SMALL), finished, resume=True).log) == 2
+    assert (finished / STATE_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"no state"])
+def test_a_damaged_state_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / STATE_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="state"):
+        train(TrainingConfig(**SMALL), tmp_path, resume=True)
+
+
+def test_a_diverging_run_stops_and_says_why(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="diverged; lower base_lr"):
+        train(TrainingConfig(**{**SMALL, "base_lr": 1e30}), tmp_path / "run")
+    # What was saved before is finite.
+    agln_fast.load_checkpoint(tmp_path / "run" / WEIGHTS_FILE)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """Forty steps on two scenes: the loss falls below half of log 12, where it starts."""
+    settings = {**SMALL, "model": "fpn_nano", "train_samples": 2, "epochs": 40.0, "min_scale": 1.0, "max_scale": 1.0}
+    rare = {**settings, "validate_every": 20.0, "save_every": 40}
+    run = train(TrainingConfig(**rare), tmp_path / "run")
+    assert run.log[-1].loss < np.log(12) / 2
+
+
+def test_mixed_precision_runs(tmp_path: Path) -> None:
+    run = train(TrainingConfig(**{**SMALL, "precision": "bf16", "epochs": 1.0}), tmp_path / "run")
+    assert np.isfinite(run.log[-1].loss)
+    assert next(run.network.parameters()).dtype == torch.float32
+
+
+def test_weights_can_be_given(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    donor = agln_fast.load_checkpoint(finished / WEIGHTS_FILE)
+    torch.save(donor.encoder.state_dict(), tmp_path / "encoder.pth")
+    seen: list[torch.Tensor] = []
+
+    def keep(self: Any, *_: object) -> None:
+        seen.extend([self.network.encoder.conv1.weight.clone(), self.network.classifier[4].weight.clone()])
+
+    monkeypatch.setattr(trainer._Trainer, "run", keep)
+    own, theirs = donor.encoder.conv1.weight, donor.classifier[4].weight
+    train(TrainingConfig(**SMALL, encoder_weights=str(tmp_path / "encoder.pth")), tmp_path / "encoder")
+    assert (torch.equal(seen[0], own), torch.equal(seen[1], theirs)) == (True, False)
+    train(TrainingConfig(**SMALL, initial_weights=str(finished / WEIGHTS_FILE)), tmp_path / "all")
+    assert (torch.equal(seen[2], own), torch.equal(seen[3], theirs)) == (True, True)
+    settings = {**SMALL, "model": "fpn_nano", "initial_weights": str(finished / WEIGHTS_FILE)}
+    with pytest.raises(ConfigError, match="fpn_nano is"):
+        train(TrainingConfig(**settings), tmp_path / "other")
+
+
+def test_processes_share_a_batch_without_overlap() -> None:
+    config = TrainingConfig(**{**SMALL, "batch_size": 4, "devices": 2})
+    whole = list(trainer._Batches(6, config, range(3), 0, 1))
+    parts = [list(trainer._Batches(6, config, range(3), rank, 2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+    assert sorted(index for batch in whole for _, index in batch) == sorted([*range(6), *range(6)])
+
+
+def test_another_folder_is_asked_for_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="cannot be written"):
+        train(TrainingConfig(**SMALL), tmp_path / "file" / "run")
