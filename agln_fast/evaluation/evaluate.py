@@ -14,8 +14,8 @@ from rich.progress import Progress
 from agln_fast.data.classes import ClassSet
 from agln_fast.data.dataset import Sample, SegmentationDataset
 from agln_fast.errors import ConfigError
-from agln_fast.metrics import SegmentationMetrics
 from agln_fast.figures.flips import Flips
+from agln_fast.metrics import SegmentationMetrics
 from agln_fast.runtime.multiscale import TestTimeAugmentation
 from agln_fast.runtime.result import Result
 from agln_fast.runtime.segmenter import Segmenter

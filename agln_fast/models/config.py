@@ -144,8 +144,8 @@ _PRESETS = {
     for variant, settings in _VARIANTS.items()
     for encoder in get_args(Encoder)
 }
-# Small enough to train on two CPU cores, and to ship. The formulation is the release's, which learns from random weights
-# several times faster than the paper's (docs/training.md); N = 32 unless the variant says otherwise.
+# Small enough to train on two CPU cores, and to ship. The formulation is that of the release, which learns from random
+# weights several times faster than the paper's (docs/training.md); N = 32 unless the variant says otherwise.
 _NANO: dict[str, Any] = {"encoder": "resnet18", "width": 0.25, "channels": 32}
 for _variant, _settings in (_VARIANTS | {"agln_paper": {"formulation": "paper"}}).items():
     _nano = {"architecture": "agln", **_NANO, "formulation": "release", "num_descriptors": 32, **_settings}
