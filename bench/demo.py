@@ -31,8 +31,8 @@ def pictures(folder: Path) -> None:
 
     scenes = Scenes("test")
     write_scenes((scenes[number] for number in SCENES), folder / "scenes")
-    Image.fromarray(data.rocket()).save(folder / "photograph.png")
-    print(f"{folder}: {len(SCENES)} scenes with their labels, and a photograph (NASA, public domain)")
+    Image.fromarray(data.camera()).save(folder / "photograph.png")
+    print(f"{folder}: {len(SCENES)} scenes with their labels, and a photograph (Lav Varshney, CC0)")
 
 
 def compare(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -157,6 +158,24 @@ def test_a_diverging_run_stops_and_says_why(tmp_path: Path) -> None:
         train(TrainingConfig(**{**SMALL, "base_lr": 1e30}), tmp_path / "run")
     # What was saved before is finite.
     agln_fast.load_checkpoint(tmp_path / "run" / WEIGHTS_FILE)
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = torch.save, []
+
+    def fill_up(state: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        train(TrainingConfig(**SMALL), tmp_path / "run")
+    monkeypatch.undo()
+    assert _iteration(tmp_path / "run") == 2
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_it_learns(tmp_path: Path) -> None:
