@@ -17,23 +17,6 @@ from agln_fast.cli.run import _names
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """`cli("run", …)` returns exit code, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["agln-fast", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def images(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import agln_fast
-from agln_fast.cli import main
 from agln_fast.data import registry
 from agln_fast.data.classes import class_set
 from agln_fast.data.dataset import Sample, SegmentationDataset
 
 SMALL = ("--size", "64x96", "-n", "2")
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """`cli("eval", …)` returns exit code, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["agln-fast", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 
 import agln_fast
-from agln_fast.cli import main
 from agln_fast.errors import ConfigError
 
 
 @pytest.fixture
-def visualize(monkeypatch, capsys, small_checkpoint, tmp_path):
+def visualize(cli, monkeypatch, small_checkpoint, tmp_path):
     """`visualize(…)` runs the verb on a checkpoint, `photo.png` and `out.png`; exit code, standard output and error."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
@@ -22,15 +19,7 @@ def visualize(monkeypatch, capsys, small_checkpoint, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*options, checkpoint=small_checkpoint, output="out.png"):
-        arguments = ("agln-fast", "visualize", checkpoint, "photo.png", "-o", output, *options)
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return cli("visualize", checkpoint, "photo.png", "-o", output, *options)
 
     return call
 
