@@ -94,14 +94,15 @@ def evaluate(
             result = comparison.a
     if confusion is not None:
         _draw_confusion(result, confusion)
-    drawn = flips is not None and comparison is not None and _draw_flips(comparison, flips)
+    names = _names(comparison, source, other) if comparison is not None and other is not None else ("", "")
+    drawn = flips is not None and comparison is not None and _draw_flips(comparison, names, flips)
     if json:
         print_json((comparison or result).to_dict())
         return
     if comparison is None:
         _print_evaluation(result)
     else:
-        _print_comparison(comparison)
+        _print_comparison(comparison, names)
     for path, done in ((confusion, True), (flips, drawn)):
         if path is not None and done:
             out.print(f"wrote {path}", highlight=False, markup=False)
@@ -172,7 +173,7 @@ def _draw_confusion(result: Evaluation, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_flips(comparison: Comparison, path: Path) -> bool:
+def _draw_flips(comparison: Comparison, names: tuple[str, str], path: Path) -> bool:
     """Whether there was anything to draw."""
     from agln_fast.figures.flips import draw_flips
     from agln_fast.figures.saving import save_figure
@@ -180,8 +181,8 @@ def _draw_flips(comparison: Comparison, path: Path) -> bool:
     if not comparison.worst:
         err.print(f"{path}: not drawn, the engines agree on every pixel", highlight=False, markup=False)
         return False
-    a, b = _names(comparison)
-    title = f"{_title(comparison.a)}, against {b}\n{_disagreement(comparison)}; mIoU {_score_pair(comparison)}"
+    a, b = names
+    title = f"{a} against {b}, {_where(comparison.a)}\n{_disagreement(comparison)}; mIoU {_score_pair(comparison)}"
     margin = {"logits": "difference of logits", "probabilities": "difference of probabilities", "nothing": "weight"}
     figure = draw_flips(
         comparison.worst, comparison.a.class_set, a=a, b=b, title=title, margin=margin[comparison.weight]
@@ -190,19 +191,25 @@ def _draw_flips(comparison: Comparison, path: Path) -> bool:
     return True
 
 
-def _names(comparison: Comparison) -> tuple[str, str]:
-    """What tells the engines apart: their names, or, if these are equal, A and B."""
+def _names(comparison: Comparison, source: Path, other: Path) -> tuple[str, str]:
+    """What tells the two apart: their engines, their sources, or, if these are equal too, A and B."""
     a, b = comparison.a.engine, comparison.b.engine
-    return (a, b) if a != b else (f"A: {a}", f"B: {b}")
+    if source == other:
+        return (a, b) if a != b else (f"A: {a}", f"B: {b}")
+    return (source.stem, other.stem) if a == b else (f"{source.stem} {a}", f"{other.stem} {b}")
 
 
 def _title(result: Evaluation) -> str:
     """`torch-fp32 on cpu: scenes val, 250 images, 6 scales and flip`."""
-    title = f"{result.engine} on {result.device}: {result.dataset} {result.split}, {result.samples} images"
+    return f"{result.engine} on {result.device}: {_where(result)}"
+
+
+def _where(result: Evaluation) -> str:
+    where = f"{result.dataset} {result.split}, {result.samples} images"
     if result.tta is None:
-        return title
+        return where
     scales = len(result.tta.scales)
-    return f"{title}, {scales} scale{'' if scales == 1 else 's'}{' and flip' if result.tta.flip else ''}"
+    return f"{where}, {scales} scale{'' if scales == 1 else 's'}{' and flip' if result.tta.flip else ''}"
 
 
 def _score(result: Evaluation) -> str:
@@ -247,9 +254,8 @@ def _print_evaluation(result: Evaluation) -> None:
     out.print(f"{_score(result)}; {result.milliseconds:.1f} ms an image", highlight=False)
 
 
-def _print_comparison(comparison: Comparison) -> None:
-    names = _names(comparison)
-    title = f"{_title(comparison.a)}, against {names[1]}"
+def _print_comparison(comparison: Comparison, names: tuple[str, str]) -> None:
+    title = f"{names[0]} against {names[1]}, {_where(comparison.a)}"
     table = _table(title, "class", f"IoU {names[0]}", f"IoU {names[1]}", "difference")
     ious = comparison.a.metrics.iou, comparison.b.metrics.iou, comparison.iou_difference
     for name, a, b, difference in zip(comparison.a.class_set.classes, *ious, strict=True):
