@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from agln_fast.data.dataset import CachedDataset
 from agln_fast.data.scenes import Scenes
+from agln_fast.errors import ConfigError
 from agln_fast.evaluation.evaluate import evaluate
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import preset
@@ -67,7 +68,10 @@ def run(model: str, seed: int, epochs: float, size: int, folder: Path, data: dic
     place = folder / f"{model}-{seed}"
     stored = place / "outcome.json"
     if stored.exists():
-        return Outcome(**json.loads(stored.read_text(encoding="utf-8")))
+        outcome = Outcome(**json.loads(stored.read_text(encoding="utf-8")))
+        if (outcome.epochs, outcome.size) != (epochs, size):
+            raise ConfigError(f"{place}: {outcome.epochs:g} epochs at {outcome.size} pixels; choose another folder")
+        return outcome
     config = TrainingConfig(
         model=model,
         seed=seed,
@@ -94,7 +98,9 @@ def run(model: str, seed: int, epochs: float, size: int, folder: Path, data: dic
         trained.log[-1].seconds,
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {version('torch')}",
     )
-    stored.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
+    part = stored.with_suffix(".part")
+    part.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
+    part.replace(stored)
     return outcome
 
 

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 __all__ = ["Json", "err", "out", "print_json", "progress_bar"]
 
@@ -22,14 +30,18 @@ def print_json(values: Any) -> None:
     typer.echo(json.dumps(values, indent=2))
 
 
-def progress_bar() -> Progress:
-    """A progress display on standard error, if that is a terminal; standard output is left to the result."""
+def progress_bar(*, remaining: bool = False) -> Progress:
+    """A progress display on standard error, if that is a terminal; standard output is left to the result.
+
+    remaining: show the time that is left, too, for what takes hours.
+    """
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *((TextColumn("left"), TimeRemainingColumn()) if remaining else ()),
         console=err,
         transient=True,
         disable=not err.is_terminal,

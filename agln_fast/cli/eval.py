@@ -24,7 +24,9 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="A bundle, NAME.agln, or a checkpoint, which PyTorch runs.")],
+    source: Annotated[
+        Path, typer.Argument(help="A bundle, NAME.agln, or a checkpoint (file, name, or training), which PyTorch runs.")
+    ],
     backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, tensorrt, tensorrt-rtx.")] = "auto",
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default any engine's, fp32 for a checkpoint.")
@@ -78,7 +80,7 @@ def evaluate(
     wanted = None if size is None else parse_size(size)
     dataset = open_dataset(data, split, data_root, size=wanted if data == "scenes" else None, length=limit)
     window = dataset[0].image.shape[:2] if data == "scenes" else wanted or (480, 480)
-    if data != "scenes" and wanted and source.is_dir() and (other is None or other.is_dir()):
+    if data != "scenes" and wanted and _is_bundle(source) and (other is None or _is_bundle(other)):
         raise ConfigError(f"size {size}: the engines of a bundle have theirs, and images of {data!r} their own")
 
     def opened(path: Path, backend: str, precision: str | None) -> Segmenter:
@@ -121,7 +123,7 @@ def _open(
     from agln_fast.models.checkpoint import load_checkpoint
     from agln_fast.runtime.segmenter import load, load_network
 
-    if path.is_dir():
+    if _is_bundle(path):
         return load(path, backend, precision=precision, device=device, threads=threads)
     if backend not in ("auto", "torch"):
         raise ConfigError(f"{path}: PyTorch runs checkpoints; for backend {backend!r} build a bundle from it first")
@@ -130,11 +132,19 @@ def _open(
     return load_network(
         network,
         size=window,
+        resize="stretch"
+        if dataset.class_set.name == "scenes"
+        else "slide",  # scenes are windows: several go in a batch
         precision=precision or "fp32",
         class_set=dataset.class_set if fits else None,
         device=device,
         threads=threads,
     )
+
+
+def _is_bundle(path: Path) -> bool:
+    """Any folder but that of a training."""
+    return path.is_dir() and not (path / "config.yaml").exists()
 
 
 def _augmentation(scales: str | None, flip: bool, base_size: int | None) -> TestTimeAugmentation:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.columns import Columns
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json
@@ -15,7 +16,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A preset such as agln_resnet50, a checkpoint, or a bundle.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A preset such as agln_resnet50, a checkpoint, or a bundle; none lists them.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Height x width; default the bundle's own, or 512x512.")] = None,
     num_classes: Annotated[int, typer.Option(help="Number of classes, for presets.")] = 21,
     json: Json = False,
@@ -27,10 +30,17 @@ def inspect(
     from agln_fast.bundle import open_bundle
     from agln_fast.cli.build import print_engines
     from agln_fast.export.build import parse_size
-    from agln_fast.models.checkpoint import load_checkpoint
+    from agln_fast.models.checkpoint import list_checkpoints, load_checkpoint
     from agln_fast.models.complexity import complexity
-    from agln_fast.models.config import preset
+    from agln_fast.models.config import list_models, preset
 
+    if model is None:
+        if json:
+            print_json({"models": list_models(), "checkpoints": list_checkpoints()})
+        else:
+            out.print(Columns(list_models(), title="presets", equal=True))
+            out.print(f"trained, and shipped: {', '.join(list_checkpoints())}", highlight=False)
+        return
     bundle = open_bundle(model) if Path(model).is_dir() else None
     if bundle is not None:
         config = bundle.manifest.model

@@ -26,8 +26,8 @@ def _with_config_flags(verb: Callable[..., None]) -> Callable[..., None]:
     for field in fields(TrainingConfig):
         kinds = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not NoneType]
         kind: Any = str if get_origin(hints[field.name]) is Literal else kinds[0]
-        text = field.metadata["help"] + ("" if field.default is None else f" [default: {field.default}]")
-        annotation = Annotated[kind | None, typer.Option(help=text, show_default=False)]
+        shown = False if field.default is None else str(field.default)
+        annotation = Annotated[kind | None, typer.Option(help=field.metadata["help"], show_default=shown)]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
@@ -49,8 +49,10 @@ def train(
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = TrainingConfig.from_dict(given) if config is None else TrainingConfig.from_yaml(config, **given)
-    with progress_bar() as progress:
+    with progress_bar(remaining=True) as progress:
         run = train(settings, output, resume=resume, progress=progress)
+    if run.rank > 0:  # one of several processes speaks
+        return
     if json:
         print_json({"weights": str(run.weights), "log": [asdict(row) for row in run.log]})
         return

@@ -32,7 +32,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         low, high = self.scale
         if not (self.crop >= 32 and self.base_size >= 32 and 0 < low <= high < 100 and 0 <= self.flip <= 1):
-            raise ConfigError(f"{self}: crop and base size must be at least 32, 0 < scale < 100, 0 <= flip <= 1")
+            raise ConfigError(
+                f"crop {self.crop}, base size {self.base_size}, scale {low} to {high}, flip {self.flip}: crop and base "
+                "size must be at least 32, scales above 0 and rising, flip from 0 to 1"
+            )
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         factor = random.uniform(*self.scale) * self.base_size / max(sample.labels.shape)

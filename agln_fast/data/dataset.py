@@ -63,3 +63,8 @@ class CachedDataset(SegmentationDataset):
         if index not in self._samples:
             self._samples[index] = self._dataset[index]
         return self._samples[index]
+
+    def fill(self) -> None:
+        """Read all that has not been read."""
+        for index in range(len(self)):
+            self[index]

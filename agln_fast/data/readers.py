@@ -77,7 +77,10 @@ class FolderDataset(SegmentationDataset):
             what = f"{root}: holds no complete split {self.split!r} of {self.class_set.title}"
             raise DatasetError(f"{what}; {self._tree(self.split, str(self._home), missing)}")
         self._files: dict[str, tuple[str, str]] = {}  # name: image, mask
-        self._find_files(parts, length)
+        try:
+            self._find_files(parts, length)
+        except OSError as error:
+            raise DatasetError(f"{error.filename}: cannot be read ({error.strerror})") from None
         self._names = list(self._files)
 
     def _find_files(self, parts: _Parts, length: int | None) -> None:

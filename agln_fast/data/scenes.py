@@ -80,8 +80,9 @@ class Scenes(SegmentationDataset):
         if not all(32 <= side <= _LARGEST for side in size):
             raise ConfigError(f"scenes of {size[0]}x{size[1]} pixels: each side must be from 32 to {_LARGEST}")
         length = _SPLITS[split] if length is None else length
-        if length < 1 or seed < 0:
-            raise ConfigError(f"scenes: length {length} must be at least 1, and seed {seed} at least 0")
+        for name, value, least in (("length", length, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ConfigError(f"scenes: {name} {value} must be at least {least}")
         self.class_set = class_set("scenes")
         self.split = split
         self.size = size

@@ -121,10 +121,19 @@ def list_checkpoints() -> list[str]:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The file that `path` means: itself, unless it is the bare name of a shipped checkpoint and no file is there."""
-    if str(path) in list_checkpoints() and not Path(path).exists():
-        return _SHIPPED / f"{path}.safetensors"
-    return Path(path)
+    """The file that `path` means: the weights in the folder of a training, a shipped checkpoint, or itself.
+
+    Raises:
+        CheckpointError: nothing is there; the shipped checkpoint that may be meant is named.
+    """
+    found = Path(path)
+    if (found / "config.yaml").is_file() and (found / "weights.safetensors").is_file():
+        return found / "weights.safetensors"
+    if not found.exists():
+        if str(path) in list_checkpoints():
+            return _SHIPPED / f"{path}.safetensors"
+        raise CheckpointError(f"{path}: no such file{did_you_mean(str(path), list_checkpoints())}")
+    return found
 
 
 def save_checkpoint(
@@ -149,7 +158,10 @@ def save_checkpoint(
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         # Not `save_file`: it would make the file readable for its owner only, whatever the umask.
-        part.write_bytes(save(state, metadata={_METADATA_KEY: model.config.to_json()}))
+        with part.open("xb") as file:
+            file.write(save(state, metadata={_METADATA_KEY: model.config.to_json()}))
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from None
@@ -254,8 +266,7 @@ def _our_name(name: str) -> str:
 def _read(path: Path) -> tuple[StateDict, dict[str, str]]:
     """All tensors of a checkpoint file without the prefix "module.", and its metadata."""
     if not path.exists():
-        known = "; the shipped ones are " + ", ".join(list_checkpoints())
-        raise CheckpointError(f"{path}: no such file{did_you_mean(path.name, list_checkpoints()) or known}")
+        raise CheckpointError(f"{path}: no such file")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
     metadata: dict[str, str] = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from agln_fast.errors import ConfigError, MissingPackageError, did_you_mean
+from agln_fast.models.config import preset
 
 __all__ = ["RECIPES", "Recipe", "TrainingConfig"]
 
@@ -37,6 +38,28 @@ RECIPES = {
 }
 
 
+_HARMLESS = ("data_root", "accelerator", "workers", "cache", "save_every")
+
+# Smallest and largest: what is beyond is a slip of the keyboard.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "epochs": (1e-6, 1e6),
+    "base_lr": (1e-12, 1e6),
+    "batch_size": (1, 65536),
+    "momentum": (0, 0.9999),
+    "weight_decay": (0, 10),
+    "poly_power": (0, 100),
+    "crop": (32, 8192),
+    "base_size": (32, 8192),
+    "min_scale": (0.01, 99),
+    "max_scale": (0.01, 99),
+    "devices": (1, 1024),
+    "workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "validate_every": (1e-6, 1e6),
+    "save_every": (1, 1e9),
+}
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -51,7 +74,7 @@ class TrainingConfig:
         ConfigError: an unknown name or an impossible value.
     """
 
-    model: str = _option("agln_nano", "Preset; `agln-fast inspect` names them all.")
+    model: str = _option("agln_nano", "Preset, such as agln_resnet101; `agln-fast inspect` names them all.")
     data: str = _option("scenes", "Dataset: scenes, pascal_voc, pascal_context_59, pascal_context_60, ade20k.")
     data_root: str | None = _option(None, "Folder of the dataset; scenes needs none.")
     train_split: str = _option("train", "Split to train on.")
@@ -86,18 +109,22 @@ class TrainingConfig:
         for name, value in asdict(RECIPES[self.data]).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        positive = ("epochs", "base_lr", "batch_size", "devices", "validate_every", "save_every", "poly_power")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} {getattr(self, name)}: must be above 0")
-        for name in ("momentum", "weight_decay", "workers", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} {getattr(self, name)}: must be at least 0")
+        for name, (low, high) in _LIMITS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} {value}: must be from {low:g} to {high:g}")
+        if self.max_scale < self.min_scale:
+            raise ConfigError(f"max_scale {self.max_scale}: is below min_scale {self.min_scale}")
         if self.precision not in get_args(TrainingPrecision):
             known = ", ".join(get_args(TrainingPrecision))
             raise ConfigError(f"precision {self.precision!r} is unknown; known: {known}")
         if self.batch_size % self.devices:
             raise ConfigError(f"batch size {self.batch_size} cannot be divided among {self.devices} devices")
+        if self.batch_size // self.devices == 1 and self.crop <= 32:
+            raise ConfigError(
+                "one crop of 32 pixels a device: batch normalisation needs more, a batch or a larger crop"
+            )
+        preset(self.model, num_classes=1)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
@@ -110,7 +137,7 @@ class TrainingConfig:
         converted = {}
         for name, value in values.items():
             if name not in hints:
-                raise ConfigError(f"training config: unknown field {name!r}{did_you_mean(name, hints)}")
+                raise ConfigError(f"training config: unknown field {name!r}{did_you_mean(str(name), hints)}")
             converted[name] = _convert(name, value, hints[name])
         return cls(**converted)
 
@@ -141,12 +168,11 @@ class TrainingConfig:
         return asdict(self)
 
     def differences(self, other: TrainingConfig) -> list[str]:
-        """Fields, with both values, that would make another run of it: not how many processes read images."""
-        same = replace(other, workers=self.workers, save_every=self.save_every, cache=self.cache)
+        """Fields, with both values, that would make another run of it; where data lie and what computes does not."""
         return [
             f"{item.name} {getattr(other, item.name)!r} instead of {getattr(self, item.name)!r}"
             for item in fields(self)
-            if getattr(self, item.name) != getattr(same, item.name)
+            if item.name not in _HARMLESS and getattr(self, item.name) != getattr(other, item.name)
         ]
 
 

@@ -1,7 +1,7 @@
 """The training loop: SGD, the poly rate, cross-entropy; it can be killed at any moment and resumed bit for bit.
 
 Nothing random has a state: which images an iteration sees, how each is augmented and what dropout drops follow from the
-seed and the iteration's number. What has to be kept is the weights, the momentum and that number.
+seed and the iteration's number. What has to be kept is the weights, the momentum, that number, and fp16's loss scale.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD
 from agln_fast.data.augment import Augmentation
-from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, SegmentationDataset
+from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, Sample, SegmentationDataset
 from agln_fast.data.registry import open_dataset
-from agln_fast.errors import CheckpointError, ConfigError, MissingPackageError, TrainingError
+from agln_fast.errors import AglnError, CheckpointError, ConfigError, MissingPackageError, TrainingError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork, create_model
@@ -58,11 +58,12 @@ class LogRow:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A finished run: the network in eval mode, its weights file, and the log."""
+    """A finished run: the network in eval mode, its weights file, the log, and which of the processes this one is."""
 
     network: SegmentationNetwork
     weights: Path
     log: tuple[LogRow, ...]
+    rank: int = 0
 
 
 def train(
@@ -92,26 +93,43 @@ def train(
     """
     fabric = _fabric(config)
     folder = Path(output)
-    state = _open_folder(folder, config, resume)
+    state = _on_rank_zero(fabric, lambda: _read_run(folder, config, resume))
     train_set = train_set or open_dataset(
         config.data, config.train_split, config.data_root, length=config.train_samples
     )
     val_set = val_set or open_dataset(config.data, config.val_split, config.data_root, length=config.val_samples)
+    if config.cache:
+        train_set, val_set = CachedDataset(train_set), CachedDataset(val_set)
+        if config.workers:  # they are forked, and share what is there already
+            train_set.fill()
+            val_set.fill()
     torch.manual_seed(config.seed)
     network = create_model(config.model, len(train_set.class_set.classes))
     if state is None:
         _initialise(network, config)
-    if config.cache:
-        train_set, val_set = CachedDataset(train_set), CachedDataset(val_set)
     trainer = _Trainer(fabric, config, network, train_set, val_set)
     if state is not None:
-        trainer.load(state)
-    trainer.run(folder, progress)
-    return TrainingRun(trainer.network.eval(), folder / WEIGHTS_FILE, tuple(trainer.log))
+        try:
+            trainer.load(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = _first_line(error)
+            raise CheckpointError(f"{folder / STATE_FILE}: damaged, or of another version ({what})") from None
+    _on_rank_zero(fabric, lambda: _prepare_folder(folder, config))
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if fabric.device.type == "cuda":  # where the gradient of the bilinear resize would otherwise differ from run to run
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        trainer.run(folder, progress if fabric.global_rank == 0 else None)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    return TrainingRun(trainer.network.eval(), folder / WEIGHTS_FILE, tuple(trainer.log), fabric.global_rank)
 
 
 class _Trainer:
-    """The network, its optimizer, and what has been measured since the last line of the log."""
+    """The network, its optimizer, and what has been measured since the last line of the log.
+
+    With several processes, `matrix` counts the pixels of this one; losses and all that is stored are of all together.
+    """
 
     def __init__(
         self,
@@ -123,41 +141,50 @@ class _Trainer:
     ) -> None:
         self.fabric, self.config, self.train_set, self.val_set = fabric, config, train_set, val_set
         self.total = max(1, round(config.epochs * len(train_set) / config.batch_size))
-        on_gpu = fabric.device.type == "cuda"
-        if on_gpu and fabric.world_size > 1:
+        if fabric.device.type == "cuda" and fabric.world_size > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-        # On a GPU the gradient of the bilinear resize would otherwise differ from run to run.
-        torch.use_deterministic_algorithms(on_gpu, warn_only=True)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(
             network.parameters(), config.base_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self.module, self.optimizer = fabric.setup(self.network, optimizer)
+        self.num_classes = network.config.num_classes
         self.iteration, self.seconds = 0, 0.0
         self.losses: list[float] = []
-        self.metrics = SegmentationMetrics(network.config.num_classes)
+        self.matrix = self._no_pixels()
         self.log: list[LogRow] = []
 
+    def _no_pixels(self) -> Tensor:
+        return torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.fabric.device)
+
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, as plain types and tensors."""
+        """All that the rest of the run depends on, as plain types and tensors; every process must call it."""
         return {
             "config": self.config.to_dict(),
             "iteration": self.iteration,
             "seconds": self.seconds,
             "losses": self.losses,
-            "matrix": torch.from_numpy(self.metrics.matrix),
+            "matrix": self._of_all(self.matrix),
             "log": [asdict(row) for row in self.log],
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state.get("precision", {}))
         self.iteration, self.seconds, self.losses = state["iteration"], state["seconds"], state["losses"]
-        self.metrics = SegmentationMetrics(self.network.config.num_classes, matrix=state["matrix"])
+        if self.fabric.global_rank == 0:
+            self.matrix += state["matrix"].to(self.fabric.device)
         self.log = [LogRow(**row) for row in state["log"]]
+
+    def _of_all(self, counts: Tensor) -> Tensor:
+        """The sum over the processes."""
+        total: Tensor = self.fabric.all_reduce(counts.clone(), reduce_op="sum")
+        return total
 
     def run(self, folder: Path, progress: Progress | None) -> None:
         """Go on to the last iteration."""
@@ -174,14 +201,19 @@ class _Trainer:
                     self.fabric.world_size,
                 ),
                 num_workers=config.workers,
+                collate_fn=_collate,
             ),
             use_distributed_sampler=False,
         )
         task = progress.add_task(config.model, total=self.total, completed=self.iteration) if progress else None
         every = max(1, round(config.validate_every * len(self.train_set) / config.batch_size))
         began = time.monotonic() - self.seconds
-        for images, labels in loader:
-            self._step(images, labels)
+        if self.iteration == self.total:
+            self._save(folder)  # whatever became of the files since
+        for batch in loader:
+            if isinstance(batch, AglnError):
+                raise batch
+            self._step(*batch)
             self.iteration += 1
             self.seconds = time.monotonic() - began
             validate = self.iteration % every == 0 or self.iteration == self.total
@@ -190,7 +222,11 @@ class _Trainer:
             if validate or self.iteration % config.save_every == 0:
                 self._save(folder)
             if progress is not None and task is not None:
-                progress.update(task, completed=self.iteration, description=self._description())
+                if validate:
+                    progress.console.print(self._line(), highlight=False)
+                progress.update(task, completed=self.iteration)
+                if self.iteration % 10 == 0 or validate:
+                    progress.update(task, description=self._description())
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         config = self.config
@@ -200,62 +236,96 @@ class _Trainer:
         _seed_dropout(config.seed, self.iteration, self.fabric.global_rank)
         self.module.train()
         logits = self.module(images.contiguous(memory_format=torch.channels_last)).float()
-        counted = (labels != IGNORE_INDEX).sum().clamp(min=1)  # a crop may be all padding
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / counted
-        value = float(loss.detach())
+        # The mean over the whole batch: DDP averages the processes, which may have labelled pixels in unequal numbers.
+        counted = self._of_all((labels != IGNORE_INDEX).sum()).clamp(min=1)  # crops may be all padding
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = total / (counted / self.fabric.world_size)
+        value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))
         if not np.isfinite(value):
-            before = f"{self.losses[-1]:.3g}" if self.losses else "not known"
-            raise TrainingError(
-                f"the loss is {value} in iteration {self.iteration + 1} of {self.total} (learning rate {rate:.2g}; the "
-                f"loss before was {before}): the training has diverged; lower base_lr, or check the encoder weights"
-            )
+            self._diverged(f"the loss is {value}", rate)
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()
         self.losses.append(value)
-        self.metrics.update(logits.detach().argmax(1), labels)
+        self._count(self.matrix, logits.detach().argmax(1), labels)
+
+    def _count(self, matrix: Tensor, labels: Tensor, truth: Tensor) -> None:
+        """Add to the confusion matrix where the pixels are; `SegmentationMetrics` makes numbers of it."""
+        known = truth != IGNORE_INDEX
+        pairs = truth[known] * self.num_classes + labels[known]
+        matrix += torch.bincount(pairs, minlength=self.num_classes**2).view_as(matrix)
+
+    def _metrics(self, matrix: Tensor) -> SegmentationMetrics:
+        return SegmentationMetrics(self.num_classes, matrix=matrix.cpu())
+
+    def _diverged(self, what: str, rate: float) -> NoReturn:
+        before = f"{self.losses[-1]:.3g}" if self.losses else "not known"
+        raise TrainingError(
+            f"{what} in iteration {self.iteration + 1} of {self.total} (learning rate {rate:.2g}; the loss before was "
+            f"{before}): the training has diverged; lower base_lr, or check the encoder weights"
+        )
 
     def _description(self) -> str:
         last = self.log[-1] if self.log else None
         loss = np.mean(self.losses[-50:]) if self.losses or last is None else last.loss
-        return f"{self.config.model}  loss {loss:.3f}" + (f"  mIoU {last.val_miou:.1%}" if last else "")
+        miou = self._metrics(self.matrix).mean_iou if self.losses or last is None else last.train_miou
+        validated = f", val {last.val_miou:.1%}" if last else ""
+        return f"{self.config.model}  loss {loss:.3f}  mIoU {miou:.1%}{validated}"
+
+    def _line(self) -> str:
+        row = self.log[-1]
+        return (
+            f"{self.config.model} epoch {row.epoch:.4g} of {self.config.epochs:g}: loss {row.loss:.3f}, mIoU "
+            f"{row.train_miou:.2%}, validation {row.val_miou:.2%}, pixels {row.val_pixel_accuracy:.2%}; "
+            f"{row.seconds / 60:.1f} minutes"
+        )
 
     def _add_log_row(self) -> None:
-        validation = self._validate()
+        validation = self._metrics(self._validate())
         row = LogRow(
             iteration=self.iteration,
             epoch=self.iteration * self.config.batch_size / len(self.train_set),
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss=float(np.mean(self.losses)),
-            train_miou=self.metrics.mean_iou,
+            train_miou=self._metrics(self._of_all(self.matrix)).mean_iou,
             val_miou=validation.mean_iou,
             val_pixel_accuracy=validation.pixel_accuracy,
             seconds=self.seconds,
         )
         self.log.append(row)
-        self.losses, self.metrics = [], SegmentationMetrics(self.network.config.num_classes)
+        self.losses, self.matrix = [], self._no_pixels()
 
-    def _validate(self) -> SegmentationMetrics:
-        """Whole images at their own size, with the weights as they are."""
-        metrics = SegmentationMetrics(self.network.config.num_classes)
-        self.module.eval()
-        with torch.inference_mode():
-            for index in range(len(self.val_set)):
-                sample = self.val_set[index]
-                image = torch.from_numpy(_normalise(sample.image))[None].to(self.fabric.device)
-                metrics.update(self.module(image).argmax(1), torch.from_numpy(sample.labels)[None])
-        return metrics
+    def _validate(self) -> Tensor:
+        """Confusion matrix of whole images at their own size; the processes share the work."""
+        matrix, device = self._no_pixels(), self.fabric.device
+        images = DataLoader(
+            _Images(self.val_set),
+            sampler=range(self.fabric.global_rank, len(self.val_set), self.fabric.world_size),
+            num_workers=self.config.workers,
+            collate_fn=_collate,
+        )
+        self.network.eval()
+        with torch.inference_mode(), self.fabric.autocast():
+            for batch in images:
+                if isinstance(batch, AglnError):
+                    raise batch
+                image, truth = batch
+                self._count(matrix, self.network(image.to(device)).argmax(1), truth.to(device))
+        return self._of_all(matrix)
 
     def _save(self, folder: Path) -> None:
+        """The state comes last: what it says was done is on the disk."""
+        state = self.state()
         if self.fabric.global_rank == 0:
+            if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+                self._diverged("weights are NaN or infinite", self.optimizer.param_groups[0]["lr"])
             try:
-                _replace(folder / STATE_FILE, lambda part: torch.save(self.state(), part))
-                _replace(folder / LOG_FILE, self._write_log)
                 save_checkpoint(self.network, folder / WEIGHTS_FILE)
+                _replace(folder / LOG_FILE, self._write_log)
+                _replace(folder / STATE_FILE, lambda part: torch.save(state, part))
             except (OSError, RuntimeError, CheckpointError) as error:  # PyTorch raises RuntimeError on a full disk
-                raise TrainingError(
-                    f"{folder}: the state cannot be saved ({error}); resume once there is room"
-                ) from None
+                message = f"{folder}: the state cannot be saved ({_first_line(error)}); resume once there is room"
+                raise TrainingError(message) from None
         self.fabric.barrier()
 
     def _write_log(self, path: Path) -> None:
@@ -265,16 +335,44 @@ class _Trainer:
             writer.writerows(asdict(row) for row in self.log)
 
 
-class _Crops(Dataset[tuple[Tensor, Tensor]]):
+_Item: TypeAlias = tuple[Tensor, Tensor] | AglnError
+"""Image and labels, or what is wrong with them: an exception that crosses processes would lose its one line."""
+
+
+class _Crops(Dataset[_Item]):
     """(epoch, index) -> normalised image (3, crop, crop) float32 and labels (crop, crop) int64."""
 
     def __init__(self, dataset: SegmentationDataset, augmentation: Augmentation, seed: int) -> None:
         self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> _Item:
         epoch, index = key
-        sample = self.augmentation(self.dataset[index], np.random.default_rng([self.seed, epoch, index]))
-        return torch.from_numpy(_normalise(sample.image)), torch.from_numpy(sample.labels.astype(np.int64))
+        try:
+            sample = self.dataset[index]
+        except AglnError as error:
+            return error
+        return _tensors(self.augmentation(sample, np.random.default_rng([self.seed, epoch, index])))
+
+
+class _Images(Dataset[_Item]):
+    """index -> normalised image (3, H, W) float32 and labels (H, W) int64."""
+
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> _Item:
+        try:
+            return _tensors(self.dataset[index])
+        except AglnError as error:
+            return error
+
+
+def _collate(items: list[_Item]) -> _Item:
+    errors = [item for item in items if isinstance(item, AglnError)]
+    if errors:
+        return errors[0]
+    images, labels = zip(*(item for item in items if not isinstance(item, AglnError)), strict=True)
+    return torch.stack(images), torch.stack(labels)
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
@@ -298,10 +396,11 @@ class _Batches(Sampler[list[tuple[int, int]]]):
             yield keys[self.rank :: self.world]
 
 
-def _normalise(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """(H, W, 3) uint8 -> (3, H, W) float32, as every engine does it."""
+def _tensors(sample: Sample) -> tuple[Tensor, Tensor]:
+    """Normalised as every engine does it."""
     mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
-    return np.ascontiguousarray(((image.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1))
+    image = ((sample.image.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(sample.labels.astype(np.int64))
 
 
 def _initialise(network: SegmentationNetwork, config: TrainingConfig) -> None:
@@ -321,11 +420,12 @@ def _seed_dropout(*numbers: int) -> None:
 
 
 def _fabric(config: TrainingConfig) -> Fabric:
-    try:
-        from lightning_fabric import Fabric
-        from lightning_fabric.utilities.exceptions import MisconfigurationException
-    except ImportError:
-        raise MissingPackageError("lightning_fabric", "train") from None
+    for package in ("lightning_fabric", "torchmetrics", "yaml"):
+        if find_spec(package) is None:
+            raise MissingPackageError(package, "train")
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
     try:
         fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=_PRECISIONS[config.precision])
         fabric.launch()
@@ -333,44 +433,63 @@ def _fabric(config: TrainingConfig) -> Fabric:
         raise ConfigError(
             f"accelerator {config.accelerator!r} with {config.devices} devices in {config.precision}: {error}"
         ) from None
+    if config.precision == "fp16" and fabric.device.type == "cpu":
+        raise ConfigError("precision fp16: CPUs train in fp32 or bf16")
     return fabric
 
 
-def _open_folder(folder: Path, config: TrainingConfig, resume: bool) -> dict[str, Any] | None:
-    """Make `folder`, or read the state that it holds."""
+def _on_rank_zero(fabric: Fabric, action: Callable[[], Any]) -> Any:
+    """Do something in the first process only; all get its result, or its error."""
+    outcome: Any = None
+    if fabric.global_rank == 0:
+        try:
+            outcome = action()
+        except AglnError as error:
+            outcome = error
+    outcome = fabric.broadcast(outcome)
+    if isinstance(outcome, AglnError):
+        raise outcome
+    return outcome
+
+
+def _read_run(folder: Path, config: TrainingConfig, resume: bool) -> dict[str, Any] | None:
+    """The state of the run that `folder` holds, or None."""
     path = folder / STATE_FILE
-    if path.exists():
-        if not resume:
-            raise ConfigError(f"{folder}: holds a training already; resume it, or choose another folder")
-        state = _read_state(path)
-        differences = config.differences(TrainingConfig.from_dict(state["config"]))
-        if differences:
-            raise ConfigError(f"{folder}: holds another training, with {', '.join(differences)}; choose another folder")
-        return state
+    if not path.exists():
+        return None
+    if not resume:
+        raise ConfigError(f"{folder}: holds a training already; resume it, or choose another folder")
     try:
-        import yaml
-    except ImportError:
-        raise MissingPackageError("yaml", "train") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        stored = TrainingConfig.from_dict(state["config"])
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: not a state of a training, or damaged ({_first_line(error)}); start in another folder"
+        ) from None
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: of another version ({error})") from None
+    differences = config.differences(stored)
+    if differences:
+        raise ConfigError(f"{folder}: holds another training, with {', '.join(differences)}; choose another folder")
+    return cast(dict[str, Any], state)
+
+
+def _prepare_folder(folder: Path, config: TrainingConfig) -> None:
+    """Make it, write the config, and clear away what a kill has left half written."""
+    import yaml
+
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+        for part in folder.glob(".*.part"):
+            part.unlink()
         _replace(folder / CONFIG_FILE, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-    return None
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        first = (str(error).splitlines() or [""])[0][:120]
-        raise CheckpointError(
-            f"{path}: not a state of a training, or damaged ({first}); start in another folder"
-        ) from None
-    if not isinstance(state, dict) or "iteration" not in state or "config" not in state:
-        raise CheckpointError(f"{path}: not a state of a training")
-    return state
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

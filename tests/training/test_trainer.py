@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 
 import agln_fast
 from agln_fast.data.augment import Augmentation
+from agln_fast.data.dataset import Sample
 from agln_fast.data.scenes import Scenes
-from agln_fast.errors import CheckpointError, ConfigError, TrainingError
+from agln_fast.errors import CheckpointError, ConfigError, DatasetError, TrainingError
 from agln_fast.training import trainer
 from agln_fast.training.config import TrainingConfig
 from agln_fast.training.trainer import LOG_FILE, STATE_FILE, WEIGHTS_FILE, train
@@ -141,9 +143,11 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: Path) -> None:
 
 
 def test_a_finished_run_is_returned(finished: Path) -> None:
-    before = (finished / STATE_FILE).read_bytes()
-    assert len(train(TrainingConfig(**SMALL), finished, resume=True).log) == 2
-    assert (finished / STATE_FILE).read_bytes() == before
+    before = (finished / WEIGHTS_FILE).read_bytes()
+    run = train(TrainingConfig(**SMALL), finished, resume=True)
+    assert len(run.log) == 2
+    assert not run.network.training
+    assert (finished / WEIGHTS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"no state"])
@@ -153,9 +157,65 @@ def test_a_damaged_state_is_refused(content: bytes, tmp_path: Path) -> None:
         train(TrainingConfig(**SMALL), tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("change", ["network", "optimizer", "log", "matrix", "config", "field", "row"])
+def test_a_state_of_another_version_is_refused(change: str, finished: Path, tmp_path: Path) -> None:
+    state = torch.load(finished / STATE_FILE, weights_only=True)
+    if change == "field":
+        state["config"]["new"] = 1
+    elif change == "row":
+        state["log"][0]["new"] = 1
+    elif change == "config":
+        state["config"] = []
+    else:
+        del state[change]
+    torch.save(state, tmp_path / STATE_FILE)
+    with pytest.raises(CheckpointError, match="state"):
+        train(TrainingConfig(**SMALL), tmp_path, resume=True)
+
+
+def test_files_that_got_lost_come_back(finished: Path, tmp_path: Path) -> None:
+    """A run that was killed between its last state and its weights, or that somebody tidied up."""
+    (tmp_path / STATE_FILE).write_bytes((finished / STATE_FILE).read_bytes())
+    (tmp_path / ".weights.safetensors.0123.part").write_bytes(b"half")
+    train(TrainingConfig(**SMALL), tmp_path, resume=True)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == (finished / WEIGHTS_FILE).read_bytes()
+    assert (tmp_path / LOG_FILE).read_text() == (finished / LOG_FILE).read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_of_error(workers: int, tmp_path: Path) -> None:
+    class Damaged(Scenes):
+        def __getitem__(self, index: int) -> Sample:
+            raise DatasetError("a.png: cannot be decoded")
+
+    config = TrainingConfig(**{**SMALL, "workers": workers, "cache": False})
+    with pytest.raises(DatasetError) as caught:
+        train(config, tmp_path / "run", train_set=Damaged("train", length=4))
+    assert str(caught.value) == "a.png: cannot be decoded"
+
+
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    """DDP on the CPU: one log, one JSON document, and a run that resumes."""
+    settings = {**SMALL, "devices": 2, "batch_size": 4, "epochs": 2.0}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "agln_fast.cli", "train", "-o", str(tmp_path / "run"), "--json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    log = json.loads(done.stdout)["log"]
+    assert [row["iteration"] for row in log] == [2, 3]
+    assert len((tmp_path / "run" / LOG_FILE).read_text().splitlines()) == 3
+    state = torch.load(tmp_path / "run" / STATE_FILE, weights_only=True)
+    assert state["iteration"] == 3
+    # The loss is the mean over the labelled pixels of all four crops of a batch, whichever process saw them.
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["log"] == log
+
+
 def test_a_diverging_run_stops_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="diverged; lower base_lr"):
-        train(TrainingConfig(**{**SMALL, "base_lr": 1e30}), tmp_path / "run")
+        train(TrainingConfig(**{**SMALL, "base_lr": 1e6}), tmp_path / "run")
     # What was saved before is finite.
     agln_fast.load_checkpoint(tmp_path / "run" / WEIGHTS_FILE)
 
