@@ -181,10 +181,9 @@ class _Trainer:
             self.matrix += state["matrix"].to(self.fabric.device)
         self.log = [LogRow(**row) for row in state["log"]]
 
-    def _of_all(self, counts: Tensor) -> Tensor:
+    def _of_all(self, value: Tensor) -> Tensor:
         """The sum over the processes."""
-        total: Tensor = self.fabric.all_reduce(counts.clone(), reduce_op="sum")
-        return total
+        return cast(Tensor, self.fabric.all_reduce(value.clone(), reduce_op="sum"))
 
     def run(self, folder: Path, progress: Progress | None) -> None:
         """Go on to the last iteration."""
@@ -240,7 +239,7 @@ class _Trainer:
         counted = self._of_all((labels != IGNORE_INDEX).sum()).clamp(min=1)  # crops may be all padding
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
         loss = total / (counted / self.fabric.world_size)
-        value = float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))
+        value = float(self._of_all(loss.detach()) / self.fabric.world_size)
         if not np.isfinite(value):
             self._diverged(f"the loss is {value}", rate)
         self.optimizer.zero_grad()
