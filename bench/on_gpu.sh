@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and without a network: install beside the PyTorch that is there, test, measure.
 # JSON goes to the folder that $OUT names (default bench/results/), a short table to the screen. $WHEELS may name a folder
-# of wheels with what that machine lacks (jsonschema and its dependencies).
+# of wheels with what that machine lacks (jsonschema, torchmetrics, lightning-fabric, pyyaml and their dependencies).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
@@ -9,11 +9,13 @@ mkdir -p "$out"
 python=${PYTHON:-python3}
 
 if [ -n "${WHEELS:-}" ]; then
-    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" jsonschema
+    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" jsonschema torchmetrics lightning-fabric pyyaml
 fi
 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 status=0
-"$python" -m pytest -m gpu --junitxml "$out/gpu-tests.xml" || status=$?
+# Only files with such tests are collected: the others may need packages that are not there.
+mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests)
+"$python" -m pytest -m gpu "${files[@]}" --junitxml "$out/gpu-tests.xml" || status=$?
 "$python" -m pytest bench --benchmark-only --benchmark-json "$out/kernels.json" || status=$?
 for batch in 1 8; do
     "$python" -m agln_fast.cli bench --device cuda --batch "$batch" --iters 30 --warmup 5 --json >"$out/networks-b$batch.json"

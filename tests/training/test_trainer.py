@@ -129,6 +129,33 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(finished: Path, tmp_path: P
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "precision"),
+    [("cpu", "bf16"), *(pytest.param("cuda", kind, marks=pytest.mark.gpu) for kind in ("fp32", "bf16", "fp16"))],
+)
+def test_interrupted_in_mixed_precision_it_resumes_bit_for_bit(
+    accelerator: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SMALL, "accelerator": accelerator, "precision": precision, "epochs": 1.0}
+    config = TrainingConfig(**settings)
+    train(config, tmp_path / "whole")
+    step = trainer._Trainer._step
+
+    def interrupted(self: Any, images: torch.Tensor, labels: torch.Tensor) -> None:
+        if self.iteration == 2:
+            raise KeyboardInterrupt
+        step(self, images, labels)
+
+    monkeypatch.setattr(trainer._Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    run = train(config, tmp_path / "parts", resume=True)
+    assert same_weights(tmp_path / "whole" / STATE_FILE, tmp_path / "parts" / STATE_FILE)
+    assert np.isfinite(run.log[-1].loss)
+    assert next(run.network.parameters()).dtype == torch.float32
+
+
 def _iteration(folder: Path) -> int:
     if not (folder / STATE_FILE).exists():
         return 0
@@ -244,12 +271,6 @@ def test_it_learns(tmp_path: Path) -> None:
     rare = {**settings, "validate_every": 20.0, "save_every": 40}
     run = train(TrainingConfig(**rare), tmp_path / "run")
     assert run.log[-1].loss < np.log(12) / 2
-
-
-def test_mixed_precision_runs(tmp_path: Path) -> None:
-    run = train(TrainingConfig(**{**SMALL, "precision": "bf16", "epochs": 1.0}), tmp_path / "run")
-    assert np.isfinite(run.log[-1].loss)
-    assert next(run.network.parameters()).dtype == torch.float32
 
 
 def test_weights_can_be_given(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
