@@ -172,8 +172,10 @@ def test_what_is_nearer_hides_what_is_farther_in_any_order() -> None:
     assert np.array_equal(*pictures)
     hidden = Canvas(100, 100, CAMERA)
     hidden.paint(hidden.front(4.0, (-9, 9), (0, 9)), (0, 0, 0), BUILDING)
+    for farther in (hidden.front(5.0, (-9, 9), (0, 4)), hidden.side(3.0, (5, 50), (0, 4))):
+        hidden.paint(farther, (0, 0, 0), WALL)
     hidden.sprite(0, 5, parts, 1)
-    assert not (hidden.labels == 1).any()
+    assert not np.isin(hidden.labels, (1, WALL)).any()
 
 
 def test_nothing_thinner_than_a_pixel_and_nothing_behind_the_camera() -> None:

@@ -23,6 +23,9 @@ from agln_fast.data.augment import Augmentation
 from agln_fast.data.dataset import Sample
 from agln_fast.data.scenes import Scenes
 from agln_fast.errors import CheckpointError, ConfigError, DatasetError, TrainingError
+from agln_fast.evaluation.evaluate import evaluate
+from agln_fast.metrics import SegmentationMetrics
+from agln_fast.runtime.segmenter import load_network
 from agln_fast.training import trainer
 from agln_fast.training.config import TrainingConfig
 from agln_fast.training.trainer import LOG_FILE, STATE_FILE, WEIGHTS_FILE, train
@@ -65,7 +68,7 @@ def test_the_steps_are_sgd_with_poly_rate_on_cross_entropy(tmp_path: Path) -> No
     velocity = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
     order = [(epoch, int(i)) for epoch in range(2) for i in np.random.default_rng([0, epoch]).permutation(6)]
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-    losses = []
+    losses, counts = [], [SegmentationMetrics(12), SegmentationMetrics(12)]
     for iteration in range(ITERATIONS):
         samples = [
             augmentation(scenes[index], np.random.default_rng([0, epoch, index]))
@@ -83,7 +86,9 @@ def test_the_steps_are_sgd_with_poly_rate_on_cross_entropy(tmp_path: Path) -> No
                 velocity[name] = 0.9 * velocity[name] + gradient + 1e-4 * parameter
                 parameter -= rate * velocity[name]
         losses.append(float(loss.detach()))
+        counts[iteration // 3].update(logits.argmax(1), labels)
     assert [row.loss for row in run.log] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-4)
+    assert [row.train_miou for row in run.log] == pytest.approx([count.mean_iou for count in counts], abs=2e-3)
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(run.network.get_parameter(name), parameter, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -101,6 +106,10 @@ def test_the_weights_load_and_the_log_is_complete(finished: Path) -> None:
     rows = list(csv.DictReader((finished / LOG_FILE).open()))
     assert [row["iteration"] for row in rows] == ["3", "6"]
     assert all(0 <= float(row["val_miou"]) <= float(row["val_pixel_accuracy"]) <= 1 for row in rows)
+    with load_network(network, size=(128, 128), resize="stretch") as segment:
+        judged = evaluate(segment, Scenes("val", length=2)).metrics
+    assert float(rows[1]["val_miou"]) == pytest.approx(judged.mean_iou, abs=2e-3)
+    assert float(rows[1]["val_pixel_accuracy"]) == pytest.approx(judged.pixel_accuracy, abs=2e-3)
     assert float(rows[1]["learning_rate"]) == pytest.approx(0.05 * (1 / 6) ** 0.9)
 
 
