@@ -40,7 +40,6 @@ VARIANTS = {
     "agln_straight_nano": ("AGLN, straight", "V, VII"),
     "agln_nano": ("AGLN, dense", "VII, VIII"),
     "agln_lite_nano": ("AGLN-Lite", "VIII"),
-    "agln_paper_nano": ("AGLN, dense, paper's formulation", "VII"),
 }
 """Preset -> what it is, and in which tables of the paper its like stands."""
 
