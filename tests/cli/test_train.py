@@ -52,7 +52,7 @@ def test_errors_of_train(cli, tmp_path):
     for arguments, code, message in (
         (["--model", "fpn_nan"], 2, "did you mean 'fpn_nano'"),
         (["--data", "ade20k"], 2, "--data-root"),
-        (["--base-lr", "-1"], 2, "must be above 0"),
+        (["--base-lr", "-1"], 2, "must be from"),
         (["--config", tmp_path / "nothing.yaml"], 2, "cannot be read"),
         (["--encoder-weights", tmp_path / "nothing.pth"], 3, "no such file"),
     ):
