@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import agln_fast
+from agln_fast.models.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,6 +88,8 @@ def test_wheel_and_sdist_hold_every_module_and_data_file(distributions):
     assert not {name for name in expected if name not in names and name[:-3] + "/__init__.py" not in packages & names}
     for data in ("ade20k.json", "pascal_voc.json", "manifest.schema.json"):
         assert f"agln_fast/data/{data}" in names
+    for name in (*list_checkpoints(), "README"):
+        assert {f"agln_fast/checkpoints/{name}.safetensors", f"agln_fast/checkpoints/{name}.md"} & names
     assert not [name for name in names if name.split("/")[0] in ("kernels", "export", "bench", "tests")]
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
