@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -182,12 +183,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         allowed = (str,)
     if type(value) is int and float in allowed:
         return float(value)
-    # YAML 1.1 reads 1e-4 as text.
+    # YAML 1.1 reads 1e-4 as text; text that is no number is refused below.
     if isinstance(value, str) and float in allowed:
-        try:
+        with suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     if type(value) not in allowed:
         names = " or ".join("nothing" if kind is types.NoneType else kind.__name__ for kind in allowed)
         raise ConfigError(f"training config: {name} must be {names}, got {value!r}")

@@ -10,26 +10,26 @@ import csv
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD
 from agln_fast.data.augment import Augmentation
-from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, Sample, SegmentationDataset
+from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, SegmentationDataset
 from agln_fast.data.registry import open_dataset
 from agln_fast.errors import AglnError, CheckpointError, ConfigError, MissingPackageError, TrainingError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork, create_model
+from agln_fast.training.batches import Batches, Crops, Images, collate
 from agln_fast.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ class _Trainer:
         augmentation = Augmentation(config.crop, config.base_size, (config.min_scale, config.max_scale))
         loader = self.fabric.setup_dataloaders(
             DataLoader(
-                _Crops(self.train_set, augmentation, config.seed),
-                batch_sampler=_Batches(
+                Crops(self.train_set, augmentation, config.seed),
+                batch_sampler=Batches(
                     len(self.train_set),
                     config,
                     range(self.iteration, self.total),
@@ -200,7 +200,7 @@ class _Trainer:
                     self.fabric.world_size,
                 ),
                 num_workers=config.workers,
-                collate_fn=_collate,
+                collate_fn=collate,
             ),
             use_distributed_sampler=False,
         )
@@ -298,10 +298,10 @@ class _Trainer:
         """Confusion matrix of whole images at their own size; the processes share the work."""
         matrix, device = self._no_pixels(), self.fabric.device
         images = DataLoader(
-            _Images(self.val_set),
+            Images(self.val_set),
             sampler=range(self.fabric.global_rank, len(self.val_set), self.fabric.world_size),
             num_workers=self.config.workers,
-            collate_fn=_collate,
+            collate_fn=collate,
         )
         self.network.eval()
         with torch.inference_mode(), self.fabric.autocast():
@@ -332,74 +332,6 @@ class _Trainer:
             writer = csv.DictWriter(file, [field.name for field in fields(LogRow)])
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.log)
-
-
-_Item: TypeAlias = tuple[Tensor, Tensor] | AglnError
-"""Image and labels, or what is wrong with them: an exception that crosses processes would lose its one line."""
-
-
-class _Crops(Dataset[_Item]):
-    """(epoch, index) -> normalised image (3, crop, crop) float32 and labels (crop, crop) int64."""
-
-    def __init__(self, dataset: SegmentationDataset, augmentation: Augmentation, seed: int) -> None:
-        self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> _Item:
-        epoch, index = key
-        try:
-            sample = self.dataset[index]
-        except AglnError as error:
-            return error
-        return _tensors(self.augmentation(sample, np.random.default_rng([self.seed, epoch, index])))
-
-
-class _Images(Dataset[_Item]):
-    """index -> normalised image (3, H, W) float32 and labels (H, W) int64."""
-
-    def __init__(self, dataset: SegmentationDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> _Item:
-        try:
-            return _tensors(self.dataset[index])
-        except AglnError as error:
-            return error
-
-
-def _collate(items: list[_Item]) -> _Item:
-    errors = [item for item in items if isinstance(item, AglnError)]
-    if errors:
-        return errors[0]
-    images, labels = zip(*(item for item in items if not isinstance(item, AglnError)), strict=True)
-    return torch.stack(images), torch.stack(labels)
-
-
-class _Batches(Sampler[list[tuple[int, int]]]):
-    """Keys of `_Crops` for each of `iterations`: one shuffled epoch behind the other; process `rank` gets its part."""
-
-    def __init__(self, length: int, config: TrainingConfig, iterations: range, rank: int, world: int) -> None:
-        self.length, self.config, self.iterations, self.rank, self.world = length, config, iterations, rank, world
-
-    def __len__(self) -> int:
-        return len(self.iterations)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batch, current, order = self.config.batch_size, -1, np.arange(0)
-        for iteration in self.iterations:
-            keys = []
-            for position in range(iteration * batch, (iteration + 1) * batch):
-                epoch, place = divmod(position, self.length)
-                if epoch != current:
-                    current, order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(self.length)
-                keys.append((epoch, int(order[place])))
-            yield keys[self.rank :: self.world]
-
-
-def _tensors(sample: Sample) -> tuple[Tensor, Tensor]:
-    """Normalised as every engine does it."""
-    mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
-    image = ((sample.image.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(sample.labels.astype(np.int64))
 
 
 def _initialise(network: SegmentationNetwork, config: TrainingConfig) -> None:

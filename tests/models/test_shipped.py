@@ -20,17 +20,17 @@ NAMES = ("agln_lite_nano", "agln_nano", "fpn_nano")
 
 
 @pytest.fixture(scope="module")
-def test_split() -> CachedDataset:
+def scenes() -> CachedDataset:
     return CachedDataset(Scenes("test"))
 
 
 @pytest.fixture(scope="module")
-def evaluations(test_split: CachedDataset) -> dict[str, Evaluation]:
+def evaluations(scenes: CachedDataset) -> dict[str, Evaluation]:
     """Every shipped network in fp32 on the whole test split."""
     found = {}
     for name in NAMES:
         with load_network(name, size=SCENE_SIZE, resize="stretch") as segment:
-            found[name] = evaluate(segment, test_split)
+            found[name] = evaluate(segment, scenes)
     return found
 
 
@@ -72,16 +72,16 @@ def test_the_model_card_is_true(evaluations: dict[str, Evaluation]) -> None:
 
 @pytest.mark.openvino
 def test_every_engine_keeps_the_accuracy(
-    evaluations: dict[str, Evaluation], test_split: CachedDataset, tmp_path: Path
+    evaluations: dict[str, Evaluation], scenes: CachedDataset, tmp_path: Path
 ) -> None:
     """mIoU within 0.2 points through each fp32 engine, and within 0.5 points in bf16."""
     expected = evaluations["agln_nano"].metrics.mean_iou
     bundle = agln_fast.build("agln_nano", tmp_path / "agln", size=SCENE_SIZE, precision="fp32")
-    assert bundle.manifest.classes == test_split.class_set.classes
+    assert bundle.manifest.classes == scenes.class_set.classes
     names = {engine.name for engine in bundle.manifest.engines}
     assert names == {"torch-fp32", "onnxruntime-fp32", "openvino-fp32"}
     for backend in ("torch", "onnxruntime", "openvino"):
         with agln_fast.load(bundle, backend) as segment:
-            assert evaluate(segment, test_split).metrics.mean_iou == pytest.approx(expected, abs=0.002)
+            assert evaluate(segment, scenes).metrics.mean_iou == pytest.approx(expected, abs=0.002)
     with load_network("agln_nano", size=SCENE_SIZE, resize="stretch", precision="bf16") as segment:
-        assert evaluate(segment, test_split).metrics.mean_iou == pytest.approx(expected, abs=0.005)
+        assert evaluate(segment, scenes).metrics.mean_iou == pytest.approx(expected, abs=0.005)

@@ -27,6 +27,7 @@ from agln_fast.evaluation.evaluate import evaluate
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.runtime.segmenter import load_network
 from agln_fast.training import trainer
+from agln_fast.training.batches import Batches, Crops
 from agln_fast.training.config import TrainingConfig
 from agln_fast.training.trainer import LOG_FILE, STATE_FILE, WEIGHTS_FILE, train
 
@@ -237,21 +238,34 @@ def test_a_damaged_image_is_one_line_of_error(workers: int, tmp_path: Path) -> N
 
 
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
-    """DDP on the CPU: one log, one JSON document, and a run that resumes."""
-    settings = {**SMALL, "devices": 2, "batch_size": 4, "epochs": 2.0}
+    """DDP on the CPU: the loss is that of the whole batch; one log, one JSON document, and a run that resumes."""
+    settings = {**SMALL, "devices": 2, "batch_size": 4, "validate_every": 0.1, "max_scale": 0.9}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "agln_fast.cli", "train", "-o", str(tmp_path / "run"), "--json", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     log = json.loads(done.stdout)["log"]
-    assert [row["iteration"] for row in log] == [2, 3]
-    assert len((tmp_path / "run" / LOG_FILE).read_text().splitlines()) == 3
-    state = torch.load(tmp_path / "run" / STATE_FILE, weights_only=True)
-    assert state["iteration"] == 3
-    # The loss is the mean over the labelled pixels of all four crops of a batch, whichever process saw them.
+    assert [row["iteration"] for row in log] == [1, 2, 3]
+    assert len((tmp_path / "run" / LOG_FILE).read_text().splitlines()) == 4
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["log"] == log
+
+    # The first loss by hand: each process normalises its own part by its own statistics (no SyncBN on CPUs), and the
+    # mean runs over the labelled pixels of all four crops, of which the two have unequal numbers.
+    torch.manual_seed(0)
+    network = agln_fast.create_model("agln_nano", 12).to(memory_format=torch.channels_last).train()
+    crops = Crops(Scenes("train", length=6), Augmentation(64, 64, (0.5, 0.9)), seed=0)
+    total, pixels = 0.0, []
+    for rank in (0, 1):
+        (keys,) = Batches(6, TrainingConfig(**settings), range(1), rank, 2)
+        images, labels = map(torch.stack, zip(*(crops[key] for key in keys), strict=True))
+        trainer._seed_dropout(0, 0, rank)
+        logits = network(images.contiguous(memory_format=torch.channels_last))
+        total += float(F.cross_entropy(logits, labels, ignore_index=255, reduction="sum").detach())
+        pixels.append(int((labels != 255).sum()))
+    assert pixels[0] != pixels[1]
+    assert log[0]["loss"] == pytest.approx(total / sum(pixels), rel=1e-4)
 
 
 def test_a_diverging_run_stops_and_says_why(tmp_path: Path) -> None:
@@ -308,8 +322,8 @@ def test_weights_can_be_given(finished: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_processes_share_a_batch_without_overlap() -> None:
     config = TrainingConfig(**{**SMALL, "batch_size": 4, "devices": 2})
-    whole = list(trainer._Batches(6, config, range(3), 0, 1))
-    parts = [list(trainer._Batches(6, config, range(3), rank, 2)) for rank in (0, 1)]
+    whole = list(Batches(6, config, range(3), 0, 1))
+    parts = [list(Batches(6, config, range(3), rank, 2)) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
     assert sorted(index for batch in whole for _, index in batch) == sorted([*range(6), *range(6)])
 
