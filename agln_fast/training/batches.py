@@ -82,5 +82,6 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 def _tensors(sample: Sample) -> tuple[Tensor, Tensor]:
     """Image and labels as a network takes them: normalised as for every engine."""
-    image = pack([sample.image], IOContract(*sample.labels.shape, layout="float_nchw"))[0]
+    height, width = sample.labels.shape
+    image = pack([sample.image], IOContract(height, width, layout="float_nchw"))[0]
     return torch.from_numpy(image), torch.from_numpy(sample.labels.astype(np.int64))
