@@ -1,6 +1,11 @@
-"""Fused operations, one folder each: the same name is the folder, the function, its test and its benchmark.
+"""Fused operations, one folder each: the same name is the folder, the op `agln::NAME`, its test and its benchmark.
 
-Imported as `agln_fast.kernels`. A leaf: nothing here imports the rest of the package.
+Each folder holds `reference.py` (plain PyTorch), `kernel.py` (Triton), `op.py` (the op in `torch.library`) and
+`configs.json` (launch configurations). Imported as `agln_fast.kernels`. A leaf: nothing here imports the rest of the
+package, and Triton is imported when a kernel is launched, not before.
 """
 
-__all__: list[str] = []
+from agln_fast.kernels.attention_pool import attention_pool
+from agln_fast.kernels.label_upsample import label_upsample
+
+__all__ = ["attention_pool", "label_upsample"]

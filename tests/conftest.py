@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,12 @@ import torch
 import agln_fast
 from agln_fast.models.networks import SegmentationNetwork
 
+# Triton decides when it is imported whether it interprets or compiles, for the whole process.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 _NEEDS = {
     "gpu": (torch.cuda.is_available, "needs a CUDA device"),
+    "interpreter": (lambda: os.environ["TRITON_INTERPRET"] == "1", "needs TRITON_INTERPRET=1"),
     "openvino": (lambda: find_spec("openvino") is not None, "needs the package openvino"),
     "tensorrt_rtx": (lambda: find_spec("tensorrt_rtx") is not None, "needs the package tensorrt_rtx"),
 }

@@ -1,0 +1,50 @@
+"""The op `agln::attention_pool`: the reference on a CPU, the Triton kernel on CUDA, shapes alone for tracing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agln_fast.kernels.arguments import check_tensor
+from agln_fast.kernels.attention_pool import reference
+from agln_fast.kernels.launch import choose, load_configs
+
+__all__ = ["CONFIGS", "attention_pool"]
+
+CONFIGS = load_configs(__package__)
+
+
+def attention_pool(x: Tensor, w_theta: Tensor) -> Tensor:
+    _check(x, w_theta)
+    pooled: Tensor = _op(x, w_theta)
+    return pooled
+
+
+attention_pool.__doc__ = reference.attention_pool.__doc__
+
+
+def _check(x: Tensor, w_theta: Tensor) -> None:
+    check_tensor("x", x, ("B", "C", "h", "w"))
+    check_tensor("w_theta", w_theta, ("N", x.shape[1]), like=x)
+
+
+@torch.library.custom_op("agln::attention_pool", mutates_args=(), device_types="cpu")
+def _op(x: Tensor, w_theta: Tensor) -> Tensor:
+    _check(x, w_theta)
+    return reference.attention_pool(x, w_theta)
+
+
+@_op.register_kernel("cuda")
+def _(x: Tensor, w_theta: Tensor) -> Tensor:
+    _check(x, w_theta)
+    if x.dtype == torch.float64:  # exists for proofs; Triton's matrix products have no float64
+        return reference.attention_pool(x, w_theta)
+    from agln_fast.kernels.attention_pool import kernel
+
+    return kernel.attention_pool(x, w_theta, choose(CONFIGS, x))
+
+
+@_op.register_fake
+def _(x: Tensor, w_theta: Tensor) -> Tensor:
+    _check(x, w_theta)
+    return x.new_empty(x.shape[0], x.shape[1], w_theta.shape[0])

@@ -1,0 +1,92 @@
+"""Launch configurations: read from each op's `configs.json`, chosen by dtype and compute capability.
+
+A configuration gives upper limits: a tile is never larger than the dimension it covers, rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+__all__ = ["LaunchConfig", "block", "choose", "load_configs", "split"]
+
+_SMALLEST_TILE = 16  # what a tensor-core instruction takes, in every dimension
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One row of a `configs.json`.
+
+    dtypes: those of the activations, e.g. ("float16", "bfloat16").
+    tile: largest tile by the letter of its dimension, e.g. {"P": 64, "C": 256}.
+    num_warps, num_stages: Triton's; stages are those of the software pipeline.
+    capabilities: e.g. ("sm80", "sm90"); none for all that no row before names.
+    waves: programs for each multiprocessor, where an op may choose how finely it splits its work.
+    processors: multiprocessors of the device; `choose` fills it in.
+    """
+
+    dtypes: tuple[str, ...]
+    tile: dict[str, int] = field(hash=False)
+    num_warps: int
+    num_stages: int
+    capabilities: tuple[str, ...] = ()
+    waves: int = 1
+    processors: int = 132
+
+
+def load_configs(package: str) -> tuple[LaunchConfig, ...]:
+    """The rows of `configs.json` in `package`, in their order: the first that fits is taken."""
+    rows = json.loads(resources.files(package).joinpath("configs.json").read_text())
+    return tuple(
+        LaunchConfig(
+            **{**row, "dtypes": tuple(row["dtypes"]), "capabilities": tuple(row.get("capabilities", ()))},
+        )
+        for row in rows
+    )
+
+
+def choose(
+    configs: tuple[LaunchConfig, ...], x: Tensor, capability: str | None = None, processors: int | None = None
+) -> LaunchConfig:
+    """The first configuration for the dtype and the device of `x`.
+
+    Args:
+        capability, processors: e.g. "sm90" and 132; None for those of the CUDA device that `x` is on.
+
+    Raises:
+        TypeError: no configuration for this dtype.
+    """
+    if capability is None or processors is None:
+        capability, processors = _device(x.device)
+    name = str(x.dtype).removeprefix("torch.")
+    for config in configs:
+        if name in config.dtypes and (not config.capabilities or capability in config.capabilities):
+            return replace(config, processors=processors)
+    raise TypeError(f"no kernel for {x.dtype}: needs float16, bfloat16 or float32")
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def block(size: int, limit: int) -> int:
+    """Side of a tile over a dimension of `size`: a power of two from 16 to `limit`."""
+    return max(_SMALLEST_TILE, min(limit, 1 << (size - 1).bit_length()))
+
+
+def split(count: int, step: int, programs: int, config: LaunchConfig) -> tuple[int, int]:
+    """Divide `count` pixels among programs so that `programs` of them for each part fill the device.
+
+    Returns:
+        Parts, and pixels for each, a multiple of `step`; no part is empty.
+    """
+    wanted = max(1, config.waves * config.processors // programs)
+    size = -(-count // (min(wanted, -(-count // step)) * step)) * step
+    return -(-count // size), size
