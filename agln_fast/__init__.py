@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
     from agln_fast.models.config import ModelConfig, list_models
     from agln_fast.models.networks import create_model
+    from agln_fast.plan.fuse import fuse
     from agln_fast.runtime.result import Result
     from agln_fast.runtime.segmenter import Segmenter, load
 
@@ -35,6 +36,7 @@ _HOMES = {
     "Segmenter": "runtime.segmenter",
     "build": "export.build",
     "create_model": "models.networks",
+    "fuse": "plan.fuse",
     "list_models": "models.config",
     "load": "runtime.segmenter",
     "load_backbone": "models.checkpoint",
@@ -52,6 +54,7 @@ __all__ = [
     "Segmenter",
     "build",
     "create_model",
+    "fuse",
     "list_models",
     "load",
     "load_backbone",

@@ -38,6 +38,7 @@ class Verification:
     weighted_agreement: the same, each pixel weighted by the reference's top-1 minus top-2 logit, 0..1.
     max_logit_error: largest absolute difference of logits; None where the engine gives labels only.
     latency_ms: median engine time of one batch on the machine that built it, milliseconds.
+    device: where it ran, e.g. "cpu" or "cuda".
     """
 
     status: Literal["passed", "not verified on this machine", "failed"]
@@ -47,6 +48,7 @@ class Verification:
     weighted_agreement: float | None = None
     max_logit_error: float | None = None
     latency_ms: float | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,15 @@ class DeployedNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """`image` as the contract says -> `labels` or `logits`."""
-        if self.contract.layout == "uint8_nhwc":
-            # Converted before it is transposed: TensorRT transposes no uint8.
-            image = (image.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-        logits: Tensor = self.network(image.to(next(self.network.parameters()).dtype))
+        logits: Tensor = self.network(self.normalise(image))
         if self.contract.output == "logits":
             return logits.float()
         # TensorRT converts only floating-point tensors to uint8; the detour is exact up to 2^24.
         return logits.argmax(1).float().to(self.labels_dtype)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """`image` as the contract says -> what the network takes, (B, 3, H, W) in the dtype of its parameters."""
+        if self.contract.layout == "uint8_nhwc":
+            # Converted before it is transposed: TensorRT transposes no uint8.
+            image = (image.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+        return image.to(next(self.network.parameters()).dtype)

@@ -33,7 +33,8 @@ from agln_fast.runtime.verify import check_minimum, make_reference, sample_frame
 
 __all__ = ["TARGETS", "build", "parse_size"]
 
-TARGETS = ("cpu", "tensorrt", "tensorrt-rtx")
+_PACKAGES = {"fused": "torch"}
+TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
 
 
 def build(
@@ -67,7 +68,7 @@ def build(
         path: the folder to write; ".agln" is appended unless it is there.
         size: (height, width) of the engine's input in pixels, or "HxW".
         precision: "fp32", "fp16", "bf16", "auto" (CPU: fp32, and bf16 where the CPU has it; GPU: fp16), or several.
-        targets: of TARGETS.
+        targets: of TARGETS; "cuda" is the fused runtime on any CUDA device.
         batch: images a run, or (smallest, largest).
         layout, output, resize, mean, std: see `IOContract`.
         classes: a class set's name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
@@ -138,9 +139,9 @@ def build(
             export_onnx(network, graphs[kind], contract, kind, properties)
         engines = []
         for engine in wanted:
-            if engine.target == "cpu":
+            if engine.target in ("cpu", "cuda"):
                 file = "weights.safetensors" if engine.graph is None else graphs[engine.graph].name
-                engines.append(engine.record(file, _installed(engine.backend)))
+                engines.append(engine.record(file, _installed(_PACKAGES.get(engine.backend, engine.backend))))
                 continue
             assert engine.graph is not None
             steps.start(f"{engine.backend} {engine.precision}")
@@ -245,15 +246,17 @@ def _plan_engines(targets: Sequence[str], precision: str | Sequence[str]) -> lis
         if target not in TARGETS:
             raise ConfigError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
         for kind in cast(list[Precision], _resolve(target, precisions)):
-            if target != "cpu":
+            if target == "cuda":
+                wanted.append(_Wanted("fused", kind, target, None))
+            elif target != "cpu":
                 wanted.append(_Wanted(target, kind, target, kind))
             elif kind == "bf16":
                 # OpenVINO computes in bf16 from the fp32 graph; ONNX Runtime has no bf16 convolution on CPUs.
                 wanted.append(_Wanted("openvino", kind, target, "fp32"))
             else:
                 wanted += [_Wanted("openvino", kind, target, kind), _Wanted("onnxruntime", kind, target, kind)]
-    wanted.append(_Wanted("torch", "fp32", "cpu", None))
-    return list(dict.fromkeys(wanted))
+    wanted += [_Wanted("fused", "fp32", "cpu", None), _Wanted("torch", "fp32", "cpu", None)]
+    return list({(engine.backend, engine.precision): engine for engine in wanted}.values())
 
 
 def _resolve(target: str, precisions: list[str]) -> list[str]:

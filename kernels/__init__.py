@@ -6,6 +6,16 @@ package, and Triton is imported when a kernel is launched, not before.
 """
 
 from agln_fast.kernels.attention_pool import attention_pool
+from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
 from agln_fast.kernels.label_upsample import label_upsample
+from agln_fast.kernels.semantic_distribution import semantic_distribution
+from agln_fast.kernels.separable_conv import separable_conv
 
-__all__ = ["attention_pool", "label_upsample"]
+__all__ = [
+    "attention_pool",
+    "channel_affinity",
+    "channel_apply",
+    "label_upsample",
+    "semantic_distribution",
+    "separable_conv",
+]

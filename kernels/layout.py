@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["maps", "pixels", "wide"]
+__all__ = ["empty_maps", "maps", "pixels", "wide"]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -18,8 +18,15 @@ def pixels(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def empty_maps(like: Tensor, channels: int | None = None) -> Tensor:
+    """Uninitialised (B, channels, H, W) of `like`'s dtype and device; channels_last where its channels are adjacent."""
+    memory_format = torch.channels_last if like.stride(1) == 1 else torch.contiguous_format
+    size = (like.shape[0], like.shape[1] if channels is None else channels, *like.shape[2:])
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
 def maps(y: Tensor, like: Tensor) -> Tensor:
-    """(B, P, C) -> (B, C, H, W) with the spatial size, the dtype and the memory format of `like`."""
-    result = y.transpose(1, 2).view(like.shape[0], y.shape[2], *like.shape[2:])
-    out = torch.empty_like(like)
-    return result if result.stride() == out.stride() and result.dtype == out.dtype else out.copy_(result)
+    """(B, P, C) -> (B, C, H, W) with the spatial size and the dtype of `like`, laid out as `empty_maps` has it."""
+    out = empty_maps(like, y.shape[2])
+    result = y.transpose(1, 2).view(out.shape)
+    return result if (result.stride(), result.dtype) == (out.stride(), out.dtype) else out.copy_(result)

@@ -19,6 +19,7 @@ __all__ = ["BACKENDS", "Backend", "backend_class", "check_threads", "open_engine
 BACKENDS = {
     "tensorrt": "tensorrt:TensorRTBackend",
     "tensorrt-rtx": "tensorrt:TensorRTRTXBackend",
+    "fused": "fused:FusedBackend",
     "openvino": "openvino:OpenVinoBackend",
     "onnxruntime": "onnxruntime:OnnxRuntimeBackend",
     "torch": "torch:TorchBackend",

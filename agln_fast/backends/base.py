@@ -32,6 +32,11 @@ class Backend(ABC):
     def obstacle(cls, engine: EngineRecord) -> str | None:
         """Why `engine` cannot run on this machine and what to do about it, or None. Opens nothing."""
 
+    @classmethod
+    def default_device(cls) -> str:
+        """Where an engine opens when no device is asked for: "cpu", or "cuda"."""
+        return "cpu"
+
     @abstractmethod
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
         """Open `engine` of `bundle`.

@@ -130,6 +130,10 @@ class _Engine(Backend):
         return cls._obstacle(engine, None)
 
     @classmethod
+    def default_device(cls) -> str:
+        return "cuda"
+
+    @classmethod
     def _obstacle(cls, engine: EngineRecord, device: int | None) -> str | None:
         try:
             version = str(import_library(cls.flavour).__version__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, cast
 
 import torch
@@ -13,9 +15,24 @@ from agln_fast.errors import BackendError
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 
-__all__ = ["NetworkBackend", "TorchBackend"]
+__all__ = ["NetworkBackend", "TorchBackend", "exact_float32"]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def exact_float32(*, benchmark: bool = False) -> Iterator[None]:
+    """float32 is float32, not TF32 or bfloat16, whatever the process has set; `benchmark`: cuDNN times its algorithms.
+
+    PyTorch's settings hold for the whole process; they are put back.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 class NetworkBackend(Backend):
@@ -41,12 +58,12 @@ class NetworkBackend(Backend):
             network: used as it is, not copied; moved to `device` and put into eval mode.
             precision: "fp32", or "fp16" and "bf16" under `torch.autocast`, which CPUs without such arithmetic emulate:
                 slow, but rounded alike.
-            device: None for "cpu".
+            device: None for the backend's own.
 
         Raises:
             BackendError: it cannot run on that device.
         """
-        self.device = device or "cpu"
+        self.device = device or self.default_device()
         self.precision = precision
         if threads is not None:
             torch.set_num_threads(threads)
@@ -54,27 +71,24 @@ class NetworkBackend(Backend):
             self._device = torch.device(self.device)
             if self._device.type not in ("cpu", "cuda"):
                 raise RuntimeError("only cpu and cuda are supported")
-            network = network.to(self._device).eval()
+            self._network: DeployedNetwork | None = self._deploy(network, contract)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise BackendError(
-                f"torch cannot use device {self.device!r}: {reason}; `agln-fast doctor` shows more"
+                f"{self.name} cannot use device {self.device!r}: {reason}; `agln-fast doctor` shows more"
             ) from None
-        self._network: DeployedNetwork | None = DeployedNetwork(network, contract, network.config.num_classes)
+
+    def _deploy(self, network: SegmentationNetwork, contract: IOContract) -> DeployedNetwork:
+        return DeployedNetwork(network.to(self._device).eval(), contract, network.config.num_classes)
 
     @torch.inference_mode()
     def run(self, image: Array) -> Array:
         assert self._network is not None, "the backend is closed"
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
         autocast = torch.autocast(
             self._device.type, _AUTOCAST.get(self.precision), enabled=self.precision in _AUTOCAST, cache_enabled=False
         )
-        try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast:
-                result = self._network(torch.from_numpy(image).to(self._device))
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        with exact_float32(), autocast:
+            result = self._network(torch.from_numpy(image).to(self._device))
         return cast(Array, result.cpu().numpy())
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ def bench(
     num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 59,
     batch: Annotated[int, typer.Option(help="Images a run.")] = 1,
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or auto.")] = "auto",
-    target: Annotated[list[str], typer.Option(help="cpu, tensorrt or tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
+    target: Annotated[list[str], typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default each engine's own.")] = None,
     warmup: Annotated[int, typer.Option(help="Rounds before timing.")] = 1,
     iters: Annotated[int, typer.Option(help="Timed rounds.")] = 5,

@@ -25,7 +25,7 @@ def build(
     output: Annotated[Path, typer.Option("-o", "--bundle", help="The bundle to write, NAME.agln.")],
     size: Annotated[str, typer.Option(help="Height x width of the engine's input.")] = "512x512",
     precision: Annotated[list[str], typer.Option(help="fp32, fp16, bf16 or auto; may be repeated.")] = ["auto"],  # noqa: B006
-    target: Annotated[list[str], typer.Option(help="cpu, tensorrt or tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
+    target: Annotated[list[str], typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
     batch: Annotated[str, typer.Option(help="Images a run: N, or SMALLEST..LARGEST.")] = "1",
     kind: Annotated[str, typer.Option("--output", help="What the engine returns: labels or logits.")] = "labels",
     layout: Annotated[

@@ -27,7 +27,7 @@ def evaluate(
     source: Annotated[
         Path, typer.Argument(help="A bundle, NAME.agln, or a checkpoint (file, name, or training), which PyTorch runs.")
     ],
-    backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, tensorrt, tensorrt-rtx.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, or a backend: torch, fused, openvino, tensorrt, ...")] = "auto",
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default any engine's, fp32 for a checkpoint.")
     ] = None,
@@ -125,8 +125,10 @@ def _open(
 
     if _is_bundle(path):
         return load(path, backend, precision=precision, device=device, threads=threads)
-    if backend not in ("auto", "torch"):
-        raise ConfigError(f"{path}: PyTorch runs checkpoints; for backend {backend!r} build a bundle from it first")
+    if backend not in ("auto", "torch", "fused"):
+        raise ConfigError(
+            f"{path}: PyTorch runs checkpoints (torch, fused); for backend {backend!r} build a bundle from it first"
+        )
     network = load_checkpoint(path)
     fits = network.config.num_classes == len(dataset.class_set.classes)
     return load_network(
@@ -135,6 +137,7 @@ def _open(
         resize="stretch"
         if dataset.class_set.name == "scenes"
         else "slide",  # scenes are windows: several go in a batch
+        backend="fused" if backend == "fused" else "torch",
         precision=precision or "fp32",
         class_set=dataset.class_set if fits else None,
         device=device,

@@ -26,7 +26,7 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="The bundle, NAME.agln.")],
     images: Annotated[list[str], typer.Argument(help="Image files, folders or glob patterns.")],
     output: Annotated[Path, typer.Option("-o", "--to", help="Folder for NAME.overlay.png and NAME.labels.png.")],
-    backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, tensorrt, tensorrt-rtx.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, or a backend: torch, fused, openvino, tensorrt, ...")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default any.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default the engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,

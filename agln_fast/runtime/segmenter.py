@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agln_fast.backends import BACKENDS, Backend, backend_class, check_threads, open_engine
+from agln_fast.backends.fused import FusedNetworkBackend
 from agln_fast.backends.torch import NetworkBackend
 from agln_fast.bundle import Bundle, EngineRecord, open_bundle
 from agln_fast.contract import IOContract, Precision, Resize
@@ -31,6 +32,8 @@ from agln_fast.runtime.result import Labels, Result, Timing
 from agln_fast.runtime.sliding import slide
 
 __all__ = ["Segmenter", "load", "load_network", "runnable_engines"]
+
+_NETWORK_BACKENDS = {"torch": NetworkBackend, "fused": FusedNetworkBackend}
 
 
 def load(
@@ -87,29 +90,33 @@ def load_network(
     *,
     size: tuple[int, int] = (480, 480),
     resize: Resize = "slide",
+    backend: Literal["torch", "fused"] = "torch",
     precision: str = "fp32",
     class_set: ClassSet | None = None,
     device: str | None = None,
     threads: int | None = None,
     max_batch: int = 8,
 ) -> Segmenter:
-    """Open a network for segmentation without a bundle: eager PyTorch between the same steps before and after.
+    """Open a network for segmentation without a bundle, between the same steps before and after.
 
     Args:
         network: a checkpoint's path, or a network, which is used as it is, on `device` and in eval mode.
         size: (height, width) of the network's input, pixels.
         resize: how images get there; with "slide" the input is a window.
-        precision: "fp32", or "bf16" and "fp16" under `torch.autocast`, on any CPU.
+        backend: "torch", the network as it is, in eager PyTorch; "fused", rewritten, and on CUDA with fused kernels.
+        precision: "fp32", "bf16" or "fp16"; with "torch" the latter two under `torch.autocast`.
         class_set: what the labels mean; None to go by their number.
-        device: "cpu", "cuda", "cuda:1"; None for "cpu".
+        device: "cpu", "cuda", "cuda:1"; None for "cpu", or with "fused" for "cuda" where there is one.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, and without it PyTorch's own choice.
         max_batch: the most windows, or images, that go through the network at once.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
         BackendError: the device cannot be used.
-        ConfigError: an unknown precision, an impossible size, or a class set of another number of classes.
+        ConfigError: an unknown backend or precision, an impossible size, or a class set of another number of classes.
     """
+    if backend not in _NETWORK_BACKENDS:
+        raise ConfigError(f"backend {backend!r}: a network in memory runs on {' or '.join(_NETWORK_BACKENDS)}")
     checked = _check_precision(precision)
     threads = check_threads(threads)
     contract = IOContract(*size, max_batch=max_batch, output="logits", resize=resize)
@@ -122,8 +129,8 @@ def load_network(
             f"class set {class_set.name!r} has {len(class_set.classes)} classes, the network {num_classes}: "
             "give the one that it was trained on"
         )
-    backend = NetworkBackend(network, contract, precision=checked, device=device, threads=threads)
-    return Segmenter(EngineRecord(f"torch-{checked}", "torch", checked, "", "cpu"), backend, contract, class_set)
+    opened = _NETWORK_BACKENDS[backend](network, contract, precision=checked, device=device, threads=threads)
+    return Segmenter(EngineRecord(f"{backend}-{checked}", backend, checked, "", "cpu"), opened, contract, class_set)
 
 
 def _check_precision(precision: str) -> Precision:
@@ -139,8 +146,12 @@ def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:
 
 
 def _preference(engine: EngineRecord) -> tuple[bool, float, int]:
-    latency = engine.verification.latency_ms if engine.verification else None
-    return engine.target == "cpu", float("inf") if latency is None else latency, list(BACKENDS).index(engine.backend)
+    """Sorts GPUs first, then by latency where it was measured on such a device, then as BACKENDS does."""
+    device, latency = backend_class(engine.backend).default_device(), float("inf")
+    check = engine.verification
+    if check and check.latency_ms is not None and (check.device or "cpu").startswith(device):
+        latency = check.latency_ms
+    return device == "cpu", latency, list(BACKENDS).index(engine.backend)
 
 
 class Segmenter:

@@ -143,6 +143,7 @@ def verify_engine(
     equal, total, weight, weighted, worst = 0, 0, 0.0, 0.0, None
     try:
         with open_engine(bundle, engine, device=device, threads=threads) as opened:
+            where = opened.device
             opened.run(references[0].image)
             for reference in references:
                 before = time.perf_counter()
@@ -179,4 +180,5 @@ def verify_engine(
         weighted_agreement=weighted_agreement,
         max_logit_error=worst,
         latency_ms=1e3 * statistics.median(seconds[:-1] if differs else seconds),
+        device=where,
     )

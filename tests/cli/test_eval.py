@@ -135,7 +135,11 @@ def test_checkpoints_slide_over_photographs(cli, checkpoint, bundle, monkeypatch
         (("--tta", "--scales", "0"), 2, "needs numbers above 0"),
         (("--confusion", "x.gif"), 4, "suffix '.gif' is none for figures: use .png, .svg, .pdf"),
         (("--confusion", "nowhere/x.png"), 4, "there is no folder nowhere; create it"),
-        (("--backend", "openvino"), 2, "PyTorch runs checkpoints; for backend 'openvino' build a bundle"),
+        (
+            ("--backend", "openvino"),
+            2,
+            "PyTorch runs checkpoints (torch, fused); for backend 'openvino' build a bundle",
+        ),
         (("--data", "scene"), 2, "did you mean 'scenes'"),
         (("--size", "64"), 2, "give height x width"),
         (("--precision", "int8"), 2, "unknown precision 'int8'"),

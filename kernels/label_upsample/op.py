@@ -1,0 +1,56 @@
+"""The op `agln::label_upsample`: the reference on a CPU, the Triton kernel on CUDA, shapes alone for tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import SymInt, Tensor
+
+from agln_fast.kernels.arguments import check_tensor
+from agln_fast.kernels.label_upsample import reference
+from agln_fast.kernels.launch import choose, load_configs
+
+__all__ = ["CONFIGS", "label_upsample"]
+
+CONFIGS = load_configs(__package__)
+
+
+def label_upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    _check(logits, size)
+    labels: Tensor = _op(logits, size)
+    return labels
+
+
+label_upsample.__doc__ = reference.label_upsample.__doc__
+
+
+def _check(logits: Tensor, size: Sequence[int]) -> None:
+    check_tensor("logits", logits, ("B", "K", "h", "w"))
+    sides = isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int | SymInt) for side in size)
+    if not sides:
+        raise TypeError(f"size: needs two integers (H, W), got {size!r}")
+    if min(size) < 1:
+        raise ValueError(f"size: needs H and W of at least 1, got {size}")
+
+
+@torch.library.custom_op("agln::label_upsample", mutates_args=(), device_types="cpu")
+def _op(logits: Tensor, size: Sequence[int]) -> Tensor:
+    _check(logits, size)
+    return reference.label_upsample(logits, (size[0], size[1]))
+
+
+@_op.register_kernel("cuda")
+def _(logits: Tensor, size: Sequence[int]) -> Tensor:
+    _check(logits, size)
+    if logits.dtype == torch.float64:  # exists for proofs; no configuration is kept for it
+        return reference.label_upsample(logits, (size[0], size[1]))
+    from agln_fast.kernels.label_upsample import kernel
+
+    return kernel.label_upsample(logits, (size[0], size[1]), choose(CONFIGS, logits))
+
+
+@_op.register_fake
+def _(logits: Tensor, size: Sequence[int]) -> Tensor:
+    _check(logits, size)
+    return reference.empty_labels(logits, (size[0], size[1]))

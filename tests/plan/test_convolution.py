@@ -1,0 +1,124 @@
+"""FusedConv2d: both ways to compute it, and the choice between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from agln_fast.plan.convolution import FusedConv2d, choose_convolutions
+
+
+def layer(*arguments, relu=True, **keywords):
+    torch.manual_seed(0)
+    return FusedConv2d(nn.Conv2d(*arguments, **keywords), relu=relu)
+
+
+class Small(nn.Module):
+    """Two equal layers, one with a residual, one of another shape, one without ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twin = (layer(8, 8, 3, padding=1) for _ in range(2))
+        self.residual = layer(8, 8, 3, padding=1)
+        self.strided = layer(8, 16, 1, stride=2)
+        self.linear = layer(16, 4, 1, relu=False)
+
+    def forward(self, x):
+        x = self.twin(self.first(x))
+        return self.linear(self.strided(self.residual(x, x)))
+
+    def choices(self):
+        return {name: module.cudnn for name, module in self.named_children()}
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        pytest.param({"kernel_size": 3, "padding": 1}, id="3x3"),
+        pytest.param({"kernel_size": 1}, id="1x1"),
+        pytest.param({"kernel_size": 7, "stride": 2, "padding": 3}, id="stem"),
+        pytest.param({"kernel_size": 3, "padding": 4, "dilation": 4}, id="dilated"),
+        pytest.param({"kernel_size": 3, "padding": 1, "groups": 2}, id="grouped"),
+    ],
+)
+@torch.inference_mode()
+def test_is_a_convolution_with_an_epilogue(keywords, residual, relu):
+    convolution = nn.Conv2d(6, 10, **keywords).double()
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64).to(memory_format=torch.channels_last)
+    expected = convolution(x)
+    z = torch.randn_like(expected) if residual else None
+    kept = None if z is None else z.clone()
+    fused = FusedConv2d(convolution, relu=relu)
+    fused.cudnn = True  # without effect: there is no CUDA
+    y = fused(x, z)
+    expected = expected if z is None else expected + z
+    torch.testing.assert_close(y, expected.relu() if relu else expected)
+    assert z is None or torch.equal(z, kept)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_faster_way_is_chosen_and_equal_layers_are_timed_once():
+    network = Small()
+    races = []
+
+    def race(steps, one_call):
+        y = steps()
+        races.append(tuple(y.shape))
+        return (2.0, 1.0) if y.shape[1] == 8 else (1.0, 2.0)
+
+    choose_convolutions(network, torch.randn(1, 8, 6, 6), race)
+    assert races == [(1, 8, 6, 6), (1, 8, 6, 6), (1, 16, 3, 3)]  # without a residual, with one, strided
+    expected = {"first": True, "twin": True, "residual": True, "strided": False, "linear": False}
+    assert network.choices() == expected
+    choose_convolutions(network, torch.randn(1, 8, 6, 6), lambda steps, one_call: (1.0, 1.0))
+    assert not any(network.choices().values())
+
+
+def test_where_cudnn_refuses_the_steps_stay():
+    network = Small()
+    network.first.cudnn = True
+
+    def race(steps, one_call):
+        steps()
+        one_call()
+        return 2.0, 1.0
+
+    choose_convolutions(network, torch.randn(1, 8, 6, 6), race)
+    assert not any(network.choices().values())
+
+
+def test_the_cpu_has_no_choice():
+    network = Small()
+    network.forward = pytest.fail
+    choose_convolutions(network, torch.randn(1, 8, 6, 6))
+    assert not any(network.choices().values())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, None], ids=["failed-run", "run"])
+def test_no_hook_stays(error):
+    network = Small()
+    if error:
+        network.linear.forward = lambda x: (_ for _ in ()).throw(error)
+        with pytest.raises(error):
+            choose_convolutions(network, torch.randn(1, 8, 6, 6), lambda steps, one_call: (1.0, 2.0))
+    else:
+        choose_convolutions(network, torch.randn(1, 8, 6, 6), lambda steps, one_call: (1.0, 2.0))
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@torch.inference_mode()
+def test_both_ways_agree_on_the_gpu(dtype):
+    network = Small().to("cuda", dtype)
+    x = torch.randn(2, 8, 33, 31, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = network(x)
+        choose_convolutions(network, x)  # either answer is right
+        torch.testing.assert_close(network(x), expected)
+        for module in (network.first, network.twin, network.residual, network.strided):
+            module.cudnn = True
+        torch.testing.assert_close(network(x), expected)
