@@ -31,7 +31,7 @@ def check_tensor(
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: needs float16, bfloat16, float32 or float64, got {value.dtype}")
     if like is not None and not floats and value.dtype != like.dtype:
-        raise TypeError(f"{name}: needs {like.dtype} like the first argument, got {value.dtype}")
+        raise TypeError(f"{name}: needs {like.dtype} like the other arguments, got {value.dtype}")
     wanted = f"({', '.join(map(str, shape))})"
     fits = value.ndim == len(shape) and all(
         came > 0 and (isinstance(need, str) or came == need) for came, need in zip(value.shape, shape, strict=True)
@@ -39,7 +39,7 @@ def check_tensor(
     if not fits:
         raise ValueError(f"{name}: needs shape {wanted}, none of them 0, got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: needs device {like.device} like the first argument, got {value.device}")
+        raise ValueError(f"{name}: needs device {like.device} like the other arguments, got {value.device}")
 
 
 def check_number(name: str, value: Any) -> None:

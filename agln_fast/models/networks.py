@@ -18,7 +18,7 @@ from agln_fast.models.blocks import (
 from agln_fast.models.config import ModelConfig, preset
 from agln_fast.models.resnet import ResNet
 
-__all__ = ["AGLNDecoder", "FPNDecoder", "SegmentationNetwork", "create_model"]
+__all__ = ["AGLNDecoder", "FPNDecoder", "SegmentationNetwork", "check_image", "create_model"]
 
 
 class FPNDecoder(nn.Module):
@@ -82,6 +82,16 @@ class AGLNDecoder(FPNDecoder):
         return a
 
 
+def check_image(x: Tensor) -> None:
+    """Refuse what no network of the family takes.
+
+    Raises:
+        ConfigError: `x` is not (B, 3, H, W) with H, W >= 32.
+    """
+    if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] < 32 or x.shape[3] < 32:
+        raise ConfigError(f"input of shape {tuple(x.shape)}: needs (batch, 3, height >= 32, width >= 32)")
+
+
 class SegmentationNetwork(nn.Module):
     """A network of the family: normalised image (B, 3, H, W) -> logits (B, K, H, W), for any H, W >= 32."""
 
@@ -101,8 +111,7 @@ class SegmentationNetwork(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] < 32 or x.shape[3] < 32:
-            raise ConfigError(f"input of shape {tuple(x.shape)}: needs (batch, 3, height >= 32, width >= 32)")
+        check_image(x)
         stages = self.encoder(x)
         features = stages[-1] if self.decoder is None else self.decoder(*stages)
         return resize(self.classifier(features), x.shape)

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agln_fast.errors import ConfigError
 from agln_fast.kernels.attention_pool import attention_pool
 from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
 from agln_fast.kernels.semantic_distribution import semantic_distribution
 from agln_fast.kernels.separable_conv import separable_conv
 from agln_fast.models.blocks import resize
 from agln_fast.models.config import ModelConfig
+from agln_fast.models.networks import check_image
 from agln_fast.plan.convolution import FusedConv2d
 
 __all__ = [
@@ -100,11 +100,8 @@ class Aggregation(nn.Module):
         self.count = len(projections)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.w_theta is None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            pooled = x.mean((2, 3), dtype=wide).to(x.dtype).unsqueeze(2)
-        else:
-            pooled = attention_pool(x, self.w_theta)
+        # PyTorch sums half precision in float32.
+        pooled = x.mean((2, 3)).unsqueeze(2) if self.w_theta is None else attention_pool(x, self.w_theta)
         return torch.baddbmm(self.bias, self.weight.expand(x.shape[0], -1, -1), pooled).chunk(self.count, 1)
 
 
@@ -242,9 +239,8 @@ class InferenceNetwork(nn.Module):
         Raises:
             ConfigError: `x` is not of such a shape.
         """
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] < 32 or x.shape[3] < 32:
-            raise ConfigError(f"input of shape {tuple(x.shape)}: needs (batch, 3, height >= 32, width >= 32)")
-        stages = self.encoder(x.contiguous(memory_format=torch.channels_last))
+        check_image(x)
+        stages = self.encoder(x.to(memory_format=torch.channels_last))
         features = stages[-1] if self.decoder is None else self.decoder(*stages)
         logits: Tensor = self.classifier(features)
         return logits

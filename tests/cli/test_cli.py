@@ -219,6 +219,7 @@ def test_images_with_one_stem_do_not_overwrite_each_other(tmp_path):
 
 def test_bench_compares_networks_side_by_side(cli):
     arguments = ("bench", "fpn_resnet18", "agln_lite_resnet18", "--size", "64x64", "--iters", "2", "--num-classes", "3")
+    arguments += ("--precision", "fp32")
     code, out, _ = cli(*arguments, "--json")
     assert code == 0
     report = json.loads(out)

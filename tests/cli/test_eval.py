@@ -27,7 +27,7 @@ def checkpoint(small_network, tmp_path_factory):
 def bundle(checkpoint, tmp_path_factory):
     """Of the same network: every fp32 engine for the CPU, at the size of the scenes."""
     path = tmp_path_factory.mktemp("eval") / "scenes.agln"
-    return agln_fast.build(checkpoint, path, size=(64, 96), output="logits", classes="scenes").path
+    return agln_fast.build(checkpoint, path, size=(64, 96), output="logits", precision="fp32", classes="scenes").path
 
 
 def test_a_table_of_classes_and_the_means(cli, checkpoint):

@@ -53,7 +53,7 @@ def test_tensorrt_rtx_engines_of_every_network(name, small_network, tmp_path):
         small_network(name), tmp_path / name, size=(64, 64), precision=("fp32", "fp16"), targets=("tensorrt-rtx",)
     )
     engines = {engine.name: engine for engine in built.manifest.engines}
-    assert set(engines) == {"tensorrt-rtx-fp32", "tensorrt-rtx-fp16", "torch-fp32"}
+    assert set(engines) == {"tensorrt-rtx-fp32", "tensorrt-rtx-fp16", "fused-fp32", "torch-fp32"}
     for precision in ("fp32", "fp16"):
         engine = engines[f"tensorrt-rtx-{precision}"]
         assert engine.precision == precision

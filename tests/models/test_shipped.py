@@ -74,14 +74,17 @@ def test_the_model_card_is_true(evaluations: dict[str, Evaluation]) -> None:
 def test_every_engine_keeps_the_accuracy(
     evaluations: dict[str, Evaluation], scenes: CachedDataset, tmp_path: Path
 ) -> None:
-    """mIoU within 0.2 points through each fp32 engine, and within 0.5 points in bf16."""
+    """mIoU within 0.2 points through each fp32 engine, and within 0.5 points in half precision."""
     expected = evaluations["agln_nano"].metrics.mean_iou
     bundle = agln_fast.build("agln_nano", tmp_path / "agln", size=SCENE_SIZE, precision="fp32")
     assert bundle.manifest.classes == scenes.class_set.classes
     names = {engine.name for engine in bundle.manifest.engines}
-    assert names == {"torch-fp32", "onnxruntime-fp32", "openvino-fp32"}
-    for backend in ("torch", "onnxruntime", "openvino"):
+    assert names == {"torch-fp32", "fused-fp32", "onnxruntime-fp32", "openvino-fp32"}
+    for backend in ("torch", "fused", "onnxruntime", "openvino"):
         with agln_fast.load(bundle, backend) as segment:
             assert evaluate(segment, scenes).metrics.mean_iou == pytest.approx(expected, abs=0.002)
-    with load_network("agln_nano", size=SCENE_SIZE, resize="stretch", precision="bf16") as segment:
+    for backend, precision in (("torch", "bf16"), ("fused", "bf16"), ("fused", "fp16")):
+        segment = load_network(
+            "agln_nano", size=SCENE_SIZE, resize="stretch", backend=backend, precision=precision, device="cpu"
+        )
         assert evaluate(segment, scenes).metrics.mean_iou == pytest.approx(expected, abs=0.005)

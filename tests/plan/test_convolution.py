@@ -14,6 +14,10 @@ def layer(*arguments, relu=True, **keywords):
     return FusedConv2d(nn.Conv2d(*arguments, **keywords), relu=relu)
 
 
+def image():
+    return torch.randn(1, 8, 6, 6).to(memory_format=torch.channels_last)
+
+
 class Small(nn.Module):
     """Two equal layers, one with a residual, one of another shape, one without ReLU."""
 
@@ -69,11 +73,11 @@ def test_the_faster_way_is_chosen_and_equal_layers_are_timed_once():
         races.append(tuple(y.shape))
         return (2.0, 1.0) if y.shape[1] == 8 else (1.0, 2.0)
 
-    choose_convolutions(network, torch.randn(1, 8, 6, 6), race)
+    choose_convolutions(network, image(), race)
     assert races == [(1, 8, 6, 6), (1, 8, 6, 6), (1, 16, 3, 3)]  # without a residual, with one, strided
     expected = {"first": True, "twin": True, "residual": True, "strided": False, "linear": False}
     assert network.choices() == expected
-    choose_convolutions(network, torch.randn(1, 8, 6, 6), lambda steps, one_call: (1.0, 1.0))
+    choose_convolutions(network, image(), lambda steps, one_call: (1.0, 1.0))
     assert not any(network.choices().values())
 
 
@@ -86,14 +90,14 @@ def test_where_cudnn_refuses_the_steps_stay():
         one_call()
         return 2.0, 1.0
 
-    choose_convolutions(network, torch.randn(1, 8, 6, 6), race)
+    choose_convolutions(network, image(), race)
     assert not any(network.choices().values())
 
 
 def test_the_cpu_has_no_choice():
     network = Small()
     network.forward = pytest.fail
-    choose_convolutions(network, torch.randn(1, 8, 6, 6))
+    choose_convolutions(network, image())
     assert not any(network.choices().values())
 
 
@@ -103,9 +107,9 @@ def test_no_hook_stays(error):
     if error:
         network.linear.forward = lambda x: (_ for _ in ()).throw(error)
         with pytest.raises(error):
-            choose_convolutions(network, torch.randn(1, 8, 6, 6), lambda steps, one_call: (1.0, 2.0))
+            choose_convolutions(network, image(), lambda steps, one_call: (1.0, 2.0))
     else:
-        choose_convolutions(network, torch.randn(1, 8, 6, 6), lambda steps, one_call: (1.0, 2.0))
+        choose_convolutions(network, image(), lambda steps, one_call: (1.0, 2.0))
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
