@@ -205,23 +205,25 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def to_markdown(rows: Sequence[Compiled]) -> str:
-    """A table of one line for each kernel and dtype, and a column for each capability."""
+    """A table of one line for each kernel, dtype and configuration, and a column for each capability."""
     lines = [
-        f"| op | kernel | dtype | {' | '.join(CAPABILITIES)} |",
-        f"| --- | --- | --- |{' --- |' * len(CAPABILITIES)}",
+        f"| op | kernel | dtype | tile | warps, stages | {' | '.join(CAPABILITIES)} |",
+        f"| --- | --- | --- | --- | --- |{' --- |' * len(CAPABILITIES)}",
     ]
-    found: dict[tuple[str, str, str], dict[str, Compiled]] = {}
+    found: dict[tuple[str, ...], dict[str, Compiled]] = {}
     for row in rows:
-        found.setdefault((row.op, row.kernel.strip("_").removesuffix("_kernel"), row.dtype), {})[row.capability] = row
+        kernel = row.kernel.strip("_").removesuffix("_kernel")
+        key = (row.op, kernel, row.dtype, row.tile, f"{row.num_warps}, {row.num_stages}")
+        found.setdefault(key, {})[row.capability] = row
     for key, columns in found.items():
-        cells = [_cell(columns[capability]) if capability in columns else "–" for capability in CAPABILITIES]
+        cells = [_cell(columns[capability]) if capability in columns else "" for capability in CAPABILITIES]
         lines.append(f"| {' | '.join([*key, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(row: Compiled) -> str:
-    cell = f"{row.registers} reg, {row.shared_bytes / 1024:.0f} KiB, {row.num_warps} warps"
-    return f"{cell}<br>{row.tile}" + (f"<br>{row.tensor_cores}" if row.tensor_cores else "")
+    cell = f"{row.registers}, {row.shared_bytes / 1024:.0f} KiB"
+    return f"{cell}, {row.tensor_cores}" if row.tensor_cores else cell
 
 
 _BEGIN, _END = "<!-- compiled: begin -->\n", "<!-- compiled: end -->\n"

@@ -2,7 +2,8 @@
 
 Attention with the pixels as queries: a program takes a tile of pixels, keeps it, goes through the descriptors tile by
 tile with a running maximum and a running sum (online softmax: Milakov and Gimelshein, arXiv:1805.02867), all in
-float32, and stores both results. A is read once where all C channels fit one tile; no N×P tensor exists.
+float32, and stores both results. A is read once where all C channels fit one tile; no N×P tensor exists. Where
+they do not, or float32 would take too much shared memory, A is read in chunks for the energies, and again for the sum.
 
 Prefixes: i_ index, o_ offsets, m_ mask, p_ pointer, b_ loaded block.
 """
@@ -46,13 +47,14 @@ def _distribute_kernel(
     BP: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
-    WHOLE: tl.constexpr,  # all C channels fit one tile: A is read once
+    BK: tl.constexpr,  # channels that one product of the energies sums over
+    WHOLE: tl.constexpr,  # all C channels fit both: A is read once
     PRECISION: tl.constexpr,
 ):
     i_p, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = i_p.to(tl.int64) * BP
-    o_p, o_n, o_k = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, BC)
-    o_c = i_c * BC + o_k
+    o_p, o_n, o_k = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, BK)
+    o_c = i_c * BC + tl.arange(0, BC)
     m_p, m_c = first + o_p < P, o_c < C
     p_a = a + i_b * stride_ab + first * stride_ap + o_p[:, None] * stride_ap
     b_a = tl.load(p_a + o_c[None, :].to(tl.int64) * stride_ac, mask=m_p[:, None] & m_c[None, :], other=0.0)  # [BP, BC]
@@ -64,11 +66,11 @@ def _distribute_kernel(
         m_n = n + o_n < N
         p_w = w_phi + (n + o_n)[None, :] * stride_wn
         if WHOLE:
-            b_w = tl.load(p_w + o_k[:, None] * stride_wc, mask=m_c[:, None] & m_n[None, :], other=0.0)  # [BC, BN]
+            b_w = tl.load(p_w + o_c[:, None] * stride_wc, mask=m_c[:, None] & m_n[None, :], other=0.0)  # [BC, BN]
             b_s = tl.dot(b_a, b_w, input_precision=PRECISION)  # [BP, BN]
         else:
             b_s = tl.zeros([BP, BN], tl.float32)
-            for k in range(0, C, BC):
+            for k in range(0, C, BK):
                 m_k = k + o_k < C
                 b_ak = tl.load(
                     p_a + (k + o_k)[None, :].to(tl.int64) * stride_ac, mask=m_p[:, None] & m_k[None, :], other=0.0
@@ -95,11 +97,12 @@ def _distribute_kernel(
 def semantic_distribution(
     a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float, config: LaunchConfig
 ) -> tuple[Tensor, Tensor]:
-    """As the reference; the arguments are checked. `config` sets tiles P, N and C."""
+    """As the reference; the arguments are checked. `config` sets tiles P, N and C, and K, of C in the energies."""
     m, enhanced = empty_maps(a), empty_maps(a)
     a = a.flatten(2)
     (batch, channels, count), num_descriptors = a.shape, w_phi.shape[0]
-    bp, bn, bc = (block(n, config.tile[key]) for n, key in ((count, "P"), (num_descriptors, "N"), (channels, "C")))
+    sizes = {"P": count, "N": num_descriptors, "C": channels, "K": channels}
+    bp, bn, bc, bk = (block(size, config.tile[key]) for key, size in sizes.items())
     with torch.cuda.device_of(a):
         _distribute_kernel[(triton.cdiv(count, bp), triton.cdiv(channels, bc), batch)](
             a,
@@ -119,7 +122,8 @@ def semantic_distribution(
             BP=bp,
             BN=bn,
             BC=bc,
-            WHOLE=channels <= bc,
+            BK=bk,
+            WHOLE=channels <= min(bc, bk),
             PRECISION="ieee",
             num_warps=config.num_warps,
             num_stages=config.num_stages,

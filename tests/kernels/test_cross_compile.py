@@ -1,0 +1,45 @@
+"""Every kernel, dtype and shipped configuration compiles for six compute capabilities, within their limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agln_fast.bench.cross_compile import CAPABILITIES, DTYPES, OPS, Compiled, compile_op, to_markdown
+from agln_fast.errors import ConfigError
+
+# Kernels without a matrix product: they merge, sum, or look up.
+NO_PRODUCT = {"_merge_kernel", "_softmax_kernel", "_coarse_kernel", "_fine_kernel"}
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_compiles_everywhere(op):
+    """In a process of its own: Triton decides at its import whether it interprets or compiles."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "agln_fast.bench.cross_compile", op, "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    rows = [Compiled(**row) for row in json.loads(answer.stdout)]
+    assert {(row.dtype, row.capability) for row in rows} == {
+        (str(dtype).removeprefix("torch."), capability) for dtype in DTYPES for capability in CAPABILITIES
+    }
+    for row in rows:
+        assert row.spill_bytes == 0, row
+        assert row.shared_bytes <= 1024 * CAPABILITIES[row.capability][1], row
+        half_product = row.kernel not in NO_PRODUCT and row.dtype != "float32"
+        assert bool(row.tensor_cores) == half_product, row
+    documented = DOCS.read_text()
+    for line in to_markdown(rows).splitlines()[2:]:
+        assert line in documented, "run `python -m agln_fast.bench.cross_compile --write docs/kernels.md`"
+
+
+@pytest.mark.interpreter
+def test_nothing_is_compiled_while_kernels_are_interpreted():
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET is set"):
+        compile_op("attention_pool", DTYPES[0], "sm90")
