@@ -215,9 +215,9 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
         kernel = row.kernel.strip("_").removesuffix("_kernel")
         key = (row.op, kernel, row.dtype, row.tile, f"{row.num_warps}, {row.num_stages}")
         found.setdefault(key, {})[row.capability] = row
-    for key, columns in found.items():
+    for names, columns in found.items():
         cells = [_cell(columns[capability]) if capability in columns else "" for capability in CAPABILITIES]
-        lines.append(f"| {' | '.join([*key, *cells])} |")
+        lines.append(f"| {' | '.join([*names, *cells])} |")
     return "\n".join(lines) + "\n"
 
 

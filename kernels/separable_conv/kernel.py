@@ -62,12 +62,14 @@ def _separable_kernel(
     for c in range(0, C, BC):
         m_c = c + o_c < C
         b_f = tl.zeros([BP, BC], tl.float32)
-        for tap in tl.static_range(9):
-            dy, dx = tap // 3 - 1, tap % 3 - 1
-            m_tap = m_p & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-            b_x = tl.load(p_x + (dy * W + dx) * stride_xp, mask=m_tap[:, None] & m_c[None, :], other=0.0)  # [BP, BC]
-            b_d = tl.load(p_d + tap * stride_dt, mask=m_c, other=0.0)  # [BC]
-            b_f += b_x.to(tl.float32) * b_d.to(tl.float32)[None, :]
+        for dy in range(-1, 2):  # a loop at run time: nine taps unrolled would not fit the registers
+            m_row = m_p & (row + dy >= 0) & (row + dy < H)
+            for dx in tl.static_range(-1, 2):
+                m_tap = m_row & (column + dx >= 0) & (column + dx < W)
+                m_x = m_tap[:, None] & m_c[None, :]
+                b_x = tl.load(p_x + (dy * W + dx) * stride_xp, mask=m_x, other=0.0)  # [BP, BC]
+                b_d = tl.load(p_d + (3 * dy + dx + 4) * stride_dt, mask=m_c, other=0.0)  # [BC]
+                b_f += b_x.to(tl.float32) * b_d.to(tl.float32)[None, :]
         b_w = tl.load(p_w, mask=m_c[:, None] & m_o[None, :], other=0.0)  # [BC, BO]
         b_acc = tl.dot(b_f.to(b_w.dtype), b_w, b_acc, input_precision=PRECISION)
         p_x += BC * stride_xc
@@ -79,12 +81,14 @@ def _separable_kernel(
 
 
 def separable_conv(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor, config: LaunchConfig) -> Tensor:
-    """As the reference; the arguments are checked. `config` sets tiles P, C and O."""
+    """As the reference; the arguments are checked. `config` sets tiles P (the largest), C and O."""
     y = empty_maps(x, w_pointwise.shape[0])
     height, width = x.shape[2:]
     x, taps, weight = x.flatten(2), w_depthwise.flatten(1), w_pointwise.flatten(1)
     (batch, channels, count), outputs = x.shape, weight.shape[0]
-    bp, bc, bo = (block(n, config.tile[key]) for n, key in ((count, "P"), (channels, "C"), (outputs, "O")))
+    bc, bo = block(channels, config.tile["C"]), block(outputs, config.tile["O"])
+    share = batch * count * triton.cdiv(outputs, bo) // config.processors  # pixels that leave no processor idle
+    bp = block(min(count, share), config.tile["P"])
     with torch.cuda.device_of(x):
         _separable_kernel[(triton.cdiv(count, bp), triton.cdiv(outputs, bo), batch)](
             x,

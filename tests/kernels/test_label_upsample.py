@@ -1,32 +1,41 @@
-"""label_upsample against PyTorch's own resize, against float64, and by hand."""
+"""label_upsample: reference, kernel under the interpreter, and op against PyTorch's resize, float64, and by hand."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import poisoned, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agln_fast.kernels.label_upsample import label_upsample, reference
+from agln_fast.kernels.label_upsample import kernel, label_upsample, reference
+from agln_fast.kernels.label_upsample.op import CONFIGS
+from agln_fast.kernels.launch import choose
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-def check(logits: Tensor, size: tuple[int, int]) -> None:
+def noise(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(logits: Tensor, size: tuple[int, int], labels: Tensor) -> None:
     """Equal to the float64 resize wherever its two best classes are further apart than float32 can blur.
 
     A coordinate of at most h (or w) is rounded twice, which moves the weight by h * eps and the value by that times the
     difference of two neighbours, at most 2 * max|logits|; two classes may move towards each other.
     """
-    labels = label_upsample(logits, size)
     exact = F.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
-    chosen = exact.gather(1, labels.long().unsqueeze(1)).squeeze(1)
     blur = 8 * sum(logits.shape[2:]) * torch.finfo(torch.float32).eps * logits.abs().max().double()
     assert labels.shape == (logits.shape[0], *size)
     assert labels.is_contiguous()
+    assert int(labels.max()) < logits.shape[1]
+    chosen = exact.gather(1, labels.long().unsqueeze(1)).squeeze(1)
     assert bool((exact.amax(1) - chosen <= blur).all())
 
 
-@pytest.mark.parametrize(
+SIZES = pytest.mark.parametrize(
     ("shape", "size"),
     [
         pytest.param((1, 21, 32, 32), (128, 128), id="quarter-resolution"),
@@ -42,28 +51,33 @@ def check(logits: Tensor, size: tuple[int, int]) -> None:
         pytest.param((1, 300, 6, 5), (9, 8), id="more-classes-than-8-bits"),
     ],
 )
+
+
+@SIZES
 def test_agrees_with_resize_then_argmax(shape: tuple[int, ...], size: tuple[int, int]) -> None:
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    check(logits, size)
+    logits = noise(shape)
+    labels = label_upsample(logits, size)
+    check(logits, size, labels)
     resized = F.interpolate(logits, size, mode="bilinear", align_corners=True)
-    agreement = (label_upsample(logits, size) == resized.argmax(1)).float().mean()
+    agreement = (labels == resized.argmax(1)).float().mean()
     assert agreement > 0.999  # both are float32: only near ties may differ
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.tuples(*[st.integers(1, 12)] * 4), st.integers(1, 4), st.integers(0, 2**16))
 def test_agrees_with_float64_at_any_size(sides: tuple[int, int, int, int], classes: int, seed: int) -> None:
-    logits = torch.randn(1, classes, *sides[:2], generator=torch.Generator().manual_seed(seed))
-    check(logits, sides[2:])
+    logits = noise((1, classes, *sides[:2]), seed)
+    check(logits, sides[2:], label_upsample(logits, sides[2:]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_accumulates_in_float32_for_every_dtype_and_memory_format(
     dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
-    logits = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
-    check(logits.to(memory_format=memory_format), (23, 19))
+    logits = noise((2, 6, 9, 7), 1).to(dtype).to(memory_format=memory_format)
+    check(logits, (23, 19), label_upsample(logits, (23, 19)))
+    torch.library.opcheck(torch.ops.agln.label_upsample.default, (logits, (23, 19)))
 
 
 def test_two_by_two_by_hand() -> None:
@@ -74,7 +88,7 @@ def test_two_by_two_by_hand() -> None:
 
 
 def test_ties_go_to_the_lowest_class() -> None:
-    best = torch.randn(1, 1, 5, 4, generator=torch.Generator().manual_seed(2))
+    best = noise((1, 1, 5, 4), 2)
     logits = torch.cat([best - 1, best, best, best - 2], dim=1)
     assert bool((label_upsample(logits, (17, 11)) == 1).all())
 
@@ -94,7 +108,7 @@ def test_dtype_holds_the_last_class(classes: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [(31, 20), (3, 4)], ids=["up", "down"])
 def test_strips_of_one_row_give_the_same_labels(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(3))
+    logits = noise((2, 6, 9, 7), 3)
     whole = label_upsample(logits, size)
     monkeypatch.setattr(reference, "_STRIP_BYTES", 1)
     assert torch.equal(label_upsample(logits, size), whole)
@@ -120,13 +134,107 @@ def test_no_tensor_exceeds_its_share_of_the_strip(
     budget = 6 * 2**20
     monkeypatch.setattr(reference, "_STRIP_BYTES", budget)
     with Watch():  # type: ignore[no-untyped-call]
-        label_upsample(logits, size)
+        reference.label_upsample(logits, size)
     assert 0 < largest <= budget / 3
 
 
 def test_takes_logits_that_require_grad() -> None:
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     assert not label_upsample(logits, (4, 4)).requires_grad
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size", "tile"),
+    [
+        pytest.param((2, 40, 5, 7), (13, 11), {}, id="odd-sizes-several-tiles-each-way-and-a-batch"),
+        pytest.param((1, 5, 6, 6), (6, 6), {}, id="same-size"),
+        pytest.param((1, 5, 14, 12), (5, 3), {}, id="smaller-than-the-source"),
+        pytest.param((1, 4, 1, 6), (5, 9), {}, id="one-source-row"),
+        pytest.param((1, 4, 6, 1), (5, 9), {}, id="one-source-column"),
+        pytest.param((1, 4, 1, 1), (3, 5), {}, id="one-source-pixel"),
+        pytest.param((1, 4, 6, 5), (1, 9), {}, id="one-target-row"),
+        pytest.param((1, 4, 6, 5), (9, 1), {}, id="one-target-column"),
+        pytest.param((1, 1, 6, 5), (9, 8), {}, id="one-class"),
+        pytest.param((1, 300, 2, 3), (5, 4), {"K": 64}, id="more-classes-than-8-bits"),
+        pytest.param((1, 6, 3, 3), (5, 6), {"H": 8, "W": 16, "P": 64, "K": 32}, id="tiles-larger-than-the-map"),
+    ],
+)
+def test_kernel(shape, size, tile, dtype):
+    logits = noise(shape).to(dtype)
+    channels_last = logits.to(memory_format=torch.channels_last)
+    strided = torch.zeros(*shape[:3], 2 * shape[3]).to(dtype)
+    strided[..., ::2] = logits
+    with poisoned():
+        labels = kernel.label_upsample(logits, size, tiny(dtype, **tile))
+    assert labels.dtype == (torch.uint8 if shape[1] <= 256 else torch.int16)
+    check(logits, size, labels)
+    for layout in (channels_last, strided[..., ::2]):
+        assert torch.equal(kernel.label_upsample(layout, size, tiny(dtype, **tile)), labels)
+
+
+@pytest.mark.interpreter
+@settings(max_examples=25, deadline=None)
+@given(st.tuples(*[st.integers(1, 9)] * 4), st.integers(1, 40), st.integers(0, 2**16))
+def test_kernel_at_any_size(sides, classes, seed):
+    logits = noise((1, classes, *sides[:2]), seed)
+    check(logits, sides[2:], kernel.label_upsample(logits, sides[2:], tiny(torch.float32)))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", ["sm86", "sm90"])
+def test_shipped_configurations(capability, dtype):
+    logits = noise((1, 70, 4, 9)).to(dtype)
+    check(logits, (9, 18), kernel.label_upsample(logits, (9, 18), choose(CONFIGS, logits, capability, 132)))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("first", [3, 14, 20], ids=["in-one-tile", "over-two-tiles", "in-the-last-tile"])
+def test_kernel_gives_ties_to_the_lowest_class(first):
+    """Two classes are equal in every pixel: wherever one of them wins, it is the lower, in every tile of classes."""
+    logits = noise((1, 24, 5, 4), 2)
+    logits[:, first : first + 4] = logits[:, first : first + 1] + 1
+    labels = kernel.label_upsample(logits, (9, 11), tiny(torch.float32))
+    check(logits, (9, 11), labels)
+    assert bool((labels == first).any())
+    assert not bool(((labels > first) & (labels < first + 4)).any())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("corner", range(4), ids=["upper-left", "upper-right", "lower-left", "lower-right"])
+def test_kernel_sees_that_one_corner_differs(corner):
+    """Class 1 is 1 against 0.3 at one corner of four, and wins where its weight is above 0.3: beyond that corner."""
+    logits = torch.stack([torch.full((4,), 0.3), torch.zeros(4)]).view(1, 2, 2, 2)
+    logits.view(2, 4)[1, corner] = 1
+    labels = kernel.label_upsample(logits, (9, 9), tiny(torch.float32))
+    assert torch.equal(labels, reference.label_upsample(logits, (9, 9)))
+    assert labels.sum() > 1
+
+
+@pytest.mark.interpreter
+def test_kernel_needs_no_logits_where_the_corners_agree():
+    """Class 17 wins everywhere, and the label map of the source says so: logits of NaN behind it do not matter."""
+    logits = noise((1, 20, 4, 4))
+    logits[:, 17] += 10
+    agreed = torch.full((1, 4, 4), 17, dtype=torch.int32)
+    labels = torch.full((1, 7, 7), 255, dtype=torch.uint8)
+    arguments = (20, 4, 4, 7, 7, 0.5, 0.5, *logits.flatten(2).stride())
+    kernel._fine_kernel[(4, 1)](torch.full_like(logits, float("nan")), agreed, labels, *arguments, BH=4, BW=4, BK=16)
+    assert bool((labels == 17).all())
+    assert torch.equal(labels, kernel.label_upsample(logits, (7, 7), tiny(torch.float32)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@SIZES
+def test_on_the_gpu(shape, size, memory_format, dtype):
+    logits = noise(shape).to(dtype).cuda().to(memory_format=memory_format)
+    labels = label_upsample(logits, size)
+    check(logits, size, labels)
+    assert torch.equal(labels, label_upsample(logits, size))
 
 
 LOGITS = torch.zeros(1, 2, 3, 3)
