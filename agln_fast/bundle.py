@@ -13,9 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-
 from agln_fast.contract import IOContract
 from agln_fast.errors import AglnError, BundleError, did_you_mean
 from agln_fast.models.config import ModelConfig
@@ -109,6 +106,10 @@ class Manifest:
             raise BundleError(
                 f"manifest has schema version {found!r}, this agln-fast reads {SCHEMA_VERSION}; {_REBUILD}"
             )
+        # Imported here: networks in memory are run without it, on machines that have not got it.
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import best_match
+
         schema = json.loads(resources.files("agln_fast.data").joinpath("manifest.schema.json").read_text())
         error = best_match(Draft202012Validator(schema).iter_errors(values))
         if error is not None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import Progress
 
 from agln_fast.backends import open_engine
+from agln_fast.bench.machine import machine
 from agln_fast.bench.weights import random_network
 from agln_fast.errors import BackendError, ConfigError, VerificationError
 from agln_fast.export.build import build
@@ -146,22 +144,6 @@ def compare_networks(
     return rows
 
 
-def _machine() -> dict[str, Any]:
-    """What the numbers were measured on: processor, threads, GPU, and versions."""
-    found: dict[str, Any] = {
-        "cpu": str(torch.cpu.get_capabilities().get("cpu_name", platform.processor())),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-    }
-    for package in ("agln-fast", "torch", "onnxruntime", "openvino", "tensorrt-rtx"):
-        try:
-            found[package] = version(package)
-        except ModuleNotFoundError:
-            found[package] = None
-    return found
-
-
 def to_json(rows: Sequence[Row]) -> dict[str, Any]:
     """Machine and rows as plain JSON types."""
-    return {"machine": _machine(), "rows": [asdict(row) for row in rows]}
+    return {"machine": machine(), "rows": [asdict(row) for row in rows]}

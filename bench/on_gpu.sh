@@ -1,31 +1,84 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and without a network: install beside the PyTorch that is there, test, measure.
-# JSON goes to the folder that $OUT names (default bench/results/), a short table to the screen. $WHEELS may name a folder
-# of wheels with what that machine lacks (jsonschema, torchmetrics, lightning-fabric, pyyaml and their dependencies).
+# Test and measure on a machine with a GPU and without a network, beside the PyTorch that is there:
+#
+#     bash bench/on_gpu.sh [tests] [kernels] [models]        # default: all three
+#
+# OUT     folder for gpu-tests.xml, kernels.json and models.json, default bench/results/; JSON is written after each case
+# BUDGET  seconds for everything, default 500; the stages share them, and what finds no time is noted as left out
+# WHEELS  folder of wheels with what the machine lacks: jsonschema with what it needs for bundles, lightning-fabric for
+#         training; kernels and models need neither
+# PYTHON  interpreter, default python3
+#
+# Short tables come last. Ends with a status other than 0 if anything failed. Without a GPU it does the same in little on
+# the CPU, which shows that the script works, and nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
-mkdir -p "$out"
 python=${PYTHON:-python3}
+stages=("$@")
+[ "$#" -gt 0 ] || stages=(tests kernels models)
+for stage in "${stages[@]}"; do
+    case $stage in
+        tests | kernels | models) ;;
+        *) echo "unknown stage $stage: tests, kernels or models" >&2 && exit 2 ;;
+    esac
+done
+deadline=$((SECONDS + ${BUDGET:-500}))
+unset TRITON_INTERPRET # kernels are compiled
+mkdir -p "$out"
 
 if [ -n "${WHEELS:-}" ]; then
-    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" jsonschema torchmetrics lightning-fabric pyyaml
+    "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+# Run a command until the moment $until; 30 seconds later it is killed.
+limited() {
+    local left=$((until - SECONDS))
+    timeout --signal=INT --kill-after=30 "$((left > 10 ? left : 10))" "$@"
+}
+
+# Run a benchmark that goes on behind what its file holds: again, if the device was lost (75) or it died of a signal.
+persistent() {
+    local code
+    while true; do
+        code=0
+        # It starts no case after its budget; the last one may take a little longer.
+        limited "$@" --budget "$(((until - SECONDS) * 9 / 10))" || code=$?
+        case $code in
+            75 | 134 | 139) [ "$SECONDS" -lt "$until" ] || return "$code" ;;
+            *) return "$code" ;;
+        esac
+    done
+}
+
 status=0
-# Only files with such tests are collected: the others may need packages that are not there.
-mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests)
-"$python" -m pytest -m gpu "${files[@]}" --junitxml "$out/gpu-tests.xml" || status=$?
-"$python" -m pytest bench --benchmark-only --benchmark-json "$out/kernels.json" || status=$?
-for batch in 1 8; do
-    "$python" -m agln_fast.cli bench --device cuda --batch "$batch" --iters 30 --warmup 5 --json >"$out/networks-b$batch.json"
+tables=()
+left=${#stages[@]}
+for stage in "${stages[@]}"; do
+    echo "== $stage"
+    until=$((SECONDS + (deadline - SECONDS) / left--))
+    case $stage in
+        tests)
+            # Only files with such tests are collected: the others may need packages that are not there.
+            mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests)
+            limited "$python" -m pytest -m gpu "${files[@]}" --continue-on-collection-errors --tb=short \
+                --junitxml "$out/gpu-tests.xml" || status=1
+            ;;
+        kernels)
+            rm -f "$out/kernels.json"
+            tables+=("$out/kernels.json")
+            persistent "$python" -m pytest bench/suite --benchmark-only --benchmark-quiet --quiet --tb=line \
+                --continue-on-collection-errors --rows "$out/kernels.json" || status=1
+            ;;
+        models)
+            rm -f "$out/models.json"
+            tables+=("$out/models.json")
+            persistent "$python" -m agln_fast.bench.models --out "$out/models.json" || status=1
+            ;;
+    esac
 done
-"$python" - "$out"/networks-b*.json <<'P'
-import json, sys
-for path in sys.argv[1:]:
-    report = json.load(open(path))
-    print(report["machine"]["gpu"])
-    for row in report["rows"]:
-        print(f'{row["network"]:24} {row["engine"]:18} batch {row["batch"]}  {row["median_ms"]:9.2f} ms  x{row["ratio"]:.2f}')
-P
+if [ "${#tables[@]}" -gt 0 ]; then
+    "$python" -m agln_fast.bench.tables "${tables[@]}" || status=1
+fi
 exit "$status"
