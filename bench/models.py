@@ -165,7 +165,7 @@ def _under_autocast(subject: _Subject, network: _Network) -> _Run:
 def _fused(subject: _Subject) -> _Run:
     network = fuse(subject.network).to(subject.image.device, DTYPES[subject.precision])
     deployed = FusedDeployment(network, subject.contract, network.config.num_classes)
-    choose_convolutions(network, deployed.normalise(subject.image))
+    choose_convolutions(deployed, subject.image)
     return lambda: deployed(subject.image)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import ClassVar, cast
 
 import torch
+from torch import Tensor
 
 from agln_fast.backends.base import Array, Backend
 from agln_fast.bundle import Bundle, EngineRecord
@@ -20,19 +22,45 @@ __all__ = ["NetworkBackend", "TorchBackend", "exact_float32"]
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+_guard = threading.Lock()
+_users = 0
+_restore = ExitStack()
+
+
 @contextmanager
 def exact_float32(*, benchmark: bool = False) -> Iterator[None]:
-    """float32 is float32, not TF32 or bfloat16, whatever the process has set; `benchmark`: cuDNN times its algorithms.
+    """float32 is float32, not TF32 or bfloat16, and sums of half precision are float32, whatever the process has set.
 
-    PyTorch's settings hold for the whole process; they are put back.
+    PyTorch's settings hold for the whole process. Threads may be in here together: the first one changes the settings,
+    the last one puts them back. `benchmark`: cuDNN times its algorithms.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    global _users, _restore
+    with _guard:
+        if _users == 0:
+            _restore = _set_exact()
+        _users += 1
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or benchmark
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        with _guard:
+            torch.backends.cudnn.benchmark = before
+            _users -= 1
+            if _users == 0:
+                _restore.close()
+
+
+def _set_exact() -> ExitStack:
+    """Change the settings; closing the result puts them back."""
+    stack = ExitStack()
+    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision("highest")
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+        stack.callback(setattr, torch.backends.cuda.matmul, name, getattr(torch.backends.cuda.matmul, name))
+        setattr(torch.backends.cuda.matmul, name, False)
+    stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+    return stack
 
 
 class NetworkBackend(Backend):
@@ -83,13 +111,31 @@ class NetworkBackend(Backend):
 
     @torch.inference_mode()
     def run(self, image: Array) -> Array:
-        assert self._network is not None, "the backend is closed"
+        try:
+            return cast(Array, self._forward(torch.from_numpy(image)).numpy())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise BackendError(
+                f"{self.name} failed on {self.device} with an image of {image.shape}: {reason}"
+            ) from error
+
+    def _forward(self, image: Tensor) -> Tensor:
+        """From host to host.
+
+        Raises:
+            BackendError: the backend is closed.
+        """
+        network = self._opened()
         autocast = torch.autocast(
             self._device.type, _AUTOCAST.get(self.precision), enabled=self.precision in _AUTOCAST, cache_enabled=False
         )
         with exact_float32(), autocast:
-            result = self._network(torch.from_numpy(image).to(self._device))
-        return cast(Array, result.cpu().numpy())
+            return cast(Tensor, network(image.to(self._device)).cpu())
+
+    def _opened(self) -> DeployedNetwork:
+        if self._network is None:
+            raise BackendError(f"{self.name}: this backend is closed; open it again")
+        return self._network
 
     def close(self) -> None:
         self._network = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import median
 from typing import Any, cast
@@ -81,7 +82,7 @@ def choose_convolutions(network: nn.Module, x: Tensor, race: Race | None = None)
 
     Args:
         network: takes `x`.
-        race: takes two calls and returns their times; None to time them on CUDA if `x` is there. On other devices
+        race: takes two calls, in steps and in one, and returns their times, infinite for one that fails; None to time them on CUDA if `x` is there. On other devices
             there is nothing to choose then, and nothing is done.
     """
     if race is None:
@@ -123,26 +124,27 @@ def _traffic(network: nn.Module, x: Tensor) -> dict[FusedConv2d, tuple[_Layout, 
 
 
 def _one_call_is_faster(layer: FusedConv2d, features: _Layout, residual: _Layout | None, race: Race) -> bool:
-    x, z = (
-        None
-        if layout is None
-        else torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=layer.weight.device).normal_()
-        for layout in (features, residual)
-    )
-    assert x is not None
-    try:
-        steps, one_call = race(lambda: layer.in_steps(x, z), lambda: layer.in_one_call(x, z))
-    except RuntimeError:
-        return False
+    device = layer.weight.device
+    generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay as they would have been
+
+    def draw(layout: _Layout) -> Tensor:
+        return torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=device).normal_(generator=generator)
+
+    x, z = draw(features), None if residual is None else draw(residual)
+    steps, one_call = race(lambda: layer.in_steps(x, z), lambda: layer.in_one_call(x, z))
     return one_call < steps
 
 
-def _race(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[float, float]:
+def _race(steps: Callable[[], Tensor], one_call: Callable[[], Tensor]) -> tuple[float, float]:
     """Median milliseconds of both, as CUDA graphs: the time to launch a kernel, which they hide, shall not count.
 
     They take turns, so that a clock that drifts is the same for both.
     """
-    graphs = [_captured(call) for call in (first, second)]
+    try:
+        one_call()
+    except RuntimeError:  # cuDNN has no such kernel
+        return 0.0, math.inf
+    graphs = [_captured(call) for call in (steps, one_call)]
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):
         for graph, results in zip(graphs, times, strict=True):
@@ -159,7 +161,9 @@ def _captured(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
     """Several calls in a row as a graph, after a first one that chose the algorithm, or failed."""
     call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    stream = torch.cuda.current_stream()
+    # The outer context: a capture that fails leaves its stream the current one.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(_CALLS):
             call()
     return graph

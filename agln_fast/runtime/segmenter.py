@@ -73,7 +73,7 @@ def load(
         known = ", ".join(engine.name for engine in bundle.manifest.engines)
         wanted = f"{backend} engine" + (f" in {precision}" if precision else "")
         raise BundleError(f"{bundle.path}: no {wanted}{did_you_mean(backend, known.split(', '))}; it has {known}")
-    engines = sorted(engines, key=_preference)
+    engines = sorted(engines, key=partial(_preference, device=device))
     reasons = []
     for engine in engines:
         try:
@@ -145,13 +145,16 @@ def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:
     return [(engine, backend_class(engine.backend).obstacle(engine)) for engine in engines]
 
 
-def _preference(engine: EngineRecord) -> tuple[bool, float, int]:
-    """Sorts GPUs first, then by latency where it was measured on such a device, then as BACKENDS does."""
-    device, latency = backend_class(engine.backend).default_device(), float("inf")
-    check = engine.verification
-    if check and check.latency_ms is not None and (check.device or "cpu").startswith(device):
+def _preference(engine: EngineRecord, device: str | None = None) -> tuple[bool, float, int]:
+    """Sorts GPUs first, then by latency where it was measured on such a device, then as BACKENDS does.
+
+    `device` is where the engine shall run, None for its own.
+    """
+    kind = (device or backend_class(engine.backend).default_device()).partition(":")[0]
+    check, latency = engine.verification, float("inf")
+    if check and check.latency_ms is not None and (check.device or "cpu").partition(":")[0] == kind:
         latency = check.latency_ms
-    return device == "cpu", latency, list(BACKENDS).index(engine.backend)
+    return kind == "cpu", latency, list(BACKENDS).index(engine.backend)
 
 
 class Segmenter:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,9 @@ from agln_fast.backends.fused import FusedNetworkBackend
 from agln_fast.backends.torch import NetworkBackend
 from agln_fast.contract import IOContract
 from agln_fast.errors import BackendError, ConfigError
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.models.blocks import resize
+from agln_fast.plan.convolution import choose_convolutions
+from agln_fast.runtime.segmenter import _preference, load_network
 
 LABELS = IOContract(64, 96, max_batch=4)
 LOGITS = IOContract(64, 96, max_batch=4, output="logits")
@@ -106,7 +110,7 @@ def test_programs_used_least_recently_go_first(small_network, monkeypatch):
 def test_an_image_of_another_size_is_refused(shape, small_network):
     with (
         FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend,
-        pytest.raises(BackendError, match=r"the engine takes \('batch', 64, 96, 3\)|the engine takes"),
+        pytest.raises(BackendError, match=r"the engine takes \('batch', 64, 96, 3\)"),
     ):
         backend.run(np.zeros(shape, np.uint8))
 
@@ -133,7 +137,7 @@ def test_threads_share_a_backend_or_have_their_own(device, small_network):
         separate = list(pool.map(alone, inputs))
     for first, second, third in zip(expected, shared, separate, strict=True):
         assert np.array_equal(first, second)
-        assert (first == third).mean() > 0.9999
+        assert (first == third).mean() >= 0.999  # another instance may have chosen other algorithms
 
 
 class Recording(TorchDispatchMode):
@@ -165,7 +169,7 @@ def recorded_graphs(monkeypatch):
     captured = []
 
     @contextmanager
-    def capture(graph, stream, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
         with Recording() as recording:
             yield
@@ -187,12 +191,89 @@ def test_replays_see_the_new_image(contract, recorded_graphs, small_network, mon
         expected = [backend.run(images(2, seed)) for seed in range(3)]
         backend._programs.clear()
         prepare = fused._Graph
-        monkeypatch.setattr(backend, "_prepare", lambda image: prepare(backend._network, image))
+        monkeypatch.setattr(backend, "_prepare", lambda image: prepare(backend._network, image, None))
         results = [backend.run(images(2, seed)) for seed in range(3)]
     assert len(recorded_graphs) == 1
     for result, wanted in zip(results, expected, strict=True):
         assert np.array_equal(result, wanted)
     assert not np.array_equal(expected[0], expected[1])
+
+
+def test_labels_never_pass_through_full_size_logits(small_network, monkeypatch):
+    """Neither in a run, nor where convolutions are chosen."""
+    sizes = []
+    monkeypatch.setattr(
+        "agln_fast.plan.inference.resize", lambda x, size: sizes.append(tuple(size[-2:])) or resize(x, size)
+    )
+    with FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend:
+        backend.run(images())
+        choose_convolutions(backend._network, torch.from_numpy(images()), race=lambda first, second: (1.0, 2.0))
+    assert sizes
+    assert (64, 96) not in sizes
+
+
+def test_settings_of_the_process_neither_count_nor_change(small_network):
+    network = small_network()
+    with FusedNetworkBackend(network, LOGITS, device="cpu") as backend:
+        expected = backend.run(images())
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            assert np.array_equal(backend.run(images()), expected)
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(backend.run, [images()] * 4))
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def test_after_closing_it_says_so(small_network):
+    backend = FusedNetworkBackend(small_network(), LABELS, device="cpu")
+    backend.close()
+    with pytest.raises(BackendError, match="fused: this backend is closed"):
+        backend.run(images())
+
+
+def test_errors_of_the_library_are_ours(small_network, monkeypatch):
+    with NetworkBackend(small_network(), LABELS, device="cpu") as backend:
+        monkeypatch.setattr(backend, "_network", lambda image: (_ for _ in ()).throw(RuntimeError("out of memory\nat")))
+        with pytest.raises(
+            BackendError, match=r"torch failed on cpu with an image of \(1, 64, 96, 3\): out of memory$"
+        ):
+            backend.run(images())
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "message"),
+    [(False, (9, 0), "need Triton, which is not installed: pip install triton"), (True, (7, 5), "this one is sm75")],
+    ids=["no-triton", "old-gpu"],
+)
+def test_a_gpu_that_cannot_run_the_kernels_is_refused(triton, capability, message, small_network, monkeypatch):
+    monkeypatch.setattr(fused, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert FusedNetworkBackend.default_device() == "cpu"
+    with pytest.raises(BackendError, match=message):
+        FusedNetworkBackend(small_network(), LABELS, device="cuda")
+
+
+def test_auto_goes_by_the_device_that_is_asked_for(bundle, monkeypatch):
+    """With a GPU, the fused engine comes first; asked for the CPU, the engine that was fastest there."""
+    monkeypatch.setattr(FusedNetworkBackend, "default_device", classmethod(lambda cls: "cuda"))
+    slow = replace(bundle.engine("fused-fp32"), precision="fp16", name="fused-fp16")
+    slow = replace(slow, verification=replace(slow.verification, latency_ms=1e6))
+    quick = bundle.engine("onnxruntime-fp32")
+    assert sorted([quick, slow], key=_preference) == [slow, quick]
+    assert sorted([slow, quick], key=partial(_preference, device="cpu")) == [quick, slow]
+
+
+@pytest.mark.gpu
+def test_a_steady_state_takes_no_memory(small_network):
+    with FusedNetworkBackend(small_network(), LABELS, device="cuda") as backend:
+        backend.run(images())
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        backend.run(images(seed=1))
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
 @pytest.mark.gpu

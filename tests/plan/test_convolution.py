@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from agln_fast.plan.convolution import FusedConv2d, choose_convolutions
+from agln_fast.plan.convolution import FusedConv2d, _race, choose_convolutions
 
 
 def layer(*arguments, relu=True, **keywords):
@@ -84,13 +84,7 @@ def test_the_faster_way_is_chosen_and_equal_layers_are_timed_once():
 def test_where_cudnn_refuses_the_steps_stay():
     network = Small()
     network.first.cudnn = True
-
-    def race(steps, one_call):
-        steps()
-        one_call()
-        return 2.0, 1.0
-
-    choose_convolutions(network, image(), race)
+    choose_convolutions(network, image(), _race)  # there is no cuDNN on a CPU
     assert not any(network.choices().values())
 
 
