@@ -82,8 +82,8 @@ def choose_convolutions(network: nn.Module, x: Tensor, race: Race | None = None)
 
     Args:
         network: takes `x`.
-        race: takes two calls, in steps and in one, and returns their times, infinite for one that fails; None to time them on CUDA if `x` is there. On other devices
-            there is nothing to choose then, and nothing is done.
+        race: takes two calls, in steps and in one, and returns their times, infinite for one that fails; None to time
+            them on CUDA if `x` is there. On other devices there is nothing to choose then, and nothing is done.
     """
     if race is None:
         if not x.is_cuda:
