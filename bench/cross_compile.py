@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from agln_fast.errors import ConfigError
-from agln_fast.kernels.launch import LaunchConfig, choose, load_configs
+from agln_fast.kernels.launch import LaunchConfig, choose, load_configs, regular
 
-__all__ = ["CAPABILITIES", "DTYPES", "OPS", "Compiled", "compile_op"]
+__all__ = ["AGLN", "CAPABILITIES", "DTYPES", "ODD", "OPS", "Compiled", "Sizes", "compile_op"]
 
 # Compute capability -> multiprocessors of its best-known GPU (A100, RTX 3090, L4, H200, B200, RTX 5090), and the shared
 # memory that one block may use there, KiB (CUDA C++ Programming Guide, table "Technical Specifications").
@@ -42,7 +42,6 @@ CAPABILITIES = {
     "sm120": (170, 99),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_CHANNELS, _DESCRIPTORS, _CLASSES, _SIDE = 256, 128, 150, 64
 _MMA = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync"}
 
 
@@ -68,40 +67,65 @@ class Compiled:
     tensor_cores: str
 
 
-def _map(dtype: torch.dtype, channels: int = _CHANNELS) -> Tensor:
-    return torch.empty(1, channels, _SIDE, _SIDE, dtype=dtype).to(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Sizes:
+    """What the kernels are compiled for: C, N, K, and a map of side x side pixels."""
+
+    channels: int
+    descriptors: int
+    classes: int
+    side: int
+    memory_format: torch.memory_format
+
+    def map(self, dtype: torch.dtype, channels: int) -> Tensor:
+        shape = (1, channels, self.side, self.side)
+        return torch.empty(shape, dtype=dtype).contiguous(memory_format=self.memory_format)
 
 
-def _attention_pool(kernel: Any, dtype: torch.dtype, config: LaunchConfig) -> None:
-    kernel.attention_pool(_map(dtype), torch.empty(_DESCRIPTORS, _CHANNELS, dtype=dtype), config)
+AGLN = Sizes(256, 128, 150, 128, torch.channels_last)
+ODD = Sizes(300, 150, 59, 127, torch.contiguous_format)  # nothing is a multiple of 16, more channels than fit a tile
+
+# `pick(x, ...)` is the configuration for the arguments of an op, the first of which has its dtype.
+_Pick = Callable[..., LaunchConfig]
 
 
-def _semantic_distribution(kernel: Any, dtype: torch.dtype, config: LaunchConfig) -> None:
-    weights = (torch.empty(_DESCRIPTORS, _CHANNELS, dtype=dtype), torch.empty(_DESCRIPTORS, dtype=dtype))
-    descriptors = torch.empty(1, _CHANNELS, _DESCRIPTORS, dtype=dtype)
-    kernel.semantic_distribution(_map(dtype), *weights, descriptors, 0.5, config)
+def _attention_pool(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
+    x, w_theta = sizes.map(dtype, sizes.channels), torch.empty(sizes.descriptors, sizes.channels, dtype=dtype)
+    kernel.attention_pool(x, w_theta, pick(x, w_theta))
 
 
-def _channel_affinity(kernel: Any, dtype: torch.dtype, config: LaunchConfig) -> None:
-    kernel.channel_affinity(_map(dtype), _map(dtype), -1.0, dtype, config)
+def _semantic_distribution(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
+    a, w_phi = sizes.map(dtype, sizes.channels), torch.empty(sizes.descriptors, sizes.channels, dtype=dtype)
+    d = torch.empty(1, sizes.channels, sizes.descriptors, dtype=dtype)
+    kernel.semantic_distribution(a, w_phi, torch.empty(len(w_phi), dtype=dtype), d, 0.5, pick(a, w_phi, d))
 
 
-def _channel_apply(kernel: Any, dtype: torch.dtype, config: LaunchConfig) -> None:
-    affinity = torch.empty(1, _CHANNELS, _CHANNELS, dtype=dtype)
-    kernel.channel_apply(affinity, _map(dtype), _map(dtype), _map(dtype), 0.5, 0.25, config)
+def _channel_affinity(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
+    e, b = (sizes.map(dtype, sizes.channels) for _ in range(2))
+    kernel.channel_affinity(e, b, -1.0, dtype, pick(e, b))
 
 
-def _label_upsample(kernel: Any, dtype: torch.dtype, config: LaunchConfig) -> None:
-    kernel.label_upsample(_map(dtype, _CLASSES), (4 * _SIDE, 4 * _SIDE), config)
+def _channel_apply(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
+    b, m, base = (sizes.map(dtype, sizes.channels) for _ in range(3))
+    r = torch.empty(1, sizes.channels, sizes.channels, dtype=dtype)
+    variants = [(r, m)] if sizes is AGLN else [(r, m), (r.float(), None), (None, m)]
+    for affinity, gate in variants:
+        kernel.channel_apply(affinity, b, gate, base, 0.5, 0.25, pick(b, affinity, gate, base))
 
 
-def _separable_conv(kernel: Any, dtype: torch.dtype, config: LaunchConfig) -> None:
-    depthwise, pointwise = (torch.empty(_CHANNELS, n, m, m, dtype=dtype) for n, m in ((1, 3), (_CHANNELS, 1)))
-    kernel.separable_conv(_map(dtype), depthwise, pointwise, torch.empty(_CHANNELS, dtype=dtype), config)
+def _label_upsample(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
+    logits = sizes.map(dtype, sizes.classes)
+    kernel.label_upsample(logits, (4 * sizes.side, 4 * sizes.side), pick(logits))
 
 
-# Op -> its folder, and a call of its launcher at the sizes of AGLN: C = 256, N = 128, K = 150.
-OPS: dict[str, tuple[str, Callable[[Any, torch.dtype, LaunchConfig], None]]] = {
+def _separable_conv(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
+    x, count = sizes.map(dtype, sizes.channels), sizes.channels
+    depthwise, pointwise = (torch.empty(count, n, k, k, dtype=dtype) for n, k in ((1, 3), (count, 1)))
+    kernel.separable_conv(x, depthwise, pointwise, torch.empty(count, dtype=dtype), pick(x, pointwise))
+
+
+# Op -> its folder, and a call of its launcher.
+OPS: dict[str, tuple[str, Callable[[Any, torch.dtype, Sizes, _Pick], None]]] = {
     "attention_pool": ("attention_pool", _attention_pool),
     "semantic_distribution": ("semantic_distribution", _semantic_distribution),
     "channel_affinity": ("channel_resample", _channel_affinity),
@@ -147,7 +171,7 @@ def _compiling(capability: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         yield found
 
 
-def compile_op(op: str, dtype: torch.dtype, capability: str) -> list[Compiled]:
+def compile_op(op: str, dtype: torch.dtype, capability: str, sizes: Sizes = AGLN) -> list[Compiled]:
     """Compile every kernel that `op` launches, in its shipped configuration.
 
     Args:
@@ -164,9 +188,12 @@ def compile_op(op: str, dtype: torch.dtype, capability: str) -> list[Compiled]:
     package = f"agln_fast.kernels.{folder}"
     kernel = import_module(f"{package}.kernel")
     configs = load_configs(package, op) if folder != op else load_configs(package)
-    config = choose(configs, torch.empty(1, dtype=dtype), capability, CAPABILITIES[capability][0])
+
+    def pick(x: Tensor, *others: Tensor | None) -> LaunchConfig:
+        return choose(configs, x, regular(x, *others), capability, CAPABILITIES[capability][0])
+
     with _compiling(capability) as found:
-        call(kernel, dtype, config)
+        call(kernel, dtype, sizes, pick)
     rows = []
     for compiled, kwargs in found:
         registers, spill_bytes = _resources(compiled.asm["cubin"])
@@ -244,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--capability", action="append", choices=list(CAPABILITIES), help="may be repeated; default all"
     )
+    parser.add_argument("--odd", action="store_true", help="compile for sizes that suit no tile, instead of AGLN's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write", type=Path, help="page of the docs whose table is replaced")
     options = parser.parse_args(arguments)
@@ -254,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for op in options.ops or OPS:
         for dtype in DTYPES:
             for capability in options.capability or CAPABILITIES:
-                compiled = compile_op(op, dtype, capability)
+                compiled = compile_op(op, dtype, capability, ODD if options.odd else AGLN)
                 rows += compiled
                 if not options.json:
                     for row in compiled:

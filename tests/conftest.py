@@ -73,4 +73,6 @@ def small_checkpoint(
 @pytest.fixture(scope="session")
 def bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> agln_fast.Bundle:
     """A bundle of a small network for the CPU, 64x96, labels. Do not change it."""
-    return agln_fast.build(small_checkpoint, tmp_path_factory.mktemp("bundle") / "small", size=(64, 96), precision="fp32")
+    return agln_fast.build(
+        small_checkpoint, tmp_path_factory.mktemp("bundle") / "small", size=(64, 96), precision="fp32"
+    )

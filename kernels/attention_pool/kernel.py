@@ -90,23 +90,23 @@ def _pool_kernel(
 
 
 @triton.jit
-def _merge_kernel(partial, maxima, sums, pooled, C, N, SPLITS, BC: tl.constexpr):
-    i_n, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+def _merge_kernel(partial, maxima, sums, pooled, C, N, SPLITS, BS: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr):
+    i_n, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
-    m_c = o_c < C
-    top = float("-inf")
-    total = 0.0
+    o_s = tl.arange(0, BS)
+    m_c, m_s = o_c < C, o_s < SPLITS
+    row = i_b * SPLITS * N + i_n
+    b_max = tl.load(maxima + row + o_s * N, mask=m_s, other=float("-inf"))  # [BS]
+    top = tl.max(b_max, 0)
+    total = tl.sum(tl.exp(b_max - top) * tl.load(sums + row + o_s * N, mask=m_s, other=0.0), 0)
     b_acc = tl.zeros([BC], tl.float32)
-    for i_split in range(SPLITS):
-        row = (i_b * SPLITS + i_split).to(tl.int64) * N + i_n
-        b_max = tl.load(maxima + row)
-        b_next = tl.maximum(top, b_max)
-        old, new = tl.exp(top - b_next), tl.exp(b_max - b_next)
-        total = total * old + tl.load(sums + row) * new
-        b_acc = b_acc * old + tl.load(partial + row * C + o_c, mask=m_c, other=0.0) * new
-        top = b_next
-    p_pooled = pooled + i_b.to(tl.int64) * C * N + o_c * N + i_n
-    tl.store(p_pooled, (b_acc / total).to(pooled.dtype.element_ty), mask=m_c)
+    for start in range(0, SPLITS, STEP):
+        o_t = start + tl.arange(0, STEP)
+        m_t = o_t < SPLITS
+        b_w = tl.exp(tl.load(maxima + row + o_t * N, mask=m_t, other=float("-inf")) - top)  # [STEP]
+        p_t = partial + (row + o_t[:, None] * N) * C + o_c[None, :]
+        b_acc += tl.sum(tl.load(p_t, mask=m_t[:, None] & m_c[None, :], other=0.0) * b_w[:, None], 0)
+    tl.store(pooled + (i_b * N + i_n) * C + o_c, (b_acc / total).to(pooled.dtype.element_ty), mask=m_c)
 
 
 def attention_pool(x: Tensor, w_theta: Tensor, config: LaunchConfig) -> Tensor:
@@ -116,7 +116,7 @@ def attention_pool(x: Tensor, w_theta: Tensor, config: LaunchConfig) -> Tensor:
     bn, bp, bc = (block(n, config.tile[key]) for n, key in ((num_descriptors, "N"), (count, "P"), (channels, "C")))
     tiles = triton.cdiv(num_descriptors, bn) * triton.cdiv(channels, bc)
     splits, size = split(count, bp, tiles * batch, config)
-    pooled = x.new_empty(batch, channels, num_descriptors)
+    pooled = x.new_empty(batch, num_descriptors, channels)
     partial = x.new_empty(batch, splits, num_descriptors, channels, dtype=torch.float32)
     maxima, sums = x.new_empty(2, batch, splits, num_descriptors, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -140,8 +140,18 @@ def attention_pool(x: Tensor, w_theta: Tensor, config: LaunchConfig) -> Tensor:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        merge = block(channels, 256)
+        merge = block(channels, 128)
         _merge_kernel[(num_descriptors, triton.cdiv(channels, merge), batch)](
-            partial, maxima, sums, pooled, channels, num_descriptors, splits, BC=merge, num_warps=2
+            partial,
+            maxima,
+            sums,
+            pooled,
+            channels,
+            num_descriptors,
+            splits,
+            BS=triton.next_power_of_2(splits),
+            STEP=min(8, triton.next_power_of_2(splits)),
+            BC=merge,
+            num_warps=2,
         )
-    return pooled
+    return pooled.transpose(1, 2)

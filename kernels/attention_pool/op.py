@@ -7,7 +7,7 @@ from torch import Tensor
 
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.attention_pool import reference
-from agln_fast.kernels.launch import choose, load_configs
+from agln_fast.kernels.launch import choose, load_configs, regular
 
 __all__ = ["CONFIGS", "attention_pool"]
 
@@ -41,10 +41,10 @@ def _(x: Tensor, w_theta: Tensor) -> Tensor:
         return reference.attention_pool(x, w_theta)
     from agln_fast.kernels.attention_pool import kernel
 
-    return kernel.attention_pool(x, w_theta, choose(CONFIGS, x))
+    return kernel.attention_pool(x, w_theta, choose(CONFIGS, x, regular(x, w_theta)))
 
 
 @_op.register_fake
 def _(x: Tensor, w_theta: Tensor) -> Tensor:
     _check(x, w_theta)
-    return x.new_empty(x.shape[0], x.shape[1], w_theta.shape[0])
+    return x.new_empty(x.shape[0], w_theta.shape[0], x.shape[1]).transpose(1, 2)

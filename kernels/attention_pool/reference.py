@@ -23,11 +23,11 @@ def attention_pool(x: Tensor, w_theta: Tensor) -> Tensor:
         w_theta: (N, C), of the same dtype and device.
 
     Returns:
-        (B, C, N), contiguous, of x's dtype.
+        (B, C, N), of x's dtype; the channels of a descriptor are adjacent.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape or device.
     """
     features = wide(pixels(x))  # [B, P, C]
     attention = (features @ wide(w_theta).t()).softmax(1)  # [B, P, N]
-    return (features.transpose(1, 2) @ attention).to(x.dtype)
+    return (attention.transpose(1, 2) @ features).to(x.dtype).transpose(1, 2)

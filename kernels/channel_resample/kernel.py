@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agln_fast.kernels.launch import LaunchConfig, block, split
+from agln_fast.kernels.launch import LaunchConfig, block, pixel_block, split
 from agln_fast.kernels.layout import empty_maps
 
 __all__ = ["channel_affinity", "channel_apply"]
@@ -66,18 +66,18 @@ def _energy_kernel(
 
 
 @triton.jit
-def _softmax_kernel(partial, r, sign, C, SPLITS, BR: tl.constexpr, BC: tl.constexpr):
+def _softmax_kernel(partial, r, sign, C, SPLITS, STEP: tl.constexpr, BC: tl.constexpr):
     i_r, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_r, o_c = i_r * BR + tl.arange(0, BR), tl.arange(0, BC)
-    m_rc = (o_r < C)[:, None] & (o_c < C)[None, :]
-    o_rc = o_r[:, None] * C + o_c[None, :]
-    b_s = tl.zeros([BR, BC], tl.float32)
-    for i_split in range(SPLITS):
-        b_s += tl.load(partial + (i_b * SPLITS + i_split) * C * C + o_rc, mask=m_rc, other=0.0)
-    b_s = tl.where((o_c < C)[None, :], sign * b_s, float("-inf"))
-    b_s = tl.exp(b_s - tl.max(b_s, 1)[:, None])
-    b_s /= tl.sum(b_s, 1)[:, None]
-    tl.store(r + i_b * C * C + o_rc, b_s.to(r.dtype.element_ty), mask=m_rc)
+    o_c = tl.arange(0, BC)
+    m_c = o_c < C
+    b_s = tl.zeros([BC], tl.float32)
+    for start in range(0, SPLITS, STEP):
+        o_t = start + tl.arange(0, STEP)
+        p_t = partial + ((i_b * SPLITS + o_t[:, None]) * C + i_r) * C + o_c[None, :]
+        b_s += tl.sum(tl.load(p_t, mask=(o_t < SPLITS)[:, None] & m_c[None, :], other=0.0), 0)
+    b_s = tl.where(m_c, sign * b_s, float("-inf"))
+    b_s = tl.exp(b_s - tl.max(b_s, 0))
+    tl.store(r + (i_b * C + i_r) * C + o_c, (b_s / tl.sum(b_s, 0)).to(r.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _apply_kernel(
 
 
 def channel_affinity(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype, config: LaunchConfig) -> Tensor:
-    """As the reference; the arguments are checked. `config` sets tiles I, J and P, and rows R of the softmax."""
+    """As the reference; the arguments are checked. `config` sets tiles I, J and P, and into how many splits P falls."""
     e, b = e.flatten(2), b.flatten(2)
     batch, channels, count = e.shape
     bi, bj, bp = (block(n, config.tile[key]) for n, key in ((channels, "I"), (channels, "J"), (count, "P")))
@@ -170,9 +170,15 @@ def channel_affinity(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype, conf
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        rows = config.tile["R"]
-        _softmax_kernel[(triton.cdiv(channels, rows), batch)](
-            partial, r, sign, channels, splits, BR=rows, BC=triton.next_power_of_2(channels), num_warps=4
+        _softmax_kernel[(channels, batch)](
+            partial,
+            r,
+            sign,
+            channels,
+            splits,
+            STEP=min(8, triton.next_power_of_2(splits)),
+            BC=triton.next_power_of_2(channels),
+            num_warps=4,
         )
     return r
 
@@ -193,7 +199,8 @@ def channel_apply(
     m = b if m is None else m.flatten(2)
     r = b if r is None else r
     batch, channels, count = b.shape
-    bp, bi, bj = (block(n, config.tile[key]) for n, key in ((count, "P"), (channels, "I"), (channels, "J")))
+    bi, bj = block(channels, config.tile["I"]), block(channels, config.tile["J"])
+    bp = pixel_block(count, batch * triton.cdiv(channels, bi), config)
     with torch.cuda.device_of(b):
         _apply_kernel[(triton.cdiv(count, bp), triton.cdiv(channels, bi), batch)](
             r,

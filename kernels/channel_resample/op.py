@@ -7,7 +7,7 @@ from torch import Tensor
 
 from agln_fast.kernels.arguments import FLOATS, check_number, check_tensor
 from agln_fast.kernels.channel_resample import reference
-from agln_fast.kernels.launch import choose, load_configs
+from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.layout import empty_maps
 
 __all__ = ["AFFINITY_CONFIGS", "APPLY_CONFIGS", "channel_affinity", "channel_apply"]
@@ -74,7 +74,7 @@ def _(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
         return reference.channel_affinity(e, b, sign, dtype=dtype)
     from agln_fast.kernels.channel_resample import kernel
 
-    return kernel.channel_affinity(e, b, sign, dtype or torch.float32, choose(AFFINITY_CONFIGS, e))
+    return kernel.channel_affinity(e, b, sign, dtype or torch.float32, choose(AFFINITY_CONFIGS, e, regular(e, b)))
 
 
 @_affinity.register_fake
@@ -97,7 +97,7 @@ def _(r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: f
         return reference.channel_apply(r, b, m, base, gate_scale, skip_scale)
     from agln_fast.kernels.channel_resample import kernel
 
-    return kernel.channel_apply(r, b, m, base, gate_scale, skip_scale, choose(APPLY_CONFIGS, b))
+    return kernel.channel_apply(r, b, m, base, gate_scale, skip_scale, choose(APPLY_CONFIGS, b, regular(r, b, m, base)))
 
 
 @_apply.register_fake

@@ -9,7 +9,7 @@ from torch import SymInt, Tensor
 
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.label_upsample import reference
-from agln_fast.kernels.launch import choose, load_configs
+from agln_fast.kernels.launch import choose, load_configs, regular
 
 __all__ = ["CONFIGS", "label_upsample"]
 
@@ -47,7 +47,7 @@ def _(logits: Tensor, size: Sequence[int]) -> Tensor:
         return reference.label_upsample(logits, (size[0], size[1]))
     from agln_fast.kernels.label_upsample import kernel
 
-    return kernel.label_upsample(logits, (size[0], size[1]), choose(CONFIGS, logits))
+    return kernel.label_upsample(logits, (size[0], size[1]), choose(CONFIGS, logits, regular(logits)))
 
 
 @_op.register_fake

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agln_fast.kernels.launch import LaunchConfig, block
+from agln_fast.kernels.launch import LaunchConfig, block, pixel_block
 from agln_fast.kernels.layout import empty_maps
 
 __all__ = ["semantic_distribution"]
@@ -101,8 +101,9 @@ def semantic_distribution(
     m, enhanced = empty_maps(a), empty_maps(a)
     a = a.flatten(2)
     (batch, channels, count), num_descriptors = a.shape, w_phi.shape[0]
-    sizes = {"P": count, "N": num_descriptors, "C": channels, "K": channels}
-    bp, bn, bc, bk = (block(size, config.tile[key]) for key, size in sizes.items())
+    sizes = {"N": num_descriptors, "C": channels, "K": channels}
+    bn, bc, bk = (block(size, config.tile[key]) for key, size in sizes.items())
+    bp = pixel_block(count, batch * triton.cdiv(channels, bc), config)
     with torch.cuda.device_of(a):
         _distribute_kernel[(triton.cdiv(count, bp), triton.cdiv(channels, bc), batch)](
             a,

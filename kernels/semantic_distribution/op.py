@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agln_fast.kernels.arguments import check_number, check_tensor
-from agln_fast.kernels.launch import choose, load_configs
+from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.layout import empty_maps
 from agln_fast.kernels.semantic_distribution import reference
 
@@ -45,7 +45,7 @@ def _(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple
         return reference.semantic_distribution(a, w_phi, b_phi, d, alpha)
     from agln_fast.kernels.semantic_distribution import kernel
 
-    return kernel.semantic_distribution(a, w_phi, b_phi, d, alpha, choose(CONFIGS, a))
+    return kernel.semantic_distribution(a, w_phi, b_phi, d, alpha, choose(CONFIGS, a, regular(a, w_phi, d)))
 
 
 @_op.register_fake

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agln_fast.kernels.launch import LaunchConfig, block
+from agln_fast.kernels.launch import LaunchConfig, block, pixel_block
 from agln_fast.kernels.layout import empty_maps
 
 __all__ = ["separable_conv"]
@@ -87,8 +87,7 @@ def separable_conv(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Te
     x, taps, weight = x.flatten(2), w_depthwise.flatten(1), w_pointwise.flatten(1)
     (batch, channels, count), outputs = x.shape, weight.shape[0]
     bc, bo = block(channels, config.tile["C"]), block(outputs, config.tile["O"])
-    share = batch * count * triton.cdiv(outputs, bo) // config.processors  # pixels that leave no processor idle
-    bp = block(min(count, share), config.tile["P"])
+    bp = pixel_block(count, batch * triton.cdiv(outputs, bo), config)
     with torch.cuda.device_of(x):
         _separable_kernel[(triton.cdiv(count, bp), triton.cdiv(outputs, bo), batch)](
             x,

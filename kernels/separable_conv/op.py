@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agln_fast.kernels.arguments import check_tensor
-from agln_fast.kernels.launch import choose, load_configs
+from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.layout import empty_maps
 from agln_fast.kernels.separable_conv import reference
 
@@ -44,7 +44,7 @@ def _(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tens
         return reference.separable_conv(x, w_depthwise, w_pointwise, bias)
     from agln_fast.kernels.separable_conv import kernel
 
-    return kernel.separable_conv(x, w_depthwise, w_pointwise, bias, choose(CONFIGS, x))
+    return kernel.separable_conv(x, w_depthwise, w_pointwise, bias, choose(CONFIGS, x, regular(x, w_pointwise)))
 
 
 @_op.register_fake

@@ -32,7 +32,7 @@ def inputs(shape: tuple[int, ...], n: int, dtype: torch.dtype, scale: float = 1.
 
 
 def check(pooled: Tensor, x: Tensor, w_theta: Tensor) -> None:
-    assert pooled.is_contiguous()
+    assert pooled.transpose(1, 2).is_contiguous()
     assert_as_exact(pooled, plain(x.double(), w_theta.double()), plain(x, w_theta))
 
 
@@ -88,10 +88,14 @@ def test_energies_beyond_half_precision(scale, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", ["sm86", "sm90"])
-def test_shipped_configurations(capability, dtype):
+@pytest.mark.parametrize(
+    ("capability", "is_regular"),
+    [("sm86", True), ("sm90", True), ("sm90", False)],
+    ids=["little-shared-memory", "much-shared-memory", "irregular"],
+)
+def test_shipped_configurations(capability, is_regular, dtype):
     x, w_theta = inputs((1, 260, 9, 10), 70, dtype)
-    config = choose(CONFIGS, x, capability, 132)
+    config = choose(CONFIGS, x, is_regular, capability, 132)
     check(kernel.attention_pool(x, w_theta, config), x, w_theta)
 
 

@@ -226,13 +226,17 @@ def test_one_hot_affinity_picks_a_channel(sign, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", ["sm86", "sm90"])
-def test_shipped_configurations(capability, dtype):
+@pytest.mark.parametrize(
+    ("capability", "is_regular"),
+    [("sm86", True), ("sm90", True), ("sm90", False)],
+    ids=["little-shared-memory", "much-shared-memory", "irregular"],
+)
+def test_shipped_configurations(capability, is_regular, dtype):
     e, b = pair((1, 260, 9, 10), dtype)
-    config = choose(AFFINITY_CONFIGS, e, capability, 132)
+    config = choose(AFFINITY_CONFIGS, e, is_regular, capability, 132)
     check_affinity(kernel.channel_affinity(e, b, -1, torch.float32, config), e, b, -1)
     tensors = operands((1, 260, 9, 10), dtype)
-    config = choose(APPLY_CONFIGS, b, capability, 132)
+    config = choose(APPLY_CONFIGS, b, is_regular, capability, 132)
     check_apply(kernel.channel_apply(*tensors, 0.75, -0.5, config), tensors, 0.75, -0.5)
 
 

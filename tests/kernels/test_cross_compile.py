@@ -18,25 +18,41 @@ NO_PRODUCT = {"_merge_kernel", "_softmax_kernel", "_coarse_kernel", "_fine_kerne
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_op_compiles_everywhere(op):
+def compiled(*arguments):
     """In a process of its own: Triton decides at its import whether it interprets or compiles."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "agln_fast.bench.cross_compile", op, "--json"]
+    command = [sys.executable, "-m", "agln_fast.bench.cross_compile", *arguments, "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert answer.returncode == 0, answer.stderr[-2000:]
     rows = [Compiled(**row) for row in json.loads(answer.stdout)]
-    assert {(row.dtype, row.capability) for row in rows} == {
-        (str(dtype).removeprefix("torch."), capability) for dtype in DTYPES for capability in CAPABILITIES
-    }
     for row in rows:
         assert row.spill_bytes == 0, row
         assert row.shared_bytes <= 1024 * CAPABILITIES[row.capability][1], row
-        half_product = row.kernel not in NO_PRODUCT and row.dtype != "float32"
+        half_product = row.kernel not in NO_PRODUCT and "HAS_R=0" not in row.tile and row.dtype != "float32"
         assert bool(row.tensor_cores) == half_product, row
+    return rows
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_compiles_everywhere(op):
+    rows = compiled(op)
+    assert {(row.dtype, row.capability) for row in rows} == {
+        (str(dtype).removeprefix("torch."), capability) for dtype in DTYPES for capability in CAPABILITIES
+    }
     documented = DOCS.read_text()
     for line in to_markdown(rows).splitlines()[2:]:
         assert line in documented, "run `python -m agln_fast.bench.cross_compile --write docs/kernels.md`"
+
+
+def test_sizes_that_suit_no_tile():
+    """C = 300, N = 150, K = 59, 127x127 pixels, contiguous: no wide loads, several tiles of channels."""
+    rows = compiled(*OPS, "--odd", "--capability", "sm86", "--capability", "sm90")
+    assert {row.op for row in rows} == set(OPS)
+    assert {row.tile.partition("HAS")[2] for row in rows if row.op == "channel_apply"} == {
+        "_R=1 HAS_M=1",
+        "_R=1 HAS_M=0",
+        "_R=0 HAS_M=1",
+    }
 
 
 @pytest.mark.interpreter

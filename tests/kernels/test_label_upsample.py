@@ -184,10 +184,14 @@ def test_kernel_at_any_size(sides, classes, seed):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", ["sm86", "sm90"])
-def test_shipped_configurations(capability, dtype):
+@pytest.mark.parametrize(
+    ("capability", "is_regular"),
+    [("sm86", True), ("sm90", True), ("sm90", False)],
+    ids=["little-shared-memory", "much-shared-memory", "irregular"],
+)
+def test_shipped_configurations(capability, is_regular, dtype):
     logits = noise((1, 70, 4, 9)).to(dtype)
-    check(logits, (9, 18), kernel.label_upsample(logits, (9, 18), choose(CONFIGS, logits, capability, 132)))
+    check(logits, (9, 18), kernel.label_upsample(logits, (9, 18), choose(CONFIGS, logits, is_regular, capability, 132)))
 
 
 @pytest.mark.interpreter

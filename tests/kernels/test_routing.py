@@ -95,7 +95,7 @@ def simulated(monkeypatch):
             return tree_map_only(Tensor, OnCuda, reference(**held(arguments)))
 
         monkeypatch.setattr(part(op, "kernel"), op, launch)
-        monkeypatch.setattr(part(op, "op"), "choose", lambda configs, x: "chosen")
+        monkeypatch.setattr(part(op, "op"), "choose", lambda configs, x, is_regular: "chosen")
 
     for op in OPS:
         simulate(op)

@@ -173,11 +173,15 @@ def test_energies_beyond_half_precision(common, dtype, path):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", ["sm86", "sm90"])
+@pytest.mark.parametrize(
+    ("capability", "is_regular"),
+    [("sm86", True), ("sm90", True), ("sm90", False)],
+    ids=["little-shared-memory", "much-shared-memory", "irregular"],
+)
 @pytest.mark.parametrize("channels", [pytest.param(256, id="whole-channels"), pytest.param(260, id="channel-tiles")])
-def test_shipped_configurations(channels, capability, dtype):
+def test_shipped_configurations(channels, capability, is_regular, dtype):
     tensors = inputs((1, channels, 9, 15), 130, dtype)
-    config = choose(CONFIGS, tensors[0], capability, 132)
+    config = choose(CONFIGS, tensors[0], is_regular, capability, 132)
     check(kernel.semantic_distribution(*tensors, ALPHA, config), tensors)
 
 

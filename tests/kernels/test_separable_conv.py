@@ -84,11 +84,15 @@ def test_kernel_reads_every_layout(dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", ["sm86", "sm90"])
-def test_shipped_configurations(capability, dtype):
+@pytest.mark.parametrize(
+    ("capability", "is_regular"),
+    [("sm86", True), ("sm90", True), ("sm90", False)],
+    ids=["little-shared-memory", "much-shared-memory", "irregular"],
+)
+def test_shipped_configurations(capability, is_regular, dtype):
     """On a device of one processor, where the tile of pixels is as large as it gets."""
     arguments = inputs((1, 70, 5, 9), 260, dtype)
-    check(kernel.separable_conv(*arguments, choose(CONFIGS, arguments[0], capability, 1)), arguments)
+    check(kernel.separable_conv(*arguments, choose(CONFIGS, arguments[0], is_regular, capability, 1)), arguments)
 
 
 @pytest.mark.interpreter
