@@ -8,6 +8,7 @@ from torch import Tensor
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.attention_pool import reference
 from agln_fast.kernels.launch import choose, load_configs, regular
+from agln_fast.kernels.registration import register
 
 __all__ = ["CONFIGS", "attention_pool"]
 
@@ -28,14 +29,12 @@ def _check(x: Tensor, w_theta: Tensor) -> None:
     check_tensor("w_theta", w_theta, ("N", x.shape[1]), like=x)
 
 
-@torch.library.custom_op("agln::attention_pool", mutates_args=(), device_types="cpu")
-def _op(x: Tensor, w_theta: Tensor) -> Tensor:
+def _cpu(x: Tensor, w_theta: Tensor) -> Tensor:
     _check(x, w_theta)
     return reference.attention_pool(x, w_theta)
 
 
-@_op.register_kernel("cuda")
-def _(x: Tensor, w_theta: Tensor) -> Tensor:
+def _cuda(x: Tensor, w_theta: Tensor) -> Tensor:
     _check(x, w_theta)
     if x.dtype == torch.float64:  # exists for proofs; Triton's matrix products have no float64
         return reference.attention_pool(x, w_theta)
@@ -44,7 +43,9 @@ def _(x: Tensor, w_theta: Tensor) -> Tensor:
     return kernel.attention_pool(x, w_theta, choose(CONFIGS, x, regular(x, w_theta)))
 
 
-@_op.register_fake
-def _(x: Tensor, w_theta: Tensor) -> Tensor:
+def _fake(x: Tensor, w_theta: Tensor) -> Tensor:
     _check(x, w_theta)
     return x.new_empty(x.shape[0], w_theta.shape[0], x.shape[1]).transpose(1, 2)
+
+
+_op = register("attention_pool", _cpu, _cuda, _fake)

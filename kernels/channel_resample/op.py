@@ -9,6 +9,7 @@ from agln_fast.kernels.arguments import FLOATS, check_number, check_tensor
 from agln_fast.kernels.channel_resample import reference
 from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.layout import empty_maps
+from agln_fast.kernels.registration import register
 
 __all__ = ["AFFINITY_CONFIGS", "APPLY_CONFIGS", "channel_affinity", "channel_apply"]
 
@@ -61,14 +62,12 @@ def _check_apply(
     check_number("skip_scale", skip_scale)
 
 
-@torch.library.custom_op("agln::channel_affinity", mutates_args=(), device_types="cpu")
-def _affinity(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
+def _affinity_cpu(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
     _check_affinity(e, b, sign, dtype)
     return reference.channel_affinity(e, b, sign, dtype=dtype)
 
 
-@_affinity.register_kernel("cuda")
-def _(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
+def _affinity_cuda(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
     _check_affinity(e, b, sign, dtype)
     if e.dtype == torch.float64:  # exists for proofs; Triton's matrix products have no float64
         return reference.channel_affinity(e, b, sign, dtype=dtype)
@@ -77,21 +76,22 @@ def _(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
     return kernel.channel_affinity(e, b, sign, dtype or torch.float32, choose(AFFINITY_CONFIGS, e, regular(e, b)))
 
 
-@_affinity.register_fake
-def _(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
+def _affinity_fake(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype | None) -> Tensor:
     _check_affinity(e, b, sign, dtype)
     kept = torch.promote_types(e.dtype, torch.float32) if dtype is None else dtype
     return e.new_empty(e.shape[0], e.shape[1], e.shape[1], dtype=kept)
 
 
-@torch.library.custom_op("agln::channel_apply", mutates_args=(), device_types="cpu")
-def _apply(r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: float, skip_scale: float) -> Tensor:
+def _apply_cpu(
+    r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: float, skip_scale: float
+) -> Tensor:
     _check_apply(r, b, m, base, gate_scale, skip_scale)
     return reference.channel_apply(r, b, m, base, gate_scale, skip_scale)
 
 
-@_apply.register_kernel("cuda")
-def _(r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: float, skip_scale: float) -> Tensor:
+def _apply_cuda(
+    r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: float, skip_scale: float
+) -> Tensor:
     _check_apply(r, b, m, base, gate_scale, skip_scale)
     if b.dtype == torch.float64:
         return reference.channel_apply(r, b, m, base, gate_scale, skip_scale)
@@ -100,7 +100,12 @@ def _(r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: f
     return kernel.channel_apply(r, b, m, base, gate_scale, skip_scale, choose(APPLY_CONFIGS, b, regular(r, b, m, base)))
 
 
-@_apply.register_fake
-def _(r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: float, skip_scale: float) -> Tensor:
+def _apply_fake(
+    r: Tensor | None, b: Tensor, m: Tensor | None, base: Tensor, gate_scale: float, skip_scale: float
+) -> Tensor:
     _check_apply(r, b, m, base, gate_scale, skip_scale)
     return empty_maps(base)
+
+
+_affinity = register("channel_affinity", _affinity_cpu, _affinity_cuda, _affinity_fake)
+_apply = register("channel_apply", _apply_cpu, _apply_cuda, _apply_fake)

@@ -10,6 +10,7 @@ from torch import SymInt, Tensor
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.label_upsample import reference
 from agln_fast.kernels.launch import choose, load_configs, regular
+from agln_fast.kernels.registration import register
 
 __all__ = ["CONFIGS", "label_upsample"]
 
@@ -34,14 +35,12 @@ def _check(logits: Tensor, size: Sequence[int]) -> None:
         raise ValueError(f"size: needs H and W of at least 1, got {size}")
 
 
-@torch.library.custom_op("agln::label_upsample", mutates_args=(), device_types="cpu")
-def _op(logits: Tensor, size: Sequence[int]) -> Tensor:
+def _cpu(logits: Tensor, size: Sequence[int]) -> Tensor:
     _check(logits, size)
     return reference.label_upsample(logits, (size[0], size[1]))
 
 
-@_op.register_kernel("cuda")
-def _(logits: Tensor, size: Sequence[int]) -> Tensor:
+def _cuda(logits: Tensor, size: Sequence[int]) -> Tensor:
     _check(logits, size)
     if logits.dtype == torch.float64:  # exists for proofs; no configuration is kept for it
         return reference.label_upsample(logits, (size[0], size[1]))
@@ -50,7 +49,9 @@ def _(logits: Tensor, size: Sequence[int]) -> Tensor:
     return kernel.label_upsample(logits, (size[0], size[1]), choose(CONFIGS, logits, regular(logits)))
 
 
-@_op.register_fake
-def _(logits: Tensor, size: Sequence[int]) -> Tensor:
+def _fake(logits: Tensor, size: Sequence[int]) -> Tensor:
     _check(logits, size)
     return reference.empty_labels(logits, (size[0], size[1]))
+
+
+_op = register("label_upsample", _cpu, _cuda, _fake)

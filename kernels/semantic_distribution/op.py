@@ -8,6 +8,7 @@ from torch import Tensor
 from agln_fast.kernels.arguments import check_number, check_tensor
 from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.layout import empty_maps
+from agln_fast.kernels.registration import register
 from agln_fast.kernels.semantic_distribution import reference
 
 __all__ = ["CONFIGS", "semantic_distribution"]
@@ -32,14 +33,12 @@ def _check(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> 
     check_number("alpha", alpha)
 
 
-@torch.library.custom_op("agln::semantic_distribution", mutates_args=(), device_types="cpu")
-def _op(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _cpu(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     _check(a, w_phi, b_phi, d, alpha)
     return reference.semantic_distribution(a, w_phi, b_phi, d, alpha)
 
 
-@_op.register_kernel("cuda")
-def _(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _cuda(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     _check(a, w_phi, b_phi, d, alpha)
     if a.dtype == torch.float64:  # exists for proofs; Triton's matrix products have no float64
         return reference.semantic_distribution(a, w_phi, b_phi, d, alpha)
@@ -48,7 +47,9 @@ def _(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple
     return kernel.semantic_distribution(a, w_phi, b_phi, d, alpha, choose(CONFIGS, a, regular(a, w_phi, d)))
 
 
-@_op.register_fake
-def _(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _fake(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     _check(a, w_phi, b_phi, d, alpha)
     return empty_maps(a), empty_maps(a)
+
+
+_op = register("semantic_distribution", _cpu, _cuda, _fake)

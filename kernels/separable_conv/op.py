@@ -8,6 +8,7 @@ from torch import Tensor
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.layout import empty_maps
+from agln_fast.kernels.registration import register
 from agln_fast.kernels.separable_conv import reference
 
 __all__ = ["CONFIGS", "separable_conv"]
@@ -31,14 +32,12 @@ def _check(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) ->
     check_tensor("bias", bias, (w_pointwise.shape[0],), like=x)
 
 
-@torch.library.custom_op("agln::separable_conv", mutates_args=(), device_types="cpu")
-def _op(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tensor:
+def _cpu(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tensor:
     _check(x, w_depthwise, w_pointwise, bias)
     return reference.separable_conv(x, w_depthwise, w_pointwise, bias)
 
 
-@_op.register_kernel("cuda")
-def _(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tensor:
+def _cuda(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tensor:
     _check(x, w_depthwise, w_pointwise, bias)
     if x.dtype == torch.float64:  # exists for proofs; Triton's matrix products have no float64
         return reference.separable_conv(x, w_depthwise, w_pointwise, bias)
@@ -47,7 +46,9 @@ def _(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tens
     return kernel.separable_conv(x, w_depthwise, w_pointwise, bias, choose(CONFIGS, x, regular(x, w_pointwise)))
 
 
-@_op.register_fake
-def _(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tensor:
+def _fake(x: Tensor, w_depthwise: Tensor, w_pointwise: Tensor, bias: Tensor) -> Tensor:
     _check(x, w_depthwise, w_pointwise, bias)
     return empty_maps(x, w_pointwise.shape[0])
+
+
+_op = register("separable_conv", _cpu, _cuda, _fake)
