@@ -161,9 +161,13 @@ def _captured(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
     """Several calls in a row as a graph, after a first one that chose the algorithm, or failed."""
     call()
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    # The outer context: a capture that fails leaves its stream the current one.
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    # A stream of this device, because PyTorch's own for captures is of the device that was the first to need one, and
+    # the default stream cannot be captured. The outer context: a capture that fails leaves its stream the current one.
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         for _ in range(_CALLS):
             call()
     return graph
