@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +19,14 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from agln_fast.kernels.launch import LaunchConfig
 
-__all__ = ["poisoned", "tiny"]
+__all__ = ["poisoned", "shipped", "tiny"]
+
+# Arguments of `choose` that lead to every shipped configuration.
+shipped = pytest.mark.parametrize(
+    ("capability", "is_regular"),
+    [("sm86", True), ("sm90", True), ("sm90", False)],
+    ids=["little-shared-memory", "much-shared-memory", "irregular"],
+)
 
 _dot = InterpreterBuilder.create_dot
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import poisoned, tiny
+from interpreter import poisoned, shipped, tiny
 from tolerance import assert_as_exact
 from torch import Tensor
 
@@ -88,11 +88,7 @@ def test_energies_beyond_half_precision(scale, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("capability", "is_regular"),
-    [("sm86", True), ("sm90", True), ("sm90", False)],
-    ids=["little-shared-memory", "much-shared-memory", "irregular"],
-)
+@shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     x, w_theta = inputs((1, 260, 9, 10), 70, dtype)
     config = choose(CONFIGS, x, is_regular, capability, 132)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import poisoned, tiny
+from interpreter import poisoned, shipped, tiny
 from tolerance import assert_as_exact
 from torch import Tensor
 
@@ -226,11 +226,7 @@ def test_one_hot_affinity_picks_a_channel(sign, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("capability", "is_regular"),
-    [("sm86", True), ("sm90", True), ("sm90", False)],
-    ids=["little-shared-memory", "much-shared-memory", "irregular"],
-)
+@shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     e, b = pair((1, 260, 9, 10), dtype)
     config = choose(AFFINITY_CONFIGS, e, is_regular, capability, 132)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import poisoned, tiny
+from interpreter import poisoned, shipped, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -184,11 +184,7 @@ def test_kernel_at_any_size(sides, classes, seed):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("capability", "is_regular"),
-    [("sm86", True), ("sm90", True), ("sm90", False)],
-    ids=["little-shared-memory", "much-shared-memory", "irregular"],
-)
+@shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     logits = noise((1, 70, 4, 9)).to(dtype)
     check(logits, (9, 18), kernel.label_upsample(logits, (9, 18), choose(CONFIGS, logits, is_regular, capability, 132)))

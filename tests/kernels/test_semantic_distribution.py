@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import poisoned, tiny
+from interpreter import poisoned, shipped, tiny
 from tolerance import assert_as_exact
 from torch import Tensor
 
@@ -173,11 +173,7 @@ def test_energies_beyond_half_precision(common, dtype, path):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("capability", "is_regular"),
-    [("sm86", True), ("sm90", True), ("sm90", False)],
-    ids=["little-shared-memory", "much-shared-memory", "irregular"],
-)
+@shipped
 @pytest.mark.parametrize("channels", [pytest.param(256, id="whole-channels"), pytest.param(260, id="channel-tiles")])
 def test_shipped_configurations(channels, capability, is_regular, dtype):
     tensors = inputs((1, channels, 9, 15), 130, dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import poisoned, tiny
+from interpreter import poisoned, shipped, tiny
 from tolerance import assert_as_exact
 from torch import Tensor
 
@@ -84,11 +84,7 @@ def test_kernel_reads_every_layout(dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("capability", "is_regular"),
-    [("sm86", True), ("sm90", True), ("sm90", False)],
-    ids=["little-shared-memory", "much-shared-memory", "irregular"],
-)
+@shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     """On a device of one processor, where the tile of pixels is as large as it gets."""
     arguments = inputs((1, 70, 5, 9), 260, dtype)
