@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import agln_fast
 from agln_fast.backends import fused
 from agln_fast.backends.fused import FusedNetworkBackend
-from agln_fast.backends.torch import NetworkBackend
+from agln_fast.backends.torch import NetworkBackend, exact_float32
 from agln_fast.contract import IOContract
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.models.blocks import resize
@@ -199,17 +199,34 @@ def test_replays_see_the_new_image(contract, recorded_graphs, small_network, mon
     assert not np.array_equal(expected[0], expected[1])
 
 
-def test_labels_never_pass_through_full_size_logits(small_network, monkeypatch):
-    """Neither in a run, nor where convolutions are chosen."""
+def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_network, monkeypatch):
+    """Neither in a run, nor where a graph is captured and convolutions are chosen."""
     sizes = []
     monkeypatch.setattr(
         "agln_fast.plan.inference.resize", lambda x, size: sizes.append(tuple(size[-2:])) or resize(x, size)
     )
+    chosen = partial(choose_convolutions, race=lambda steps, one_call: (1.0, 2.0))
+    monkeypatch.setattr(fused, "choose_convolutions", chosen)
     with FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend:
-        backend.run(images())
-        choose_convolutions(backend._network, torch.from_numpy(images()), race=lambda first, second: (1.0, 2.0))
+        fused._Graph(backend._network, torch.from_numpy(images()), None)
+    assert len(recorded_graphs) == 1
     assert sizes
     assert (64, 96) not in sizes
+
+
+def test_the_last_thread_puts_the_settings_back():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_float32():
+            with exact_float32(benchmark=True):
+                assert torch.backends.cudnn.benchmark
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.benchmark
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_settings_of_the_process_neither_count_nor_change(small_network):

@@ -83,11 +83,11 @@ def check_apply(out: Tensor, tensors: list[Tensor | None], gate_scale: float, sk
     [
         pytest.param((1, 32, 8, 8), {"I": 32, "J": 32}, id="one-tile-of-channels"),
         pytest.param((2, 40, 7, 5), {}, id="odd-sizes-several-tiles-each-way"),
-        pytest.param((1, 40, 5, 5), {"I": 16, "J": 32, "R": 8}, id="tiles-of-two-sides"),
+        pytest.param((1, 40, 5, 5), {"I": 16, "J": 32}, id="tiles-of-two-sides"),
         pytest.param((1, 24, 1, 1), {}, id="one-pixel"),
         pytest.param((1, 1, 5, 5), {}, id="one-channel"),
         pytest.param((1, 16, 3, 4), {"P": 64, "I": 64}, id="tile-larger-than-the-map"),
-        pytest.param((3, 16, 13, 13), {"processors": 60}, id="many-splits-and-a-batch"),
+        pytest.param((3, 16, 12, 12), {"processors": 60}, id="nine-splits-and-a-batch"),
     ],
 )
 def test_affinity_kernel(shape, tile, dtype, sign):
