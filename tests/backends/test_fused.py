@@ -22,7 +22,7 @@ from agln_fast.contract import IOContract
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.models.blocks import resize
 from agln_fast.plan.convolution import choose_convolutions
-from agln_fast.runtime.segmenter import _preference, load_network
+from agln_fast.runtime.segmenter import load_network, runnable_engines
 
 LABELS = IOContract(64, 96, max_batch=4)
 LOGITS = IOContract(64, 96, max_batch=4, output="logits")
@@ -277,11 +277,14 @@ def test_a_gpu_that_cannot_run_the_kernels_is_refused(triton, capability, messag
 def test_auto_goes_by_the_device_that_is_asked_for(bundle, monkeypatch):
     """With a GPU, the fused engine comes first; asked for the CPU, the engine that was fastest there."""
     monkeypatch.setattr(FusedNetworkBackend, "default_device", classmethod(lambda cls: "cuda"))
-    slow = replace(bundle.engine("fused-fp32"), precision="fp16", name="fused-fp16")
-    slow = replace(slow, verification=replace(slow.verification, latency_ms=1e6))
-    quick = bundle.engine("onnxruntime-fp32")
-    assert sorted([quick, slow], key=_preference) == [slow, quick]
-    assert sorted([slow, quick], key=partial(_preference, device="cpu")) == [quick, slow]
+    slow, quick = (
+        replace(engine, verification=replace(engine.verification, latency_ms=latency))
+        for engine, latency in ((bundle.engine("fused-fp32"), 1e6), (bundle.engine("onnxruntime-fp32"), 1.0))
+    )
+    two = replace(bundle, manifest=replace(bundle.manifest, engines=(quick, slow)))
+    assert [engine for engine, _ in runnable_engines(two)] == [slow, quick]
+    with agln_fast.load(two, device="cpu") as segment:
+        assert segment.engine == quick
 
 
 @pytest.mark.gpu

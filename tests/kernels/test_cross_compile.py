@@ -55,6 +55,23 @@ def test_sizes_that_suit_no_tile():
     }
 
 
+def test_spills_are_seen():
+    """A tile of twice as many pixels as the shipped one, on half as many warps."""
+    program = (
+        "import torch\n"
+        "from agln_fast.bench import cross_compile as c\n"
+        "from agln_fast.kernels.launch import LaunchConfig\n"
+        "tile = {'P': 32, 'K': 64, 'H': 8, 'W': 8}\n"
+        "c.load_configs = lambda *_: (LaunchConfig(('float16',), tile, num_warps=4, num_stages=1),)\n"
+        "print(max(row.spill_bytes for row in c.compile_op('label_upsample', torch.float16, 'sm90')))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert int(answer.stdout) > 0
+
+
 @pytest.mark.interpreter
 def test_nothing_is_compiled_while_kernels_are_interpreted():
     with pytest.raises(ConfigError, match="TRITON_INTERPRET is set"):
