@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,13 @@ def _separable_conv(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) 
     kernel.separable_conv(x, depthwise, pointwise, torch.empty(count, dtype=dtype), pick(x, pointwise))
 
 
+def _upsample_taps(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
+    count = 2 * sizes.channels  # of the classifier's first convolution
+    base = sizes.map(dtype, count)
+    taps = [replace(sizes, side=sizes.side // step).map(dtype, 9 * count) for step in (2, 4, 8)]
+    kernel.upsample_taps(base, taps, torch.empty(count, dtype=dtype), pick(base, *taps))
+
+
 # Op -> its folder, and a call of its launcher.
 OPS: dict[str, tuple[str, Callable[[Any, torch.dtype, Sizes, _Pick], None]]] = {
     "attention_pool": ("attention_pool", _attention_pool),
@@ -132,6 +139,7 @@ OPS: dict[str, tuple[str, Callable[[Any, torch.dtype, Sizes, _Pick], None]]] = {
     "channel_apply": ("channel_resample", _channel_apply),
     "label_upsample": ("label_upsample", _label_upsample),
     "separable_conv": ("separable_conv", _separable_conv),
+    "upsample_taps": ("upsample_taps", _upsample_taps),
 }
 
 

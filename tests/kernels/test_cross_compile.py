@@ -13,8 +13,8 @@ import pytest
 from agln_fast.bench.cross_compile import CAPABILITIES, DTYPES, OPS, Compiled, compile_op, to_markdown
 from agln_fast.errors import ConfigError
 
-# Kernels without a matrix product: they merge, sum, or look up.
-NO_PRODUCT = {"_merge_kernel", "_softmax_kernel", "_coarse_kernel", "_fine_kernel"}
+# Kernels without a matrix product: they merge, sum, look up, or interpolate.
+NO_PRODUCT = {"_merge_kernel", "_softmax_kernel", "_coarse_kernel", "_fine_kernel", "_upsample_kernel"}
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 
