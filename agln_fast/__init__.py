@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from agln_fast.data.classes import ClassSet
     from agln_fast.errors import AglnError
     from agln_fast.export.build import build
+    from agln_fast.export.tune import tune
     from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
     from agln_fast.models.config import ModelConfig, list_models
     from agln_fast.models.networks import create_model
     from agln_fast.plan.fuse import fuse
+    from agln_fast.plan.plan import Plan
     from agln_fast.runtime.result import Result
     from agln_fast.runtime.segmenter import Segmenter, load
 
@@ -32,6 +34,7 @@ _HOMES = {
     "Bundle": "bundle",
     "ClassSet": "data.classes",
     "ModelConfig": "models.config",
+    "Plan": "plan.plan",
     "Result": "runtime.result",
     "Segmenter": "runtime.segmenter",
     "build": "export.build",
@@ -43,6 +46,7 @@ _HOMES = {
     "load_checkpoint": "models.checkpoint",
     "open_bundle": "bundle",
     "save_checkpoint": "models.checkpoint",
+    "tune": "export.tune",
 }
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "Bundle",
     "ClassSet",
     "ModelConfig",
+    "Plan",
     "Result",
     "Segmenter",
     "build",
@@ -61,6 +66,7 @@ __all__ = [
     "load_checkpoint",
     "open_bundle",
     "save_checkpoint",
+    "tune",
 ]
 
 

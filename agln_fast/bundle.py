@@ -14,12 +14,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agln_fast.contract import IOContract
-from agln_fast.errors import AglnError, BundleError, did_you_mean
+from agln_fast.errors import AglnError, BundleError, ConfigError, did_you_mean
 from agln_fast.models.config import ModelConfig
+from agln_fast.plan.plan import NO_PLAN, Plan
 
-__all__ = ["SCHEMA_VERSION", "Bundle", "EngineRecord", "Manifest", "Verification", "open_bundle", "seal"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Bundle",
+    "EngineRecord",
+    "Manifest",
+    "PlanChosenBy",
+    "Verification",
+    "open_bundle",
+    "seal",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MANIFEST = "manifest.json"
 _SUMS = "SHA256SUMS"
 _REBUILD = "build it again with `agln-fast build`"
@@ -48,6 +58,9 @@ class Verification:
     device: str | None = None
 
 
+PlanChosenBy = Literal["timing", "cost model", "user", "fixed"]
+
+
 @dataclass(frozen=True)
 class EngineRecord:
     """One way to run the bundle's network.
@@ -57,6 +70,8 @@ class EngineRecord:
     precision: as read back from the artefact or library.
     versions: package name -> version it was built with.
     compute_capabilities: e.g. ("sm80", "sm86"), empty for CPU engines.
+    plan: the rewrites that were applied before it was compiled.
+    plan_chosen_by: "timing" on the machine that built it, "cost model", "user", or "fixed" where there is no choice.
     """
 
     name: str
@@ -67,18 +82,23 @@ class EngineRecord:
     versions: dict[str, str] = field(default_factory=dict)
     compute_capabilities: tuple[str, ...] = ()
     verification: Verification | None = None
+    plan: Plan = NO_PLAN
+    plan_chosen_by: PlanChosenBy = "fixed"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says; docs/bundle.md describes every field."""
+    """What `manifest.json` says; docs/bundle.md describes every field.
+
+    left_out: engines that precision "auto" tried and did not keep -> why.
+    """
 
     model: ModelConfig
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     contract: IOContract
     engines: tuple[EngineRecord, ...]
-    plan: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
     created_with: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -125,6 +145,7 @@ class Manifest:
                     **engine,
                     "compute_capabilities": tuple(engine["compute_capabilities"]),
                     "verification": engine["verification"] and Verification(**engine["verification"]),
+                    "plan": _plan(engine),
                 }
             )
             for engine in values["engines"]
@@ -135,10 +156,17 @@ class Manifest:
             palette=tuple((r, g, b) for r, g, b in values["palette"]),
             contract=IOContract.from_dict(values["contract"]),
             engines=engines,
-            plan=tuple(values["plan"]),
+            left_out=values["left_out"],
             created_with=values["created_with"],
             files=values["files"],
         )
+
+
+def _plan(engine: dict[str, Any]) -> Plan:
+    try:
+        return Plan.from_dict(engine["plan"])
+    except ConfigError as error:
+        raise BundleError(f"manifest: engine {engine['name']}: {error}; {_REBUILD}") from None
 
 
 @dataclass(frozen=True)

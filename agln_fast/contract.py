@@ -14,7 +14,7 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DeployedNetwork", "IOContract", "La
 
 Layout = Literal["uint8_nhwc", "float_nchw"]
 Output = Literal["labels", "logits"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Resize = Literal["stretch", "pad", "slide"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from agln_fast.errors import ConfigError
 
-__all__ = ["default_threads", "max_pixels"]
+__all__ = ["cache_folder", "default_threads", "max_pixels", "tuning_seconds"]
 
 
 def default_threads() -> int | None:
@@ -27,6 +28,22 @@ def max_pixels() -> int:
         ConfigError: not a positive whole number.
     """
     return _positive("AGLN_FAST_MAX_PIXELS") or 89_478_485
+
+
+def tuning_seconds() -> float:
+    """`AGLN_FAST_TUNE_SECONDS`: wall clock to choose an engine's plan in; 120 unless set, 0 to time nothing.
+
+    Raises:
+        ConfigError: not a whole number.
+    """
+    if os.environ.get("AGLN_FAST_TUNE_SECONDS") == "0":
+        return 0.0
+    return float(_positive("AGLN_FAST_TUNE_SECONDS") or 120)
+
+
+def cache_folder() -> Path:
+    """`AGLN_FAST_CACHE`: where measurements are remembered; ~/.cache/agln-fast unless set."""
+    return Path(os.environ.get("AGLN_FAST_CACHE") or Path.home() / ".cache" / "agln-fast")
 
 
 def _positive(name: str) -> int | None:

@@ -9,30 +9,49 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
+import numpy as np
+import numpy.typing as npt
 from rich.progress import Progress
 
+from agln_fast.backends import open_engine
 from agln_fast.backends.openvino import OpenVinoBackend
-from agln_fast.bundle import Bundle, EngineRecord, Manifest, open_bundle, seal
+from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, open_bundle, seal
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
-from agln_fast.errors import AglnError, BuildError, ConfigError, did_you_mean
+from agln_fast.data.scenes import Scenes
+from agln_fast.errors import (
+    AglnError,
+    BuildError,
+    ConfigError,
+    MissingPackageError,
+    VerificationError,
+    did_you_mean,
+)
+from agln_fast.evaluation.evaluate import compare
 from agln_fast.export.onnx import export_onnx
+from agln_fast.export.quantize import quantize_onnx
 from agln_fast.export.report import write_report
 from agln_fast.export.tensorrt import Flavour, build_tensorrt_engine, resolve_capabilities
+from agln_fast.export.tune import Graphs, tune_engine
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.runtime.verify import check_minimum, make_reference, sample_frames, verify_engine
+from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.runtime.segmenter import Segmenter
+from agln_fast.runtime.verify import check_minimum, make_reference, sample_frames, sample_images, verify_engine
 
 __all__ = ["TARGETS", "build", "parse_size"]
 
+_CALIBRATION = 128  # pictures
+_LARGEST_LOSS = 0.5  # points of mIoU
 _PACKAGES = {"fused": "torch"}
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
 
@@ -44,6 +63,7 @@ def build(
     size: tuple[int, int] | str = (512, 512),
     precision: str | Sequence[str] = "auto",
     targets: str | Sequence[str] = ("cpu",),
+    plan: Literal["auto", "none"] | Plan = "auto",
     batch: int | tuple[int, int] = 1,
     layout: Layout = "uint8_nhwc",
     output: Output = "labels",
@@ -67,8 +87,12 @@ def build(
         checkpoint: a file that `load_checkpoint` reads, or a network.
         path: the folder to write; ".agln" is appended unless it is there.
         size: (height, width) of the engine's input in pixels, or "HxW".
-        precision: "fp32", "fp16", "bf16", "auto" (CPU: fp32, and bf16 where the CPU has it; GPU: fp16), or several.
+        precision: "fp32", "fp16", "bf16", "int8", "auto", or several. "auto" is fp16 on GPUs; on the CPU it is fp32,
+            bf16 where the CPU has it, and int8 where NNCF is installed and it costs at most half a point of mIoU on
+            Scenes, which takes a network of Scenes' classes. `load` takes the fastest.
         targets: of TARGETS; "cuda" is the fused runtime on any CUDA device.
+        plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`),
+            "none", or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
         batch: images a run, or (smallest, largest).
         layout, output, resize, mean, std: see `IOContract`.
         classes: a class set's name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
@@ -105,6 +129,8 @@ def build(
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ConfigError(f"workspace of {workspace_bytes} bytes: must be at least 1")
     check_minimum(min_agreement)
+    if not isinstance(plan, Plan) and plan not in ("auto", "none"):
+        raise ConfigError(f"plan {plan!r}: give 'auto', 'none', or an agln_fast.Plan")
     capabilities = {
         flavour: resolve_capabilities(flavour, compute_capabilities if flavour == "tensorrt-rtx" else ())
         for flavour in get_args(Flavour)
@@ -132,25 +158,42 @@ def build(
     }
     with _whole_or_nothing(destination) as folder:
         save_checkpoint(network, folder / "weights.safetensors")
-        graphs: dict[Precision, Path] = {}
-        for kind in sorted({engine.graph for engine in wanted if engine.graph is not None}):
-            steps.start(f"ONNX {kind}")
-            graphs[kind] = folder / ("model.onnx" if kind == "fp32" else f"model.{kind}.onnx")
-            export_onnx(network, graphs[kind], contract, kind, properties)
-        engines = []
+        plans = _choose_plans(network, contract, wanted, plan, threads, progress, steps)
+        graphs: dict[tuple[Precision, Plan], Path] = {}
+        engines, left_out = [], {}
         for engine in wanted:
+            chosen, chosen_by = plans[engine.backend, engine.precision]
+            if engine.graph is not None and (engine.graph, chosen) not in graphs:
+                steps.start(f"ONNX for {engine.backend} {engine.precision}")
+                graphs[engine.graph, chosen] = file = folder / _graph_name(engine, graphs)
+                export_onnx(network, file, contract, engine.graph, properties, chosen)
             if engine.target in ("cpu", "cuda"):
-                file = "weights.safetensors" if engine.graph is None else graphs[engine.graph].name
-                engines.append(engine.record(file, _installed(_PACKAGES.get(engine.backend, engine.backend))))
+                name = "weights.safetensors"
+                if engine.graph is not None:
+                    name = graphs[engine.graph, chosen].name
+                versions = _installed(_PACKAGES.get(engine.backend, engine.backend))
+                if engine.precision == "int8":
+                    steps.start("quantise")
+                    name = f"{Path(name).stem}.int8.xml"
+                    try:
+                        quantize_onnx(graphs["fp32", chosen], folder / name, calibration_frames(contract), contract)
+                    except MissingPackageError as error:
+                        if not engine.optional:
+                            raise
+                        left_out[f"{engine.backend}-int8"] = str(error)
+                        continue
+                    versions |= _installed("nncf")
+                record = engine.record(name, versions)
+                engines.append(replace(record, plan=chosen, plan_chosen_by=chosen_by))
                 continue
             assert engine.graph is not None
             steps.start(f"{engine.backend} {engine.precision}")
             flavour = cast(Flavour, engine.backend)
             suffix = "rtx" if engine.backend == "tensorrt-rtx" else "trt"
-            plan = folder / f"model.{engine.precision}.{suffix}.engine"
+            engine_file = folder / f"model.{engine.precision}.{suffix}.engine"
             built = build_tensorrt_engine(
-                graphs[engine.graph],
-                plan,
+                graphs[engine.graph, chosen],
+                engine_file,
                 flavour=flavour,
                 precision=engine.precision,
                 compute_capabilities=capabilities[flavour],
@@ -161,7 +204,9 @@ def build(
             )
             engines.append(
                 replace(
-                    engine.record(plan.name, built.versions),
+                    engine.record(engine_file.name, built.versions),
+                    plan=chosen,
+                    plan_chosen_by=chosen_by,
                     precision=built.precision,
                     compute_capabilities=tuple(built.compute_capabilities),
                 )
@@ -169,23 +214,33 @@ def build(
         for graph in graphs.values():
             if graph.name not in {engine.file for engine in engines}:
                 graph.unlink()
-
         manifest = Manifest(
             model=network.config,
             classes=names.classes,
             palette=names.palette,
             contract=contract,
             engines=tuple(engines),
-            plan=("fold_batchnorm",) if graphs else (),
+            left_out=left_out,
             created_with=created_with,
         )
         draft = Bundle(folder, manifest)
         steps.start("reference")
         references = make_reference(network, draft, frames)
         verified = []
+        optional = {f"{engine.backend}-{engine.precision}" for engine in wanted if engine.optional}
         for record in engines:
             steps.start(f"verify {record.name}")
-            outcome = verify_engine(draft, record, references, minimum=min_agreement, threads=threads)
+            try:
+                outcome = verify_engine(draft, record, references, minimum=min_agreement, threads=threads)
+                if record.name in optional:
+                    _check_miou(draft, record, threads)
+            except VerificationError as error:
+                if record.name not in optional:
+                    raise
+                left_out[record.name] = str(error)
+                for file in (folder / record.file, (folder / record.file).with_suffix(".bin")):
+                    file.unlink()
+                continue
             verified.append(replace(record, verification=outcome))
         manifest = replace(manifest, engines=tuple(verified))
         write_report(folder / "report.md", destination.name, manifest, folder)
@@ -219,12 +274,16 @@ def _batch_range(batch: int | tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """An engine to build: `graph` is the type of the ONNX file it is made of, None for the weights themselves."""
+    """An engine to build: `graph` is the type of the ONNX file it is made of, None for the weights themselves.
+
+    `optional`: it is left out where it cannot be built, or costs accuracy.
+    """
 
     backend: str
     precision: Precision
     target: str
     graph: Precision | None
+    optional: bool = False
 
     def record(self, file: str, versions: dict[str, str]) -> EngineRecord:
         return EngineRecord(
@@ -250,6 +309,8 @@ def _plan_engines(targets: Sequence[str], precision: str | Sequence[str]) -> lis
                 wanted.append(_Wanted("fused", kind, target, None))
             elif target != "cpu":
                 wanted.append(_Wanted(target, kind, target, kind))
+            elif kind == "int8":
+                wanted.append(_Wanted("openvino", kind, target, "fp32", optional=kind not in precisions))
             elif kind == "bf16":
                 # OpenVINO computes in bf16 from the fp32 graph; ONNX Runtime has no bf16 convolution on CPUs.
                 wanted.append(_Wanted("openvino", kind, target, "fp32"))
@@ -262,10 +323,88 @@ def _plan_engines(targets: Sequence[str], precision: str | Sequence[str]) -> lis
 def _resolve(target: str, precisions: list[str]) -> list[str]:
     automatic = ["fp16"]
     if target == "cpu":
-        has_bf16 = OpenVinoBackend.obstacle(_Wanted("openvino", "bf16", "cpu", "fp32").record("", {})) is None
-        automatic = ["fp32", "bf16"] if has_bf16 else ["fp32"]
+        lower = [
+            kind
+            for kind in cast(list[Precision], ["bf16", "int8"])
+            if OpenVinoBackend.obstacle(_Wanted("openvino", kind, "cpu", "fp32").record("", {})) is None
+            and (kind != "int8" or find_spec("nncf") is not None)
+        ]
+        automatic = ["fp32", *lower]
     resolved = [kind for asked in precisions for kind in (automatic if asked == "auto" else [asked])]
     return list(dict.fromkeys(resolved))
+
+
+def _choose_plans(
+    network: SegmentationNetwork,
+    contract: IOContract,
+    wanted: Sequence[_Wanted],
+    plan: Literal["auto", "none"] | Plan,
+    threads: int | None,
+    progress: Progress | None,
+    steps: _Steps,
+) -> dict[tuple[str, Precision], tuple[Plan, PlanChosenBy]]:
+    """The plan of each engine, by backend and precision, and who chose it."""
+    chosen: dict[tuple[str, Precision], tuple[Plan, PlanChosenBy]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = Graphs(network, contract, Path(folder))
+        for engine in wanted:
+            key = engine.backend, engine.precision
+            if engine.graph is None:
+                chosen[key] = NO_PLAN, "fixed"
+            elif isinstance(plan, Plan):
+                # TensorRT's plans are served as they are, with nobody to make labels of logits.
+                kept = plan if engine.target == "cpu" else replace(plan, low_resolution_labels=False)
+                chosen[key] = kept, "user"
+            elif plan == "none":
+                chosen[key] = NO_PLAN, "user"
+            else:
+                steps.start(f"tune {engine.backend} {engine.precision}")
+                # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
+                kind = "bf16" if engine.precision == "int8" else engine.precision
+                tuning = tune_engine(graphs, engine.backend, kind, threads=threads, progress=progress)
+                chosen[key] = tuning.plan, tuning.chosen_by
+    return chosen
+
+
+def _graph_name(engine: _Wanted, graphs: Mapping[tuple[Precision, Plan], Path]) -> str:
+    """The first graph of a type has a short name; others of that type, rewritten otherwise, are named by the engine."""
+    if any(kind == engine.graph for kind, _ in graphs):
+        return f"model.{engine.backend}-{engine.precision}.onnx"
+    return "model.onnx" if engine.graph == "fp32" else f"model.{engine.graph}.onnx"
+
+
+def calibration_frames(contract: IOContract) -> list[npt.NDArray[np.uint8]]:
+    """Scenes of the train split, (height, width, 3), to quantise by."""
+    return sample_images(_CALIBRATION, contract.height, contract.width, split="train")
+
+
+def _check_miou(draft: Bundle, record: EngineRecord, threads: int | None) -> None:
+    """Compare `record` with the fp32 reference on Scenes' test split.
+
+    Raises:
+        VerificationError: it loses more than half a point of mIoU, or the classes are not Scenes', so nobody knows.
+    """
+    test = Scenes("test")
+    if draft.manifest.classes != test.class_set.classes:
+        raise VerificationError(
+            f"{record.name}: its accuracy is unknown, because the classes are not those of Scenes; "
+            "ask for it by --precision int8 if you can judge it"
+        )
+    reference = next(engine for engine in draft.manifest.engines if engine.backend == "torch")
+    with ExitStack() as stack:
+        of_reference, of_record = (
+            stack.enter_context(
+                Segmenter(engine, open_engine(draft, engine, threads=threads), draft.manifest.contract, test.class_set)
+            )
+            for engine in (reference, record)
+        )
+        outcome = compare(of_reference, of_record, test)
+    scores = [100 * evaluation.metrics.mean_iou for evaluation in (outcome.a, outcome.b)]
+    if scores[0] - scores[1] > _LARGEST_LOSS:
+        raise VerificationError(
+            f"{record.name}: {scores[1]:.2f} % mIoU on Scenes, the reference {scores[0]:.2f} %: "
+            f"loses more than {_LARGEST_LOSS} points"
+        )
 
 
 def _profile(contract: IOContract) -> tuple[int, int, int]:

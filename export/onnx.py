@@ -7,16 +7,19 @@ import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 import torch
+from torch import nn
 
 from agln_fast.contract import DeployedNetwork, IOContract, Precision
-from agln_fast.errors import BuildError
+from agln_fast.errors import BuildError, ConfigError
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.fold_batchnorm import fold_batchnorm
+from agln_fast.plan.low_resolution_labels import LowResolutionLogits
+from agln_fast.plan.plan import NO_PLAN, Plan, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,23 +36,33 @@ def export_onnx(
     contract: IOContract,
     precision: Precision = "fp32",
     metadata: Mapping[str, str] | None = None,
+    plan: Plan = NO_PLAN,
 ) -> None:
-    """Write `network` behind `contract` as one checked ONNX file, weights inside.
+    """Write `network`, rewritten as `plan` says, behind `contract` as one checked ONNX file, weights inside.
 
-    The input is called `image`, the output `labels` or `logits`; height and width are fixed, the batch is the symbol
-    "batch" where the contract gives a range. Weights and activations have the type of `precision`; the energy of the
-    channel attention and all softmaxes stay in float32 through casts in the graph.
+    The input is called `image`, the output `labels` or `logits`, which `plan` may leave at low resolution. Height and
+    width are fixed, the batch is the symbol "batch" where the contract gives a range. Weights and activations have the
+    type of `precision`; the energy of the channel attention and all softmaxes stay in float32 by casts in the graph.
 
     Args:
         network: in eval mode; it is not changed.
         path: must not exist.
         metadata: goes into `metadata_props`, beside the contract.
+        plan: the rewrites; below fp32, BN is folded whatever it says.
 
     Raises:
         BuildError: the exporter or the checker refuses the network.
+        ConfigError: `precision` is none of DTYPES.
     """
-    folded = fold_batchnorm(network).to(DTYPES[precision])
-    deployed = DeployedNetwork(folded, contract, network.config.num_classes).eval()
+    if precision not in DTYPES:
+        raise ConfigError(f"ONNX export in {precision!r}: it is {', '.join(DTYPES)}; int8 is made of the fp32 graph")
+    if precision != "fp32":  # afterwards the weights are rounded
+        plan = replace(plan, fold_batchnorm=True)
+    rewritten = rewrite(network, plan).to(DTYPES[precision])
+    planned: nn.Module = rewritten
+    if plan.low_resolution_labels and contract.output == "labels":
+        planned, contract = LowResolutionLogits(rewritten), replace(contract, output="logits")
+    deployed = DeployedNetwork(planned, contract, network.config.num_classes).eval()
     dynamic = contract.min_batch != contract.max_batch
     # torch.export takes a batch of one for a constant.
     batch = max(2, contract.min_batch) if dynamic else contract.max_batch

@@ -90,7 +90,7 @@ def build_tensorrt_engine(
         BuildError: the model cannot be parsed, built or written, or is not in `precision`.
         KeyboardInterrupt: Ctrl-C.
     """
-    _check_choice("precision", precision, get_args(Precision))
+    _check_choice("precision", precision, tuple(_PRECISIONS.values()))
     if flavour == "tensorrt-rtx" and timing_cache is not None:
         raise ConfigError("timing cache: tensorrt-rtx has none, because it chooses kernels where they run")
     compute_capabilities = resolve_capabilities(flavour, compute_capabilities)

@@ -15,6 +15,8 @@ from agln_fast.models.networks import SegmentationNetwork
 
 # Triton decides when it is imported whether it interprets or compiles, for the whole process.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+# The plans of engines come from the cost model, and nothing is remembered from one run to the next.
+os.environ["AGLN_FAST_TUNE_SECONDS"] = "0"
 
 _NEEDS = {
     "gpu": (torch.cuda.is_available, "needs a CUDA device"),

@@ -85,7 +85,7 @@ def _reseal(folder, change):
 
 
 FOREIGN = {
-    "newer schema": (lambda v: v.update(schema_version=2), "schema version 2, this agln-fast reads 1"),
+    "newer schema": (lambda v: v.update(schema_version=3), "schema version 3, this agln-fast reads 2"),
     "no schema": (lambda v: v.pop("schema_version"), "schema version None"),
     "missing part": (lambda v: v.pop("engines"), "'engines' is a required property"),
     "unknown part": (lambda v: v.update(extra=1), r"breaks its schema at \$"),

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.plan.low_resolution_labels import labels_from
 
-__all__ = ["Array", "Backend"]
+__all__ = ["Array", "Backend", "as_promised"]
 
 Array = npt.NDArray[np.generic]
+
+
+def as_promised(output: Array, bundle: Bundle, engine: EngineRecord) -> Array:
+    """What the contract promises of what the engine's graph gives, which are the logits before the last resize if its
+    plan has `low_resolution_labels`."""
+    contract = bundle.manifest.contract
+    if contract.output == "logits" or not engine.plan.low_resolution_labels:
+        return output
+    labels = labels_from(torch.from_numpy(output), (contract.height, contract.width))
+    return cast(Array, labels.numpy().astype(np.uint8 if output.shape[1] <= 256 else np.int32))
 
 
 class Backend(ABC):

@@ -20,6 +20,7 @@ from agln_fast.models.networks import SegmentationNetwork
 __all__ = ["NetworkBackend", "TorchBackend", "exact_float32"]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_NO_INT8 = "{} has no int8, which is for OpenVINO: take fp32, bf16 or fp16"
 
 
 _guard = threading.Lock()
@@ -70,7 +71,7 @@ class NetworkBackend(Backend):
 
     @classmethod
     def obstacle(cls, engine: EngineRecord) -> str | None:
-        return None
+        return _NO_INT8.format(cls.name) if engine.precision == "int8" else None
 
     def __init__(
         self,
@@ -89,8 +90,10 @@ class NetworkBackend(Backend):
             device: None for the backend's own.
 
         Raises:
-            BackendError: it cannot run on that device.
+            BackendError: it cannot run on that device, or not in that precision.
         """
+        if precision == "int8":
+            raise BackendError(_NO_INT8.format(self.name))
         self.device = device or self.default_device()
         self.precision = precision
         if threads is not None:

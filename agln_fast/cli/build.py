@@ -24,8 +24,9 @@ def build(
     checkpoint: Annotated[Path, typer.Argument(help="Weights: released .pth/.pth.tar, or .safetensors of agln-fast.")],
     output: Annotated[Path, typer.Option("-o", "--bundle", help="The bundle to write, NAME.agln.")],
     size: Annotated[str, typer.Option(help="Height x width of the engine's input.")] = "512x512",
-    precision: Annotated[list[str], typer.Option(help="fp32, fp16, bf16 or auto; may be repeated.")] = ["auto"],  # noqa: B006
+    precision: Annotated[list[str], typer.Option(help="fp32, fp16, bf16, int8 or auto; may be repeated.")] = ["auto"],  # noqa: B006
     target: Annotated[list[str], typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
+    plan: Annotated[str, typer.Option(help="Rewrites: auto (timed here), none, or a JSON file.")] = "auto",
     batch: Annotated[str, typer.Option(help="Images a run: N, or SMALLEST..LARGEST.")] = "1",
     kind: Annotated[str, typer.Option("--output", help="What the engine returns: labels or logits.")] = "labels",
     layout: Annotated[
@@ -59,6 +60,7 @@ def build(
         raise ConfigError(f"batch {batch!r}: give a number, or a range such as 1..8")
     from agln_fast.export.build import build as build_bundle
     from agln_fast.models.config import ModelConfig
+    from agln_fast.plan.plan import Plan
 
     options: dict[str, Any] = {"layout": layout, "output": kind, "resize": resize}
     options |= {name: _colour(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
@@ -72,6 +74,7 @@ def build(
             size=size,
             precision=precision,
             targets=target,
+            plan=plan if plan in ("auto", "none") else Plan.from_json(_read(Path(plan))),  # type: ignore[arg-type]
             batch=(int(match[1]), int(match[2] or match[1])),
             classes=class_names,
             compute_capabilities=sm,

@@ -16,6 +16,7 @@ from agln_fast.cli.console import Json, out, print_json
 __all__ = ["doctor", "examine"]
 
 _PACKAGES = {
+    "nncf": ("nncf", 'pip install "agln-fast[int8]"'),
     "onnx": ("onnx", "the core install brings it: pip install agln-fast"),
     "onnxruntime": ("onnxruntime", "the core install brings it: pip install agln-fast"),
     "openvino": ("openvino", 'pip install "agln-fast[openvino]"'),

@@ -49,7 +49,7 @@ def load(
     Args:
         bundle: the folder, or an opened bundle.
         backend: a backend's name, or "auto": GPU engines first, then by the latency measured at the build.
-        precision: "fp32", "fp16", "bf16"; None for any.
+        precision: "fp32", "fp16", "bf16", "int8"; None for any.
         device: "cpu", "cuda", "cuda:1"; None for each engine's own.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, and without it the library's own choice.
 
@@ -118,6 +118,8 @@ def load_network(
     if backend not in _NETWORK_BACKENDS:
         raise ConfigError(f"backend {backend!r}: a network in memory runs on {' or '.join(_NETWORK_BACKENDS)}")
     checked = _check_precision(precision)
+    if checked == "int8":
+        raise ConfigError("unknown precision 'int8'; known: fp32, fp16, bf16; int8 needs a bundle, and OpenVINO")
     threads = check_threads(threads)
     contract = IOContract(*size, max_batch=max_batch, output="logits", resize=resize)
     if not isinstance(network, SegmentationNetwork):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 import agln_fast
 from agln_fast.backends import BACKENDS, backend_class, open_engine
+from agln_fast.backends.fused import FusedNetworkBackend
+from agln_fast.backends.torch import NetworkBackend
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.export.onnx import export_onnx
+from agln_fast.export.quantize import quantize_onnx
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
 
@@ -105,6 +109,93 @@ def test_openvino_gets_its_threads_and_its_precision(bundle, monkeypatch):
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
     open_engine(bundle, bundle.engine("openvino-fp32"), threads=1).close()
     assert (seen["INFERENCE_NUM_THREADS"], seen["INFERENCE_PRECISION_HINT"]) == (1, "f32")
+    assert seen["CPU_DENORMALS_OPTIMIZATION"] is True
+
+
+@pytest.fixture(scope="module")
+def int8(bundle, tmp_path_factory):
+    """A folder with the bundle's graph as it is and quantised, opened as a bundle, and the engine's record."""
+    pytest.importorskip("nncf", reason="needs the package nncf")
+    folder = tmp_path_factory.mktemp("int8")
+    shutil.copy(bundle.path / "model.onnx", folder)
+    quantize_onnx(
+        folder / "model.onnx", folder / "model.int8.xml", [IMAGE[0], 255 - IMAGE[0]], bundle.manifest.contract
+    )
+    record = replace(bundle.engine("openvino-fp32"), name="openvino-int8", precision="int8", file="model.int8.xml")
+    return replace(bundle, path=folder), record
+
+
+def _without(capability, monkeypatch):
+    """OpenVINO's CPU loses a capability, as far as asking it tells."""
+    backend = "agln_fast.backends.openvino._capabilities"
+    has = {"FP32", "BF16", "INT8"} & set(_capabilities()) - {capability}
+    monkeypatch.setattr(backend, lambda openvino: sorted(has))
+
+
+def _capabilities():
+    import openvino
+
+    return openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.mark.openvino
+@pytest.mark.parametrize("capability", [None, "BF16"])
+def test_openvino_runs_int8_and_the_rest_in_bf16_where_the_cpu_has_it(capability, int8, bundle, monkeypatch):
+    import openvino
+
+    seen = {}
+    compile_model = openvino.Core.compile_model
+
+    def spy(self, model, device, settings):
+        seen.update(settings)
+        return compile_model(self, model, device, settings)
+
+    _without(capability, monkeypatch)
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    with open_engine(*int8, threads=1) as backend:
+        assert backend.precision == "int8"
+        labels = backend.run(IMAGE)
+    rest = "bf16" if capability is None and "BF16" in _capabilities() else "f32"
+    assert seen["INFERENCE_PRECISION_HINT"] == rest
+    with open_engine(bundle, bundle.engine("openvino-fp32"), threads=1) as backend:
+        assert 0.7 < (labels == backend.run(IMAGE)).mean() < 1
+
+
+@pytest.mark.openvino
+def test_openvino_int8_is_read_back(int8):
+    """A record that claims int8 does not help a graph that is not quantised past the check."""
+    bundle, record = int8
+    with pytest.raises(
+        BackendError, match=r"convolutions of .*model\.onnx in (bf16|f32), not in int8: the file is not"
+    ):
+        open_engine(bundle, replace(record, file="model.onnx"))
+
+
+@pytest.mark.openvino
+def test_openvino_int8_needs_a_cpu_that_has_it(int8, monkeypatch):
+    _without("INT8", monkeypatch)
+    with pytest.raises(BackendError, match=r"openvino-int8 cannot run here: this CPU has no int8 arithmetic .*FP32"):
+        open_engine(*int8)
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", "onnxruntime"])
+def test_other_backends_have_no_int8(name, bundle, small_network):
+    """Neither as an engine of a bundle nor, the first two, for a network in memory."""
+    record = replace(bundle.engine(f"{name}-fp32"), name=f"{name}-int8", precision="int8")
+    with pytest.raises(BackendError, match=rf"{name}-int8 cannot run here: {name} has no int8"):
+        open_engine(bundle, record)
+    backend = backend_class(name)
+    if issubclass(backend, NetworkBackend):
+        create = {"torch": NetworkBackend, "fused": FusedNetworkBackend}[name]
+        with pytest.raises(BackendError, match=rf"{name} has no int8, which is for OpenVINO: take fp32, bf16 or fp16"):
+            create(small_network(), bundle.manifest.contract, precision="int8")
+
+
+def test_onnxruntime_takes_denormals_for_zeros(bundle):
+    """Where attention is nearly one-hot its smallest weights are denormals, and products with them are slow."""
+    with open_engine(bundle, bundle.engine("onnxruntime-fp32"), threads=1) as backend:
+        options = backend._session.get_session_options()
+    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")

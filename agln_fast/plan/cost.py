@@ -1,0 +1,63 @@
+"""What a planned network costs on a machine that is not there: arithmetic and memory traffic, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from agln_fast.plan.network import PlannedNetwork
+
+__all__ = ["Rates", "estimate_seconds"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine achieves: floating-point operations a second (an addition is one), and bytes a second."""
+
+    flops: float
+    bytes: float
+
+
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums the time of each operation, which is bound by its arithmetic or by its traffic, whatever takes longer.
+
+    Element-wise operations are free: compilers compute them beside the operation before.
+    """
+
+    def __init__(self, rates: Rates, element_size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seconds = 0.0
+        self._rates = rates
+        self._element_size = element_size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is None and (func.is_view or torch.Tag.pointwise in func.tags):
+            return result
+        flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        moved = self._element_size * sum(tensor.numel() for tensor in tensors)
+        self.seconds += max(flops / self._rates.flops, moved / self._rates.bytes)
+        return result
+
+
+@torch.no_grad()
+def estimate_seconds(
+    network: PlannedNetwork, size: tuple[int, int], rates: Rates, *, batch: int, element_size: int, full_size: bool
+) -> float:
+    """Seconds of one run on images of `size`, numbers being `element_size` bytes; `network` is not changed.
+
+    `full_size`: logits are resized to the size of the image.
+    """
+    shadow = network.copy().to("meta")
+    image = torch.empty(batch, 3, *size, device="meta")
+    with _Meter(rates, element_size) as meter:
+        shadow(image) if full_size else shadow.logits(image)
+    return float(meter.seconds)

@@ -1,0 +1,149 @@
+"""A plan: which rewrites are applied before a network is compiled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+import torch
+
+from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.distribute_before_upsample import distribute_before_upsample
+from agln_fast.plan.drop_attention_bias import drop_attention_bias
+from agln_fast.plan.drop_dead_branches import drop_dead_branches
+from agln_fast.plan.energy_before_upsample import energy_before_upsample
+from agln_fast.plan.fold_batchnorm import fold_batchnorm
+from agln_fast.plan.mix_before_upsample import MixForm, mix_before_upsample
+from agln_fast.plan.negate_energy import negate_energy
+from agln_fast.plan.network import PlannedNetwork, plan_network
+from agln_fast.plan.pixel_major_attention import pixel_major_attention
+from agln_fast.plan.pool_before_projection import pool_before_projection
+from agln_fast.plan.project_descriptors import project_descriptors
+
+__all__ = ["ALGEBRA", "NO_PLAN", "Plan", "rewrite"]
+
+_NOT_MIXED: tuple[MixForm, ...] = ("none", "none", "none")
+_REWRITES = (
+    fold_batchnorm,
+    pool_before_projection,
+    drop_attention_bias,
+    project_descriptors,
+    negate_energy,
+    drop_dead_branches,
+    distribute_before_upsample,
+    energy_before_upsample,
+    pixel_major_attention,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Exact rewrites, each on or off; docs/plans.md explains them all.
+
+    mix_before_upsample: a form for each coarse group of conv5, 1/32, 1/16, 1/8: "none", "rows" or "full"; needs
+        fold_batchnorm.
+    low_resolution_labels: the engine returns logits at a quarter of the size, the host makes labels of them; without
+        effect where logits are asked for.
+    """
+
+    fold_batchnorm: bool = False
+    pool_before_projection: bool = False
+    drop_attention_bias: bool = False
+    project_descriptors: bool = False
+    negate_energy: bool = False
+    drop_dead_branches: bool = False
+    distribute_before_upsample: bool = False
+    energy_before_upsample: bool = False
+    pixel_major_attention: bool = False
+    mix_before_upsample: tuple[MixForm, ...] = _NOT_MIXED
+    low_resolution_labels: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mix_before_upsample", tuple(self.mix_before_upsample))
+        forms = self.mix_before_upsample
+        if len(forms) != len(_NOT_MIXED) or not set(forms) <= set(get_args(MixForm)):
+            raise ConfigError(
+                f"mix_before_upsample {list(forms)}: give {len(_NOT_MIXED)} of {', '.join(get_args(MixForm))}"
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "mix_before_upsample" and not isinstance(value, bool):
+                raise ConfigError(f"{field.name} {value!r}: must be true or false")
+        if forms != _NOT_MIXED and not self.fold_batchnorm:
+            raise ConfigError("mix_before_upsample needs fold_batchnorm: it splits the folded convolution")
+
+    def __str__(self) -> str:
+        names = [field.name for field in fields(self) if getattr(self, field.name) is True]
+        if self.mix_before_upsample != _NOT_MIXED:
+            names.append(f"mix_before_upsample({', '.join(self.mix_before_upsample)})")
+        return ", ".join(names) or "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "mix_before_upsample": list(self.mix_before_upsample)}
+
+    def to_json(self) -> str:
+        """As a file for `--plan`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Plan:
+        """The inverse of `to_dict`; what is left out is off.
+
+        Raises:
+            ConfigError: not a mapping, an unknown name, or a value that no rewrite has.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError("a plan is a JSON object of rewrites; `agln-fast inspect BUNDLE --json` shows some")
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown rewrite {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        if not isinstance(values.get("mix_before_upsample", []), list | tuple):
+            raise ConfigError("mix_before_upsample: give a list of forms")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: not JSON, or not a plan.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"not a plan: {error}") from None
+        return cls.from_dict(values)
+
+
+NO_PLAN = Plan()
+# What only leaves work out, on any machine; the rest trades one kind of work for another, and timing decides.
+ALGEBRA = Plan(
+    fold_batchnorm=True,
+    pool_before_projection=True,
+    drop_attention_bias=True,
+    project_descriptors=True,
+    negate_energy=True,
+    drop_dead_branches=True,
+)
+
+
+@torch.no_grad()
+def rewrite(model: SegmentationNetwork, plan: Plan) -> PlannedNetwork:
+    """A network that computes the same function as `model`, rewritten as `plan` says; `model` is not changed.
+
+    Weights are composed in the model's dtype: give it in float32 or better, and round the result.
+
+    Raises:
+        ConfigError: not a `SegmentationNetwork`, or an α, β or γ of NaN or Inf.
+    """
+    network = plan_network(model)
+    for step in _REWRITES:
+        if getattr(plan, step.__name__):
+            network = step(network)
+    if plan.mix_before_upsample != _NOT_MIXED:
+        network = mix_before_upsample(network, plan.mix_before_upsample)
+    return network

@@ -1,0 +1,108 @@
+"""fp32 ONNX -> int8: post-training quantisation by NNCF, written as an OpenVINO IR."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rich
+
+from agln_fast.contract import IOContract
+from agln_fast.errors import BuildError, MissingPackageError
+from agln_fast.runtime.images import pack
+
+__all__ = ["quantize_onnx"]
+
+_QUANTISED = ("Convolution", "GroupConvolution")
+
+
+def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8]], contract: IOContract) -> None:
+    """Quantise an fp32 graph by what `frames` look like inside, and write it as an OpenVINO IR.
+
+    Only convolutions are: their weights with one scale for each output channel, their input with one for all, both
+    symmetric. All else stays in floating point: softmaxes, whose outputs are nearly one-hot; products of two
+    activations, such as the energy of the channel attention, which sums over all pixels; products with constant
+    matrices that resize; and sums, each of which would be rounded once more. NNCF's correction of biases is off: on
+    the networks that ship, its fast form costs labels, and its slow form gains none.
+
+    Args:
+        graph: as `export_onnx` writes it, in fp32.
+        path: "NAME.xml"; the weights go into "NAME.bin" beside it. Both appear, or neither.
+        frames: pictures (height, width, 3) of the contract's size to calibrate on, in batches of its smallest.
+        contract: that of the graph.
+
+    Raises:
+        MissingPackageError: NNCF or OpenVINO is not installed.
+        BuildError: no frames, frames of another size, a graph that cannot be read or quantised, or no space.
+    """
+    if len(frames) == 0:
+        raise BuildError("int8 needs pictures to calibrate on, and there are none")
+    size = (contract.height, contract.width, 3)
+    for frame in frames:
+        if frame.shape != size:
+            raise BuildError(f"int8 calibration: picture of shape {frame.shape}, the engine takes {size}")
+    try:
+        import nncf
+        import openvino
+    except ImportError as error:
+        raise MissingPackageError(error.name or "nncf", "int8") from None
+    try:
+        model = openvino.Core().read_model(graph)
+    except RuntimeError as error:
+        raise BuildError(f"{graph}: OpenVINO cannot read it: {_reason(error)}; export it again") from None
+    starts = range(0, len(frames), contract.min_batch)
+    batches = [pack(list(islice(cycle(frames), start, start + contract.min_batch)), contract) for start in starts]
+    others = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() not in _QUANTISED]
+    try:
+        with _quiet(nncf):
+            quantised = nncf.quantize(
+                model,
+                nncf.Dataset(batches),
+                subset_size=len(batches),
+                preset=nncf.QuantizationPreset.PERFORMANCE,
+                target_device=nncf.TargetDevice.CPU,
+                # Not all operations of OpenVINO's graph are in NNCF's.
+                ignored_scope=nncf.IgnoredScope(names=others, validate=False),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+            )
+    except Exception as error:  # NNCF's and OpenVINO's exceptions have no common base
+        raise BuildError(f"{graph}: cannot be quantised: {_reason(error)}") from error
+    _save(openvino, quantised, path)
+
+
+def _save(openvino: Any, model: Any, path: Path) -> None:
+    weights = path.with_suffix(".bin")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            openvino.save_model(model, draft, compress_to_fp16=False)
+            draft.with_suffix(".bin").replace(weights)
+            draft.replace(path)
+    except (OSError, RuntimeError) as error:
+        weights.unlink(missing_ok=True)
+        raise BuildError(f"{path}: cannot be written ({_reason(error)}); check the folder and its free space") from None
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+@contextmanager
+def _quiet(nncf: Any) -> Iterator[None]:
+    """Keep NNCF's remarks and progress bars, which it draws on rich's own console, off the user's screen."""
+    console, logger = rich.get_console(), logging.getLogger("nncf")
+    before = console.quiet, logger.level
+    console.quiet = True
+    nncf.set_log_level(logging.ERROR)
+    try:
+        yield
+    finally:
+        console.quiet = before[0]
+        nncf.set_log_level(before[1])

@@ -1,0 +1,261 @@
+"""Plans are chosen by timing or by the cost model, remembered, and give the labels of the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import agln_fast
+from agln_fast.backends import open_engine
+from agln_fast.contract import IOContract
+from agln_fast.errors import ConfigError
+from agln_fast.export import tune as module
+from agln_fast.export.tune import Candidate, Graphs, Tuning, tune, tune_engine
+from agln_fast.plan.cost import Rates, estimate_seconds
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
+from agln_fast.runtime.images import pack
+from agln_fast.runtime.verify import sample_frames
+
+EVERYTHING = replace(
+    ALGEBRA,
+    distribute_before_upsample=True,
+    energy_before_upsample=True,
+    pixel_major_attention=True,
+    mix_before_upsample=("full", "rows", "full"),
+    low_resolution_labels=True,
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tuning"
+
+
+@pytest.fixture
+def graphs(small_network, tmp_path: Path) -> Graphs:
+    return Graphs(small_network(), IOContract(64, 96), tmp_path)
+
+
+class _Clock(module._Race):
+    """A race in which plans take the milliseconds that `times` gives them, and 10 otherwise."""
+
+    times: dict[str, float] = {}  # noqa: RUF012
+
+    def fastest(self, plans):
+        for plan in plans:
+            cost = 10.0 + sum(cost for name, cost in self.times.items() if name in str(plan))
+            self.candidates[plan] = Candidate(plan, cost)
+        return min(plans, key=lambda plan: self.candidates[plan].milliseconds)
+
+
+def test_what_is_faster_stays(graphs, cache, monkeypatch):
+    monkeypatch.setattr(module, "_Race", _Clock)
+    times = {"pool": -1.0, "pixel_major": -1.0, "low_resolution": 2.0, "full, none": -1.0, "(full, rows": -3.0}
+    monkeypatch.setattr(_Clock, "times", times)
+    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    expected = replace(ALGEBRA, pixel_major_attention=True, mix_before_upsample=("full", "rows", "none"))
+    assert tuning.plan == expected
+    assert (tuning.chosen_by, tuning.complete) == ("timing", True)
+    assert {NO_PLAN, ALGEBRA, expected} < {candidate.plan for candidate in tuning.candidates}
+
+
+def test_no_plan_may_be_the_fastest(graphs, cache, monkeypatch):
+    monkeypatch.setattr(module, "_Race", _Clock)
+    monkeypatch.setattr(_Clock, "times", dict.fromkeys(("fold", "low", "pixel", "before", "mix"), 1.0))
+    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60).plan == NO_PLAN
+
+
+def test_engines_are_really_timed(graphs, cache):
+    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=20, threads=1)
+    assert tuning.chosen_by == "timing"
+    best = {candidate.plan: candidate.milliseconds for candidate in tuning.candidates}
+    assert all(0 < milliseconds < 20e3 for milliseconds in best.values())
+    assert len(best) > 2
+
+
+def test_a_race_is_won_by_a_clear_lead_only(graphs, monkeypatch):
+    race = module._Race(graphs, "onnxruntime", "fp32", 60.0, 1, None)
+    ticks = iter(np.cumsum(np.tile([0.0, 1.0, 0.0, 0.995, 0.0, 0.9], 50)))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(race, "_open", lambda plan: _Idle())
+    plans = [NO_PLAN, ALGEBRA, EVERYTHING]
+    assert race.fastest(plans) == EVERYTHING
+    ticks = iter(np.cumsum(np.tile([0.0, 1.0, 0.0, 0.995], 50)))
+    assert race.fastest(plans[:2]) == NO_PLAN
+    assert race.candidates[EVERYTHING].milliseconds == pytest.approx(900)
+
+
+class _Idle:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def run(self, image):
+        return image
+
+
+def test_the_budget_ends_the_search(graphs, cache):
+    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=1e-3, threads=1)
+    assert not tuning.complete
+    assert [candidate.plan for candidate in tuning.candidates] == [NO_PLAN, ALGEBRA]
+    assert not cache.exists()
+
+
+def test_what_was_measured_is_remembered(graphs, cache, monkeypatch, small_network):
+    monkeypatch.setattr(module, "_Race", _Clock)
+    monkeypatch.setattr(_Clock, "times", {"pixel_major": -1.0})
+    first = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    monkeypatch.setattr(module, "_search", None)
+    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60) == first
+    assert Tuning.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+    monkeypatch.undo()
+    keys = {
+        module._cache_file(Graphs(network, contract, Path()), backend, "fp32", threads)
+        for network in (graphs.network, _without_gamma(small_network()))
+        for contract in (graphs.contract, IOContract(64, 64))
+        for backend in ("onnxruntime", "openvino")
+        for threads in (1, 2)
+    }
+    assert len(keys) == 16
+
+
+def _without_gamma(network):
+    with torch.no_grad():
+        for chain in network.decoder.cfb:
+            for block in chain:
+                block.gamma.zero_()
+    return network
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"plan": {}}'])
+def test_a_damaged_memory_is_ignored(text, graphs, cache, monkeypatch):
+    monkeypatch.setattr(module, "_Race", _Clock)
+    file = module._cache_file(graphs, "onnxruntime", "fp32", None)
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60, threads=None).chosen_by == "timing"
+
+
+def test_a_memory_that_cannot_be_written_is_no_error(graphs, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_Race", _Clock)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path / "file"))
+    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60).chosen_by == "timing"
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_what_cannot_run_goes_by_the_cost_model(backend, small_network):
+    tuning = tune(small_network(), backend, (128, 128), "fp16", budget_s=60)
+    assert tuning.chosen_by == "cost model"
+    assert not tuning.plan.low_resolution_labels
+    times = {candidate.plan: candidate.milliseconds for candidate in tuning.candidates}
+    assert times[tuning.plan] <= min(times.values()) * 1.01**8
+    assert times[tuning.plan] < times[NO_PLAN]
+
+
+def test_the_cost_model_counts_by_hand(small_network):
+    """Arithmetic alone: what mixing saves, in multiply-adds; traffic alone: bytes of what is read and written."""
+    network = small_network("fpn_resnet18")
+    plain, mixed = (
+        rewrite(network, Plan(fold_batchnorm=True, mix_before_upsample=forms))
+        for forms in (("none", "none", "none"), ("full", "none", "none"))
+    )
+
+    def seconds(planned, rates, **changes):
+        options = {"batch": 1, "element_size": 4, "full_size": False, **changes}
+        return estimate_seconds(planned, (128, 128), rates, **options)
+
+    arithmetic, traffic = Rates(1.0, 1e30), Rates(1e30, 1.0)
+    direct = 9 * 32 * 16 * 32**2
+    full = 9 * 32 * 16 * 4**2 + 32 * 12**2 * 32 + 32 * 12 * 32**2
+    assert seconds(plain, arithmetic) - seconds(mixed, arithmetic) == pytest.approx(2 * (direct - full))
+    assert seconds(plain, traffic, element_size=2) == seconds(plain, traffic) / 2
+    assert seconds(plain, arithmetic, batch=3) == pytest.approx(3 * seconds(plain, arithmetic))
+    assert seconds(plain, traffic, full_size=True) - seconds(plain, traffic) == 4 * 5 * (32**2 + 128**2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpu",), "unknown target 'gpu'"),
+        (("cpu", (8, 8)), "each side must be"),
+        (("onnxruntime", (64, 64), "fp8"), "precision 'fp8'"),
+    ],
+)
+def test_bad_arguments(arguments, message, small_network):
+    with pytest.raises(ConfigError, match=message):
+        tune(small_network(), *arguments, budget_s=0)
+
+
+def test_no_engine_for_a_precision(small_network, monkeypatch):
+    monkeypatch.setattr(module, "_obstacle", lambda backend, precision: "the reason")
+    with pytest.raises(ConfigError, match="no CPU engine runs in bf16 here: the reason"):
+        tune(small_network(), "cpu", (64, 64), "bf16")
+
+
+@pytest.mark.openvino
+def test_cpu_is_the_faster_of_two(small_network, cache, monkeypatch):
+    monkeypatch.setattr(module, "_Race", _Clock)
+    tuning = tune(small_network(), "cpu", (64, 64), budget_s=60)
+    assert tuning.backend in ("openvino", "onnxruntime")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.openvino)])
+@pytest.mark.parametrize("layout", ["uint8_nhwc", "float_nchw"])
+def test_a_planned_engine_gives_the_labels_of_a_plain_one(backend, layout, tmp_path):
+    """What a graph leaves at low resolution is made up for: shape, dtype, and 99.99 % of the labels."""
+    outputs = []
+    for plan in ("none", EVERYTHING):
+        path = tmp_path / str(plan is EVERYTHING)
+        built = agln_fast.build(
+            "agln_nano", path, size=(77, 101), precision="fp32", plan=plan, layout=layout, batch=(1, 2)
+        )
+        engine = built.engine(f"{backend}-fp32")
+        assert (engine.plan, engine.plan_chosen_by) == (NO_PLAN if plan == "none" else EVERYTHING, "user")
+        frames = sample_frames(None, built.manifest.contract)
+        with open_engine(built, engine, threads=1) as opened:
+            outputs.append(opened.run(pack(frames[:2], built.manifest.contract)))
+    plain, planned = outputs
+    assert planned.shape == plain.shape == (2, 77, 101)
+    assert planned.dtype == plain.dtype == np.uint8
+    assert len(np.unique(plain)) > 2
+    assert (planned == plain).mean() >= 0.9999
+
+
+def test_logits_stay_at_full_size(small_network, tmp_path):
+    built = agln_fast.build(
+        small_network(), tmp_path / "m", size=(64, 96), precision="fp32", plan=EVERYTHING, output="logits"
+    )
+    for engine in built.manifest.engines:
+        assert engine.verification is not None
+        assert engine.verification.max_logit_error is not None
+
+
+def test_each_plan_has_a_graph_of_its_own(small_network, tmp_path, monkeypatch):
+    from agln_fast.export import build as build_module
+
+    def choose(network, contract, wanted, *_):
+        plans = {"onnxruntime": ALGEBRA, "openvino": EVERYTHING}
+        return {(w.backend, w.precision): (plans.get(w.backend, NO_PLAN), "timing") for w in wanted}
+
+    monkeypatch.setattr(build_module, "_choose_plans", choose)
+    built = agln_fast.build(small_network(), tmp_path / "m", size=(64, 96), precision="fp32")
+    files = {engine.backend: engine.file for engine in built.manifest.engines}
+    assert files["openvino"] == "model.onnx"
+    assert files["onnxruntime"] == "model.onnxruntime-fp32.onnx"
+    assert files["torch"] == files["fused"] == "weights.safetensors"
+    assert {engine.plan_chosen_by for engine in built.manifest.engines} == {"timing"}
+
+
+@pytest.mark.parametrize("plan", ["fast", 3])
+def test_a_build_needs_a_plan(plan, small_network, tmp_path):
+    with pytest.raises(ConfigError, match=r"give 'auto', 'none', or an agln_fast\.Plan"):
+        agln_fast.build(small_network(), tmp_path / "m", plan=plan)

@@ -1,0 +1,222 @@
+"""Every rewrite equals the reference in float64, alone and with all others, for every variant of the network."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agln_fast.errors import ConfigError
+from agln_fast.models.blocks import resize
+from agln_fast.models.networks import SegmentationNetwork, create_model
+from agln_fast.plan.fold_batchnorm import fold_batchnorm
+from agln_fast.plan.mix_before_upsample import MixedConvolution, MixForm, mix_before_upsample
+from agln_fast.plan.network import PlannedNetwork, plan_network, upsample_matrix
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
+from agln_fast.plan.pool_before_projection import pool_before_projection
+
+SWITCHES = [field.name for field in fields(Plan) if field.type == "bool" and field.name != "low_resolution_labels"]
+EVERYTHING = Plan(**dict.fromkeys(SWITCHES, True), mix_before_upsample=("full", "rows", "full"))  # type: ignore[arg-type]
+VARIANTS = {
+    "fcn8s": ("fcn8s_resnet18", {}),
+    "fpn": ("fpn_resnet18", {}),
+    "paper": ("agln_resnet18", {}),
+    "release": ("agln_release_resnet18", {}),
+    "lite": ("agln_lite_resnet18", {}),
+    "release lite": ("agln_release_resnet18", {"lite": True}),
+    "no LRM": ("agln_resnet18", {"channel_resampling": False, "spatial_gating": False}),
+    "release without LRM": ("agln_release_resnet18", {"channel_resampling": False, "spatial_gating": False}),
+    "resampling only": ("agln_resnet18", {"spatial_gating": False}),
+    "gating only": ("agln_release_resnet18", {"channel_resampling": False}),
+    "average pooling": ("agln_resnet18", {"pooling": "average", "num_descriptors": 1}),
+    "straight": ("agln_resnet18", {"decoder": "straight"}),
+    "fixed scalars": ("agln_resnet18", {"learnable_alpha": False, "learnable_beta": False}),
+}
+
+
+def network(variant: str, zeros: tuple[str, ...] = ()) -> SegmentationNetwork:
+    """In float64, with random weights; scalars named in `zeros` are 0."""
+    name, overrides = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = create_model(name, 5, width=0.25, channels=16, **overrides).double().eval()
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith(("alpha", "beta", "gamma")):
+                tensor.uniform_(0.3, 0.9)
+            elif key.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.normal_(1.0 if ".weight" in key else 0.0, 0.2)
+            if key.endswith(zeros):
+                tensor.zero_()
+    return model
+
+
+def assert_same(model: SegmentationNetwork, planned: PlannedNetwork, image: Tensor) -> None:
+    """To 1e-10 of how the logits vary over the image, which a large bias could hide."""
+    with torch.no_grad():
+        expected, actual = model(image), planned(image)
+    spread = expected.std((2, 3)).mean()
+    assert spread > 1e-3
+    assert (actual - expected).abs().max() < 1e-10 * spread
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(2, 3, 77, 101, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("plan", [NO_PLAN, ALGEBRA, EVERYTHING], ids=["none", "algebra", "everything"])
+def test_a_plan_changes_no_logits(variant: str, plan: Plan, image: Tensor) -> None:
+    model = network(variant)
+    assert_same(model, rewrite(model, plan), image)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release", "average pooling"])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_each_rewrite_alone(variant: str, name: str, image: Tensor) -> None:
+    model = network(variant)
+    assert_same(model, rewrite(model, replace(NO_PLAN, **{name: True})), image)
+
+
+@pytest.mark.parametrize("left_out", SWITCHES)
+def test_each_rewrite_can_be_left_out(left_out: str, image: Tensor) -> None:
+    forms = ("none", "none", "none") if left_out == "fold_batchnorm" else EVERYTHING.mix_before_upsample
+    model = network("release")
+    plan = replace(EVERYTHING, mix_before_upsample=forms, **{left_out: False})
+    assert_same(model, rewrite(model, plan), image)
+
+
+@pytest.mark.parametrize("zeros", [("alpha",), ("gamma",), ("beta",), ("alpha", "gamma"), ("alpha", "beta", "gamma")])
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_branches_of_zero_are_dropped(variant: str, zeros: tuple[str, ...], image: Tensor) -> None:
+    model = network(variant, zeros)
+    assert_same(model, rewrite(model, EVERYTHING), image)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "gone"),
+    [(("gamma",), ["resampled"]), (("beta",), ["resampled"]), (("alpha", "gamma"), ["resampled", "distribution"])],
+    ids=lambda value: " ".join(value),
+)
+def test_dropped_branches_are_not_computed(zeros: tuple[str, ...], gone: list[str], image: Tensor) -> None:
+    plain, planned = (rewrite(network("release", zeros), Plan(drop_dead_branches=drop)) for drop in (False, True))
+    assert _called(plain, image) >= set(gone)
+    assert not _called(planned, image) & set(gone)
+
+
+def _called(planned: PlannedNetwork, image: Tensor) -> set[str]:
+    calls: set[str] = set()
+    for fusion in planned.fusions():
+        fusion.distribution.register_forward_hook(lambda *_: calls.add("distribution"))
+        resampled = fusion.resampled
+
+        def note(*arguments: Tensor | None, resampled: Callable[..., Tensor] = resampled) -> Tensor:
+            calls.add("resampled")
+            return resampled(*arguments)
+
+        fusion.resampled = note  # type: ignore[method-assign, assignment]
+    planned(image)
+    return calls
+
+
+def test_rewrites_commute() -> None:
+    """Each in first place, then the others; mixing comes last, because it splits the folded convolution."""
+    from agln_fast.plan import plan as module
+
+    model, x = network("release"), torch.randn(1, 3, 65, 39, dtype=torch.float64)
+    steps = module._REWRITES
+    for first in range(len(steps)):
+        planned = plan_network(model)
+        for step in (*steps[first:], *steps[:first]):
+            planned = step(planned)
+        assert_same(model, mix_before_upsample(planned, ("rows", "full", "rows")), x)
+
+
+def test_rewrites_leave_their_argument_alone(image: Tensor) -> None:
+    model = network("release")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    planned = plan_network(model)
+    expected = planned(image)
+    pool_before_projection(planned)
+    rewrite(model, EVERYTHING)
+    assert torch.equal(planned(image), expected)
+    assert not any(aggregation.pools_first for aggregation in planned.aggregations())
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_less_is_computed() -> None:
+    """Multiply-adds of what a rewrite is there for, at the size where they can be counted by hand."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = network("release"), torch.randn(1, 3, 128, 128, dtype=torch.float64)
+
+    def flops(plan: Plan) -> int:
+        with FlopCounterMode(display=False) as counter:
+            rewrite(model, plan)(x)
+        return counter.get_total_flops()
+
+    channels, descriptors = 16, model.config.num_descriptors
+    assert descriptors is not None
+    base = flops(Plan(fold_batchnorm=True))
+    sab = {4: 1, 8: 1, 16: 1}  # side of the map that each SAB reads -> 1
+    pooled = 2 * channels**2 * sum(side**2 - descriptors for side in sab)
+    assert base - flops(Plan(fold_batchnorm=True, pool_before_projection=True)) == pooled
+    cfb = {8: 1, 16: 2, 32: 3}  # side of the level -> CFBs
+    projected = 2 * channels**2 * sum(count * (side**2 - descriptors) for side, count in cfb.items())
+    assert base - flops(Plan(fold_batchnorm=True, project_descriptors=True)) == projected
+    resized = 2 * channels * descriptors * sum(side**2 - (side // 2) ** 2 for side in cfb)
+    assert base - flops(Plan(fold_batchnorm=True, distribute_before_upsample=True)) == resized
+    hidden = 2 * channels
+    direct = 2 * 9 * hidden * channels * 32**2
+    full = 2 * (9 * hidden * channels * 4**2 + hidden * (3 * 4) ** 2 * 32 + hidden * 3 * 4 * 32**2)
+    assert base - flops(Plan(fold_batchnorm=True, mix_before_upsample=("full", "none", "none"))) == direct - full
+    rows = 2 * (9 * hidden * channels * 4 * 32 + hidden * 3 * 4 * 32**2)
+    assert base - flops(Plan(fold_batchnorm=True, mix_before_upsample=("rows", "none", "none"))) == direct - rows
+
+
+@pytest.mark.parametrize("forms", list(itertools.product(("none", "rows", "full"), repeat=2)), ids="-".join)
+@pytest.mark.parametrize(
+    "sizes", [((3, 2), (5, 4), (9, 7)), ((1, 1), (1, 3), (4, 5)), ((2, 6), (2, 1), (1, 1))], ids=str
+)
+def test_a_mixed_convolution(forms: tuple[MixForm, ...], sizes: tuple[tuple[int, int], ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    convolution = nn.Conv2d(9, 4, 3, padding=1).double()
+    features = [torch.randn(2, 3, *size, dtype=torch.float64, generator=generator) for size in sizes]
+    expected = convolution(torch.cat([resize(feature, sizes[-1]) for feature in features], 1))
+    actual = MixedConvolution(convolution, forms)(features)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 1), (1, 4), (5, 1), (7, 13), (16, 32), (9, 4)])
+def test_the_matrix_of_a_resize(source: int, target: int) -> None:
+    x = torch.randn(1, 1, source, 3, dtype=torch.float64)
+    expected = F.interpolate(x, (target, 3), mode="bilinear", align_corners=True)[0, 0]
+    torch.testing.assert_close(upsample_matrix(source, target, x) @ x[0, 0], expected, rtol=0, atol=1e-14)
+
+
+def test_mixing_needs_a_folded_convolution_once() -> None:
+    planned = plan_network(network("fpn"))
+    with pytest.raises(ConfigError, match="BN has been folded"):
+        mix_before_upsample(planned, ("full", "full", "full"))
+    mixed = mix_before_upsample(fold_batchnorm(planned), ("full", "full", "full"))
+    with pytest.raises(ConfigError, match="once"):
+        mix_before_upsample(mixed, ("full", "full", "full"))
+    with pytest.raises(ConfigError, match="needs 3 of none, rows, full"):
+        mix_before_upsample(fold_batchnorm(planned), ("full",))
+
+
+def test_only_segmentation_networks_are_planned() -> None:
+    with pytest.raises(ConfigError, match="SegmentationNetwork"):
+        rewrite(nn.Conv2d(3, 3, 1), NO_PLAN)  # type: ignore[arg-type]
+    model = network("release")
+    with torch.no_grad():
+        model.decoder.cfb[1][0].gamma.fill_(float("nan"))  # type: ignore[union-attr, index]
+    with pytest.raises(ConfigError, match=r"decoder\.cfb\.1\.0\.gamma is nan"):
+        rewrite(model, NO_PLAN)
