@@ -277,7 +277,7 @@ class _Race(_Judge):
 
 def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, chosen_by: ChosenBy) -> Tuning:
     """From the algebra, which only leaves work out, one decision after the other; what is faster stays."""
-    best = judge.fastest([NO_PLAN, ALGEBRA])
+    best = judge.fastest([ALGEBRA, NO_PLAN])
     complete = True
     for alternatives in _decisions(graphs, backend):
         if judge.exhausted:
