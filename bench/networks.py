@@ -1,149 +1,132 @@
-"""Networks side by side: build each, open every engine that runs here, and time them in turns."""
+"""What the suite measures: networks, and which contestants take part in a run of a few minutes or in a full one."""
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import cast, get_args
 
-import numpy as np
 from rich.progress import Progress
 
-from agln_fast.backends import open_engine
-from agln_fast.bench.machine import machine
-from agln_fast.bench.weights import random_network
-from agln_fast.errors import BackendError, ConfigError, VerificationError
-from agln_fast.export.build import build
-from agln_fast.models.complexity import complexity
-from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
+from agln_fast.bench.contestants import CONTESTANTS
+from agln_fast.bench.ladder import best_plan, default_rungs, ladder
+from agln_fast.bench.measure import Case, Entry, Measured, Options
+from agln_fast.bench.scaling import scale
+from agln_fast.contract import Precision
+from agln_fast.errors import ConfigError, did_you_mean
 
-__all__ = ["DEFAULT_NETWORKS", "Row", "compare_networks", "to_json"]
+__all__ = [
+    "BUDGET_S",
+    "DEFAULT_NETWORKS",
+    "NOTHING",
+    "by_reason",
+    "choose_device",
+    "choose_entries",
+    "measure_ladder",
+    "measure_scaling",
+]
 
 DEFAULT_NETWORKS = ("fpn_resnet50", "agln_resnet50", "agln_lite_resnet50")
+BUDGET_S = 300.0
+"""Wall clock of a run that is not full."""
+
+NOTHING = Measured((), ())
+
+_TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One network on one engine; times are of the engine alone, uint8 image in, labels out.
-
-    ratio: median over the rounds of this network's time to that of the first network on the same engine.
-    agreement: share of pixels with the label of the fp32 reference.
-    gmacs: multiply-adds of convolutions and matrix products for one image, 1e9.
-    """
-
-    network: str
-    engine: str
-    device: str
-    precision: str
-    size: str
-    batch: int
-    median_ms: float
-    p95_ms: float
-    images_per_second: float
-    ratio: float
-    agreement: float | None
-    parameters_m: float
-    gmacs: float
-
-
-def compare_networks(
-    networks: Sequence[str] = DEFAULT_NETWORKS,
-    *,
-    size: tuple[int, int] = (512, 512),
-    num_classes: int = 59,
-    batch: int = 1,
-    precision: str = "auto",
-    targets: Sequence[str] = ("cpu",),
-    device: str | None = None,
-    warmup: int = 1,
-    iters: int = 5,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> list[Row]:
-    """Build `networks` (presets, random weights), then time all their engines that run here, alternating.
-
-    Args:
-        size: height and width, pixels.
-        precision, targets: as `build` has them.
-        device: "cpu", "cuda", …: engines that cannot use it are left out; None for each engine's own.
-        warmup, iters: rounds before and while timing; one round runs every engine of every network once.
+def choose_device(targets: Sequence[str], device: str | None = None) -> str:
+    """`device` itself; None for where the targets run.
 
     Raises:
-        ConfigError: an unknown network, or a count that makes no sense.
-        BackendError: no engine runs on that device.
+        ConfigError: an unknown target, or targets of two devices.
     """
-    if warmup < 0 or iters < 1:
-        raise ConfigError(f"warmup {warmup}, iters {iters}: need at least 0 and 1")
-    image = np.random.default_rng(0).integers(0, 256, (batch, *size, 3), np.uint8)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        opened, left_out, costs = [], [], {}
-        for name in networks:
-            model = random_network(name, num_classes)
-            costs[name] = complexity(model.config, *size)[-1]
-            bundle = build(
-                model,
-                Path(folder) / name,
-                size=size,
-                batch=batch,
-                precision=precision,
-                targets=targets,
-                threads=threads,
-                progress=progress,
+    for target in targets:
+        if target not in _TARGETS:
+            raise ConfigError(
+                f"unknown target {target!r}{did_you_mean(target, _TARGETS)}; known: {', '.join(_TARGETS)}"
             )
-            for engine in bundle.manifest.engines:
-                try:
-                    if device is not None:
-                        # The build compared it where it runs by default, which may be another device.
-                        references = make_reference(model, bundle, sample_frames(None, bundle.manifest.contract))
-                        checked = verify_engine(bundle, engine, references, device=device, threads=threads)
-                        engine = replace(engine, verification=checked)
-                    backend = stack.enter_context(open_engine(bundle, engine, device=device, threads=threads))
-                    opened.append((name, engine, backend))
-                except (BackendError, VerificationError) as error:
-                    left_out.append(f"{name}: {error}")
-        if not opened:
-            raise BackendError(f"no engine runs here: {'; '.join(left_out)}")
-        seconds: list[list[float]] = [[] for _ in opened]
-        task = None if progress is None else progress.add_task("measure", total=warmup + iters)
-        for i_round in range(warmup + iters):
-            for times, (_, _, backend) in zip(seconds, opened, strict=True):
-                before = time.perf_counter()
-                backend.run(image)
-                if i_round >= warmup:
-                    times.append(time.perf_counter() - before)
-            if progress is not None and task is not None:
-                progress.advance(task)
-
-        baselines: dict[str, list[float]] = {}
-        rows = []
-        for times, (name, engine, backend) in zip(seconds, opened, strict=True):
-            baseline = baselines.setdefault(engine.name, times)
-            median, cost = statistics.median(times), costs[name]
-            rows.append(
-                Row(
-                    network=name,
-                    engine=engine.name,
-                    device=backend.device,
-                    precision=backend.precision,
-                    size=f"{size[0]}x{size[1]}",
-                    batch=batch,
-                    median_ms=1e3 * median,
-                    p95_ms=1e3 * float(np.percentile(times, 95)),
-                    images_per_second=batch / median,
-                    ratio=statistics.median(mine / base for mine, base in zip(times, baseline, strict=True)),
-                    agreement=engine.verification.agreement if engine.verification else None,
-                    parameters_m=cost.parameters / 1e6,
-                    gmacs=(cost.convolution + cost.matmul) / 1e9,
-                )
-            )
-    return rows
+    kinds = {"cpu" if target == "cpu" else "cuda" for target in targets}
+    if device is None and len(kinds) != 1:
+        raise ConfigError(f"targets {', '.join(targets)}: measure those of the CPU and of the GPU one after the other")
+    return device or kinds.pop()
 
 
-def to_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """Machine and rows as plain JSON types."""
-    return {"machine": machine(), "rows": [asdict(row) for row in rows]}
+def choose_entries(
+    device: str = "cpu",
+    precision: str | Sequence[str] = "auto",
+    targets: Sequence[str] = ("cpu",),
+    *,
+    full: bool = False,
+) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+    """Who takes part, and who does not, with the reason.
+
+    Args:
+        precision: one or several; "auto" for all of them.
+        targets: TensorRT and TensorRT-RTX take part where they are named.
+        full: with what takes minutes for each network.
+
+    Raises:
+        ConfigError: an unknown precision.
+    """
+    asked = [precision] if isinstance(precision, str) else list(precision)
+    known = ["auto", *get_args(Precision)]
+    for kind in asked:
+        if kind not in known:
+            raise ConfigError(f"unknown precision {kind!r}{did_you_mean(kind, known)}; known: {', '.join(known)}")
+    taking_part, left_out = [], []
+    for contestant in CONTESTANTS.values():
+        for kind in contestant.precisions:
+            if "auto" not in asked and kind not in asked:
+                continue
+            entry = Entry(contestant.name, kind)
+            reason = contestant.obstacle(kind, device)
+            if reason is None and contestant.backend.startswith("tensorrt") and contestant.backend not in targets:
+                reason = f"asked for with --target {contestant.backend}"
+            if reason is None and not full and not (kind == "int8" and kind in asked):
+                reason = contestant.reason_to_wait(kind, device)
+                reason = reason and f"{reason}: --full"
+            if reason is None:
+                taking_part.append(entry)
+            else:
+                left_out.append((entry, reason))
+    return taking_part, left_out
+
+
+def by_reason(left_out: Sequence[tuple[Entry, str]]) -> list[str]:
+    """A line for each reason: "torch.compile fp32, torch.compile bf16: why"."""
+    names: dict[str, list[str]] = {}
+    for entry, reason in left_out:
+        names.setdefault(reason, []).append(entry.name)
+    return [f"{', '.join(entries)}: {reason}" for reason, entries in names.items()]
+
+
+def measure_ladder(
+    found: Measured, cases: Sequence[Case], options: Options, progress: Progress | None = None
+) -> Measured:
+    """From the best fp32 peer that was found, rewrite by rewrite, to bf16; of the first AGLN, or the first network.
+
+    Raises:
+        ConfigError: not on the CPU, where OpenVINO is.
+    """
+    if options.device != "cpu":
+        raise ConfigError(f"a ladder is of OpenVINO, which runs on the CPU: leave --ladder out on {options.device}")
+    case = _first(cases)
+    peers = [row for row in found.rows if row.network == case.network and not row.ours and row.precision == "fp32"]
+    best = min(peers, key=lambda row: row.median_ms, default=None)
+    rungs = default_rungs(best_plan(case, options=options), "openvino" if best is None else best.contestant)
+    return ladder(case, rungs, options, progress)
+
+
+def measure_scaling(
+    found: Measured, cases: Sequence[Case], options: Options, progress: Progress | None = None
+) -> Measured:
+    """The fastest that was found, over sizes and batches; of the first AGLN, or the first network."""
+    case = _first(cases)
+    row = min((row for row in found.rows if row.network == case.network), key=lambda row: row.median_ms, default=None)
+    if row is None:
+        return Measured((), (f"scaling: nothing of {case.network} could be measured",))
+    return scale(case, [Entry(row.contestant, cast(Precision, row.precision))], options, progress=progress)
+
+
+def _first(cases: Sequence[Case]) -> Case:
+    return next((case for case in cases if case.network.startswith("agln")), cases[0])

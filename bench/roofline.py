@@ -9,7 +9,7 @@ import torch
 
 from agln_fast.bench.timing import device_times
 
-__all__ = ["Roofline", "measure_roofline"]
+__all__ = ["Roofline", "measure_roofline", "product_rate"]
 
 _REPEATS = 10
 
@@ -34,7 +34,7 @@ class Roofline:
 
 
 def measure_roofline(device: torch.device, dtypes: Sequence[torch.dtype]) -> Roofline:
-    """Measure it on `device`: on CUDA with 4 GiB and products of 8192x8192 matrices, on a CPU with little.
+    """Measure it on `device`: on CUDA with 4 GiB and products of 8192x8192 matrices, on a CPU with less.
 
     Data are random: products of zeros run faster.
     """
@@ -42,7 +42,7 @@ def measure_roofline(device: torch.device, dtypes: Sequence[torch.dtype]) -> Roo
     small = torch.zeros(1, device=device)
     return Roofline(
         _copy_rate(device, 2**30 if cuda else 2**22),
-        {str(dtype).removeprefix("torch."): _product_rate(device, dtype, 8192 if cuda else 256) for dtype in dtypes},
+        {str(dtype).removeprefix("torch."): product_rate(device, dtype) for dtype in dtypes},
         device_times(lambda: small.add_(1), device, repeats=50).median,
     )
 
@@ -54,7 +54,12 @@ def _copy_rate(device: torch.device, count: int) -> float:
     return 1e6 * 2 * source.nbytes / times.median
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a product of square matrices: two for each multiply-add.
+
+    Of 8192 rows on CUDA and 2048 on a CPU: smaller ones leave its matrix units waiting for memory.
+    """
+    side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     times = device_times(lambda: torch.mm(a, b, out=product), device, repeats=_REPEATS)

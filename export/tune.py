@@ -126,7 +126,8 @@ def tune(
         size: (height, width), pixels.
         precision: of the engine.
         batch: images a run.
-        budget_s: seconds of wall clock; None for `AGLN_FAST_TUNE_SECONDS`, or 120. 0 takes the cost model.
+        budget_s: seconds of wall clock; None for `AGLN_FAST_TUNE_SECONDS`, or 120. With 0 nothing is timed: what was
+            measured before is taken, or the cost model.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, or the library's own choice.
         progress: a rich progress display that the caller has started.
 
@@ -163,14 +164,14 @@ def tune_engine(
         raise ConfigError(f"precision {precision!r}: must be one of {', '.join(get_args(Precision))}")
     budget_s = environment.tuning_seconds() if budget_s is None else budget_s
     threads = check_threads(threads)
-    timed = backend in _CPU and budget_s > 0 and not _obstacle(backend, precision)
-    if not timed:
-        judge: _Judge = _Model(graphs, "cpu" if backend in _CPU else "gpu", precision)
-        return _search(graphs, backend, precision, judge, "cost model")
     file = _cache_file(graphs, backend, precision, threads)
-    remembered = _remembered(file)
+    runs_here = backend in _CPU and not _obstacle(backend, precision)
+    remembered = _remembered(file) if runs_here else None
     if remembered is not None:
         return remembered
+    if not runs_here or budget_s == 0:
+        judge: _Judge = _Model(graphs, "cpu" if backend in _CPU else "gpu", precision)
+        return _search(graphs, backend, precision, judge, "cost model")
     tuning = _search(
         graphs, backend, precision, _Race(graphs, backend, precision, budget_s, threads, progress), "timing"
     )
@@ -279,7 +280,7 @@ def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, c
     """From the algebra, which only leaves work out, one decision after the other; what is faster stays."""
     best = judge.fastest([ALGEBRA, NO_PLAN])
     complete = True
-    for alternatives in _decisions(graphs, backend):
+    for alternatives in _decisions(graphs, timed=chosen_by == "timing"):
         if judge.exhausted:
             complete = False
             break
@@ -287,16 +288,19 @@ def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, c
     return Tuning(backend, precision, best, chosen_by, complete, tuple(judge.candidates.values()))
 
 
-def _decisions(graphs: Graphs, backend: str) -> Iterator[Any]:
-    """For each decision a function from the best plan so far to the changes that may improve it."""
+def _decisions(graphs: Graphs, *, timed: bool) -> Iterator[Any]:
+    """For each decision a function from the best plan so far to the changes that may improve it.
+
+    Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does, and
+    a plan of TensorRT is served as it is, with nobody to do it.
+    """
     network = plan_network(graphs.network)
     fusions = list(network.fusions())
 
     def switch(name: str) -> Any:
         return lambda best: [{name: not getattr(best, name)}]
 
-    # A plan of TensorRT is served as it is, with nobody to make labels of its logits.
-    if graphs.contract.output == "labels" and backend in _CPU:
+    if graphs.contract.output == "labels" and timed:
         yield switch("low_resolution_labels")
     if fusions:
         yield switch("pixel_major_attention")

@@ -17,6 +17,7 @@ from agln_fast.models.networks import SegmentationNetwork
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 # The plans of engines come from the cost model, and nothing is remembered from one run to the next.
 os.environ["AGLN_FAST_TUNE_SECONDS"] = "0"
+os.environ["AGLN_FAST_CACHE"] = os.devnull
 
 _NEEDS = {
     "gpu": (torch.cuda.is_available, "needs a CUDA device"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agln_fast.cli.console import Json, err, out, print_json, progress_bar
+from agln_fast.cli.console import Json, out, print_json, progress_bar
 
 if TYPE_CHECKING:
     from agln_fast.bench.results_file import Results
@@ -40,18 +43,15 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time networks with random weights in turns on every engine that runs here, ours and others."""
-    import sys
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
     from datetime import UTC, datetime
 
     from agln_fast.bench import networks as registry
-    from agln_fast.bench.ladder import best_plan, default_rungs
-    from agln_fast.bench.ladder import ladder as measure_ladder
     from agln_fast.bench.machine import machine
-    from agln_fast.bench.measure import Case, Measured, Options, measure
+    from agln_fast.bench.measure import Case, Options, measure
     from agln_fast.bench.results_file import Results, load_results, save_results, write_csv
-    from agln_fast.bench.scaling import scale
     from agln_fast.export.build import parse_size
+    from agln_fast.plan.plan import Plan
 
     old = None if compare is None else load_results(compare)
     device = registry.choose_device(target, device)
@@ -59,46 +59,96 @@ def bench(
     options = Options(
         warmup,
         iters,
-        budget if budget is not None or full else registry.BUDGET_S,
-        device,
-        threads,
-        _read_plan(plan),
-        None if full else 0,
+        budget_s=registry.BUDGET_S if budget is None and not full else budget,
+        device=device,
+        threads=threads,
+        plan=plan if plan in ("auto", "none") else Plan.from_json(_read(Path(plan))),  # type: ignore[arg-type]
+        tune_s=None if full else 0,
     )
     cases = [Case(name, parse_size(size), batch, num_classes) for name in networks or registry.DEFAULT_NETWORKS]
-    first = next((case for case in cases if case.network.startswith("agln")), cases[0])
-    rungs, points = Measured((), ()), Measured((), ())
     with progress_bar() as progress:
-        found = measure(cases, entries, options, progress)
-        if ladder or scaling:
-            chosen = best_plan(first, options=options) if options.plan in ("auto", "none") else options.plan
-            fixed = replace(options, plan=chosen)
-        if ladder:
-            peers = [row for row in found.rows if row.network == first.network and not row.ours]
-            best = min((row for row in peers if row.precision == "fp32"), key=lambda row: row.median_ms)
-            reduced = next((entry.precision for entry in entries if entry.precision == "bf16"), None)
-            rungs = measure_ladder(first, default_rungs(chosen, best.contestant, reduced=reduced), fixed, progress)
-        if scaling:
-            fastest = [row.contestant for row in sorted(found.rows, key=lambda row: row.median_ms)]
-            chosen_entries = sorted(entries, key=lambda entry: fastest.index(entry.contestant))[:1]
-            points = scale(first, chosen_entries, fixed, progress=progress)
-    command = f"agln-fast {' '.join(sys.argv[1:])}"
+        parts = [measure(cases, entries, options, progress)]
+        parts.append(registry.measure_ladder(parts[0], cases, options, progress) if ladder else registry.NOTHING)
+        parts.append(registry.measure_scaling(parts[0], cases, options, progress) if scaling else registry.NOTHING)
     today = datetime.now(UTC).date().isoformat()
-    results = Results(machine(options.threads), command, today, found.rows, rungs.rows, points.rows)
-    left_out = [*registry.by_reason(waiting), *found.left_out, *rungs.left_out, *points.left_out]
+    results = Results(machine(threads), _command(), today, *(part.rows for part in parts))
+    left_out = [*registry.by_reason(waiting), *(line for part in parts for line in part.left_out)]
     if csv is not None:
         write_csv(results.rows, csv)
     if save is not None:
         save_results(results, save)
-    if json:
-        print_json({**asdict(results), "left_out": left_out})
-    else:
-        _print(results, left_out)
     if figures is not None:
         _draw(results, figures)
+    if json:
+        print_json({**asdict(results), "left_out": left_out})
+        return
+    _print(results, left_out)
     if old is not None:
         _print_comparison(old, results)
 
 
-def _read_plan(plan):
-    pass
+def _command() -> str:
+    return f"agln-fast {shlex.join(sys.argv[1:])}"
+
+
+def _read(path: Path) -> str:
+    from agln_fast.errors import ConfigError
+
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plan {path}: cannot be read ({error}); give auto, none, or a JSON file") from None
+
+
+def _print(results: Results, left_out: Sequence[str]) -> None:
+    from agln_fast.bench.presentation import (
+        NOTES,
+        machine_line,
+        markdown_ladder,
+        markdown_scaling,
+        overview_table,
+        row_table,
+    )
+
+    out.print(machine_line(results.machine), highlight=False)
+    several = len({row.network for row in results.rows}) > 1
+    for table in (row_table(results.rows), *([overview_table(results.rows)] if several else [])):
+        out.print(table, width=max(120, out.width), crop=False)
+    for text in (
+        *([markdown_ladder(results.ladder)] if results.ladder else []),
+        *([markdown_scaling(results.scaling)] if results.scaling else []),
+        NOTES,
+    ):
+        out.print(text, highlight=False, markup=False)
+    for row in {row.network: row for row in results.rows}.values():
+        out.print(
+            f"{row.network}: {row.parameters_m:.2f} M parameters, {row.gmacs:.1f} G multiply-adds", highlight=False
+        )
+    for line in left_out:
+        out.print(f"left out: {line}", highlight=False, markup=False)
+
+
+def _draw(results: Results, folder: Path) -> None:
+    from agln_fast.bench.plots import draw_ladder, draw_latency, draw_pareto, draw_scaling
+    from agln_fast.errors import ConfigError
+    from agln_fast.figures.saving import save_figure
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be a folder for figures: {error.strerror}; choose another") from None
+    drawings = {
+        "latency": (draw_latency, results.rows),
+        "pareto": (draw_pareto, [row for row in results.rows if row.miou is not None]),
+        "ladder": (draw_ladder, results.ladder),
+        "scaling": (draw_scaling, results.scaling if len(results.scaling) > 1 else ()),
+    }
+    for name, (draw, rows) in drawings.items():
+        if rows:
+            save_figure(draw(rows), folder / f"{name}.svg")
+
+
+def _print_comparison(old: Results, new: Results) -> None:
+    from agln_fast.bench.presentation import compare, comparison_table, differences
+
+    out.print(comparison_table(compare(old, new), differences(old, new)))

@@ -1,8 +1,8 @@
-"""Benchmarks of the kernels: `pytest bench --benchmark-only`, files named `bench_*.py`, one for each op.
+"""Benchmarks: `pytest bench --benchmark-only`, files named `bench_*.py`: one for each op, and `bench_networks.py`.
 
-A file says what its op is compared with and how many multiply-adds it does. Here that becomes one test for each case
-(batch, side of the map, dtype) and contestant: `eager`, the plain operations of PyTorch; `compile`, torch.compile of
-them; `op`. On CUDA the time is the device's, the median of many (`agln_fast.bench.timing`); what pytest-benchmark
+An op's file says what its op is compared with and how many multiply-adds it does. Here that becomes one test for each
+case (batch, side of the map, dtype) and contestant: `eager`, the plain operations of PyTorch; `compile`, torch.compile
+of them; `op`. On CUDA the time is the device's, the median of many (`agln_fast.bench.timing`); what pytest-benchmark
 itself shows are a few calls by the host's clock. The medians, and how close to its bound each comes, are in
 `extra_info`, and in the file that `--rows` names.
 """
@@ -46,6 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "measure" not in metafunc.fixturenames:
+        return
     contestants = ["eager", "op"]
     if CUDA or metafunc.config.getoption("compile", None):
         contestants.append("compile")

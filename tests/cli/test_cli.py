@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic_rows import row as suite_row
 
+from agln_fast.bench import measure, networks
+from agln_fast.bench.measure import Measured
+from agln_fast.bench.networks import BUDGET_S, choose_entries
 from agln_fast.cli import main
 from agln_fast.cli.app import app
 from agln_fast.cli.run import _names
+from agln_fast.plan.plan import Plan
 
 
 @pytest.fixture
@@ -145,6 +150,8 @@ ERRORS = {
     "unknown preset": (("inspect", "agln_resnet5"), 2, "did you mean 'agln_resnet50'"),
     "bad size": (("inspect", "agln_resnet50", "--size", "5"), 2, "size '5'"),
     "no rounds": (("bench", "--iters", "0"), 2, "iters 0"),
+    "no plan": (("bench", "--plan", "nothing.json"), 2, "plan nothing.json: cannot be read"),
+    "two devices": (("bench", "--target", "cpu", "--target", "cuda"), 2, "one after the other"),
 }
 
 
@@ -217,16 +224,56 @@ def test_images_with_one_stem_do_not_overwrite_each_other(tmp_path):
     assert names[3] == "y"
 
 
-def test_bench_compares_networks_side_by_side(cli):
-    arguments = ("bench", "fpn_resnet18", "agln_lite_resnet18", "--size", "64x64", "--iters", "2", "--num-classes", "3")
-    arguments += ("--precision", "fp32")
-    code, out, _ = cli(*arguments, "--json")
+def test_bench_puts_contestants_and_networks_side_by_side(cli, tmp_path):
+    arguments = ("bench", "fpn_nano", "agln_nano", "--size", "64x64", "--iters", "3", "--num-classes", "3")
+    arguments += ("--precision", "fp32", "--threads", "1", "--budget", "0", "--plan", "none")
+    files = ("--csv", tmp_path / "rows.csv", "--save", tmp_path / "old.json", "--figures", tmp_path / "figures")
+    code, out, _ = cli(*arguments, *files, "--json")
     assert code == 0
     report = json.loads(out)
     assert report["machine"]["torch"]
-    networks = [row["network"] for row in report["rows"]]
-    assert set(networks) == {"fpn_resnet18", "agln_lite_resnet18"}
-    for row in report["rows"]:
-        assert row["median_ms"] > 0
-        assert row["agreement"] >= 0.999
-        assert row["ratio"] == 1 if row["network"] == "fpn_resnet18" else row["ratio"] > 0
+    assert report["machine"]["threads"] == 1
+    assert report["command"].startswith("agln-fast bench fpn_nano")
+    assert {each["network"] for each in report["rows"]} == {"fpn_nano", "agln_nano"}
+    assert {each["contestant"] for each in report["rows"]} >= {"torch", "onnxruntime", "planned onnxruntime"}
+    for each in report["rows"]:
+        assert each["median_ms"] > 0
+        assert each["agreement"] >= 0.999
+        assert each["ratio"] > 0
+    assert any(line.startswith("torch.compile fp32") for line in report["left_out"])
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(report["rows"])
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["latency.svg"]
+
+    code, out, _ = cli(*arguments, "--compare", tmp_path / "old.json")
+    assert code == 0
+    for words in ("▸ planned onnxruntime", "left out: ", "new/old", "G multiply-adds"):
+        assert words in out
+
+
+def test_bench_hands_its_options_on(cli, tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text(Plan(fold_batchnorm=True).to_json())
+    seen = []
+    part = Measured((suite_row(network="agln_nano"),), ("something: a reason",))
+    later = Measured((suite_row(), suite_row(batch=2)), ())
+    monkeypatch.setattr(measure, "measure", lambda *arguments: seen.append(arguments) or part)
+    monkeypatch.setattr(networks, "measure_ladder", lambda *arguments: seen.append(arguments) or later)
+    monkeypatch.setattr(networks, "measure_scaling", lambda *arguments: seen.append(arguments) or later)
+    code, out, _ = cli(
+        "bench", "agln_nano", "--plan", tmp_path / "plan.json", "--full", "--ladder", "--scaling", "--warmup", "2",
+        "--figures", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    cases, entries, options, _ = seen[0]
+    assert [case.name for case in cases] == ["agln_nano 512x512 batch 1"]
+    assert (options.plan, options.warmup, options.budget_s, options.tune_s) == (
+        Plan(fold_batchnorm=True),
+        2,
+        None,
+        None,
+    )
+    assert entries == choose_entries(full=True)[0]
+    assert all(arguments[:3] == (part, cases, options) for arguments in seen[1:])
+    assert "left out: something: a reason" in out
+    assert sorted(path.stem for path in tmp_path.glob("*.svg")) == ["ladder", "latency", "pareto", "scaling"]
+    cli("bench", "agln_nano")
+    assert (seen[-1][2].budget_s, seen[-1][2].tune_s, seen[-1][2].plan) == (BUDGET_S, 0, "auto")

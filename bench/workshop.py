@@ -1,0 +1,297 @@
+"""The files of the contestants, and how to open them: a `Workshop` makes each once, a `Recipe` opens it anywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args
+
+import torch
+from torch import Tensor
+
+from agln_fast.backends import open_engine
+from agln_fast.backends.base import Array, Backend
+from agln_fast.backends.tensorrt import Flavour, compute_capability
+from agln_fast.backends.torch import exact_float32
+from agln_fast.bundle import Bundle, EngineRecord, Manifest
+from agln_fast.contract import DeployedNetwork, IOContract, Precision
+from agln_fast.errors import BackendError
+from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.plan import NO_PLAN, Plan
+
+__all__ = ["HALVES", "EngineRecipe", "Opened", "PlanChoice", "Recipe", "TorchRecipe", "Workshop"]
+
+PlanChoice = Literal["auto", "none"] | Plan
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LIBRARIES = {"fused": "torch", "tensorrt-rtx": "tensorrt_rtx"}  # where the import has another name than the backend
+
+
+class Opened(Protocol):
+    """A contestant that is ready: `image` is (B, H, W, 3) uint8 in host memory, and so are the labels (B, H, W)."""
+
+    def run(self, image: Array) -> Array:
+        """The labels, which belong to the caller."""
+
+    def engine(self, image: Array) -> object:
+        """The compiled network alone, without what the host does with its output."""
+
+    def close(self) -> None:
+        """Release everything; nothing runs afterwards."""
+
+
+class Recipe(Protocol):
+    """How to open what lies on the disk; can be pickled.
+
+    settings, plan: as in `Row`. rewrites: what `plan` stands for.
+    """
+
+    @property
+    def settings(self) -> str: ...
+
+    @property
+    def rewrites(self) -> Plan: ...
+
+    @property
+    def files(self) -> list[Path]:
+        """Graph, weights, engine: what is stored."""
+
+    @property
+    def library(self) -> str:
+        """The module that does the work."""
+
+    def open(self) -> Opened:
+        """
+        Raises:
+            BackendError: it cannot run here.
+        """
+
+
+@dataclass
+class Workshop:
+    """The files of one network at one size, in a folder that is there; each is made once.
+
+    plan: of our engines: "auto", "none", or a plan for all of them.
+    tune_s: seconds for choosing each plan by timing; 0 goes by the cost model, None by `AGLN_FAST_TUNE_SECONDS`.
+    device: "cpu", "cuda", "cuda:1".
+    threads: CPU threads, the same for every contestant.
+    """
+
+    network: SegmentationNetwork
+    contract: IOContract
+    folder: Path
+    threads: int
+    device: str = "cpu"
+    plan: PlanChoice = "auto"
+    tune_s: float | None = 0
+    _made: dict[tuple[Any, ...], tuple[Any, float]] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> Bundle:
+        """A draft around the folder, as engines are opened from."""
+        return Bundle(self.folder, Manifest(self.network.config, (), (), self.contract, ()))
+
+    def weights(self) -> tuple[Path, float]:
+        """The reference's weights, and the seconds that writing them took."""
+        return self.once("weights", (), lambda: self._save(self.folder / "weights.safetensors"))
+
+    def graph(self, kind: Precision, plan: Plan) -> tuple[Path, float]:
+        """The ONNX file with weights of type `kind`, and the seconds that exporting it took."""
+        return self.once("graph", (kind, plan), lambda: self._export(kind, plan))
+
+    def quantised(self, plan: Plan) -> tuple[Path, float]:
+        """The OpenVINO IR in int8, and the seconds of export, calibration and quantisation."""
+        return self.once("int8", (plan,), lambda: self._quantise(plan))
+
+    def tensorrt(self, flavour: Flavour, precision: Precision, plan: Plan) -> tuple[Path, float]:
+        """The engine of TensorRT or TensorRT-RTX for this machine's GPU, and the seconds of export and build."""
+        return self.once(flavour, (precision, plan), lambda: self._build_tensorrt(flavour, precision, plan))
+
+    def chosen(self, backend: str, precision: Precision) -> tuple[Plan, float]:
+        """The plan of our engine, and the seconds that choosing it took."""
+        return self.once("plan", (backend, precision), lambda: self._choose(backend, precision))
+
+    def once(self, what: str, key: tuple[Any, ...], make: Callable[[], Any]) -> tuple[Any, float]:
+        """What `make` returned when it was first called for `what` and `key`, and the seconds that it took."""
+        if (what, *key) not in self._made:
+            began = time.perf_counter()
+            value = make()
+            self._made[what, *key] = value, time.perf_counter() - began
+        return self._made[what, *key]
+
+    def _name(self, suffix: str) -> Path:
+        return self.folder / f"{len(self._made)}.{suffix}"
+
+    def _save(self, file: Path) -> Path:
+        save_checkpoint(self.network, file)
+        return file
+
+    def _export(self, kind: Precision, plan: Plan) -> Path:
+        from agln_fast.export.onnx import export_onnx
+
+        file = self._name("onnx")
+        export_onnx(self.network, file, self.contract, kind, plan=plan)
+        return file
+
+    def _quantise(self, plan: Plan) -> Path:
+        from agln_fast.export.build import calibration_frames
+        from agln_fast.export.quantize import quantize_onnx
+
+        graph, _ = self.graph("fp32", plan)
+        file = self._name("int8.xml")
+        quantize_onnx(graph, file, calibration_frames(self.contract), self.contract)
+        return file
+
+    def _build_tensorrt(self, flavour: Flavour, precision: Precision, plan: Plan) -> Path:
+        from agln_fast.export.tensorrt import build_tensorrt_engine
+
+        graph, _ = self.graph(precision, plan)
+        file = self._name("engine")
+        capability = compute_capability()
+        capabilities = [capability] if capability and flavour == "tensorrt-rtx" else []
+        build_tensorrt_engine(graph, file, flavour=flavour, precision=precision, compute_capabilities=capabilities)
+        return file
+
+    def _choose(self, backend: str, precision: Precision) -> Plan:
+        from agln_fast.export.tune import Graphs, tune_engine
+
+        if isinstance(self.plan, Plan):
+            # TensorRT's engines return what they are built to return: nobody makes labels of their logits.
+            return replace(self.plan, low_resolution_labels=False) if backend in get_args(Flavour) else self.plan
+        if self.plan == "none":
+            return NO_PLAN
+        folder = self.folder / f"tune-{backend}-{precision}"
+        folder.mkdir()
+        graphs = Graphs(self.network, self.contract, folder)
+        # As `build` does: candidates are not quantised, what is best in bf16 is taken for best in int8.
+        kind: Precision = "bf16" if precision == "int8" else precision
+        return tune_engine(graphs, backend, kind, budget_s=self.tune_s, threads=self.threads).plan
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """An engine of one of our backends, on a plain or planned graph."""
+
+    bundle: Bundle
+    record: EngineRecord
+    device: str
+    threads: int
+    settings: str
+
+    @property
+    def rewrites(self) -> Plan:
+        return self.record.plan
+
+    @property
+    def files(self) -> list[Path]:
+        file = self.bundle.path / self.record.file
+        return [file, *([file.with_suffix(".bin")] if file.suffix == ".xml" else [])]
+
+    @property
+    def library(self) -> str:
+        return _LIBRARIES.get(self.record.backend, self.record.backend)
+
+    def open(self) -> Opened:
+        return _OpenedEngine(self)
+
+
+class _OpenedEngine:
+    def __init__(self, recipe: EngineRecipe) -> None:
+        self._recipe = recipe
+        self._backend = self._open(recipe.record)
+        self._alone: Backend | None = None
+
+    def _open(self, record: EngineRecord) -> Backend:
+        recipe = self._recipe
+        return open_engine(recipe.bundle, record, device=recipe.device, threads=recipe.threads)
+
+    def run(self, image: Array) -> Array:
+        return self._backend.run(image)
+
+    def engine(self, image: Array) -> Array:
+        record = self._recipe.record
+        if not record.plan.low_resolution_labels:
+            return self._backend.run(image)
+        if self._alone is None:
+            # A record that does not speak of low resolution leaves the graph's output as it is.
+            self._alone = self._open(replace(record, plan=replace(record.plan, low_resolution_labels=False)))
+        return self._alone.run(image)
+
+    def close(self) -> None:
+        for backend in (self._backend, self._alone):
+            if backend is not None:
+                backend.close()
+
+
+@dataclass(frozen=True)
+class TorchRecipe:
+    """The reference module in PyTorch. compile_mode: of torch.compile; empty for eager."""
+
+    weights: Path
+    contract: IOContract
+    precision: Precision
+    device: str
+    threads: int
+    compile_mode: str
+    channels_last: bool
+    settings: str
+
+    @property
+    def rewrites(self) -> Plan:
+        return NO_PLAN
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.weights]
+
+    @property
+    def library(self) -> str:
+        return "torch._inductor.compile_fx" if self.compile_mode else "torch"
+
+    def open(self) -> Opened:
+        return _OpenedTorch(self, load_checkpoint(self.weights))
+
+
+class _OpenedTorch:
+    def __init__(self, recipe: TorchRecipe, network: SegmentationNetwork) -> None:
+        self._recipe = recipe
+        torch.set_num_threads(recipe.threads)
+        deployed = DeployedNetwork(network.to(recipe.device).eval(), recipe.contract, network.config.num_classes)
+        if recipe.channels_last:
+            deployed = deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network: Callable[[Tensor], Tensor] | None = deployed
+        if recipe.compile_mode:
+            self._network = cast(
+                Callable[[Tensor], Tensor], torch.compile(deployed, mode=recipe.compile_mode, dynamic=False)
+            )
+
+    @torch.inference_mode()
+    def run(self, image: Array) -> Array:
+        if self._network is None:
+            raise BackendError("torch: this contestant is closed; open it again")
+        recipe = self._recipe
+        kind = torch.device(recipe.device).type
+        half = HALVES.get(recipe.precision)
+        # Softmaxes that are nearly one-hot are full of denormals. PyTorch's own advice; it holds for the thread.
+        torch.set_flush_denormal(True)
+        try:
+            with exact_float32(benchmark=True), torch.autocast(kind, half, enabled=half is not None), _frozen(kind):
+                return cast(Array, self._network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
+        finally:
+            torch.set_flush_denormal(False)
+
+    engine = run
+
+    def close(self) -> None:
+        self._network = None
+
+
+def _frozen(kind: str) -> AbstractContextManager[None]:
+    """Weights are constants to the compiler: on the CPU it packs them beforehand. Read when it compiles, not before."""
+    from torch._inductor import config
+
+    return cast(AbstractContextManager[None], config.patch(freezing=kind == "cpu"))

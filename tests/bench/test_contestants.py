@@ -1,0 +1,223 @@
+"""Every contestant gives the reference's labels, peers run the network as it is, and obstacles say what to do."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from agln_fast.backends.openvino import OpenVinoBackend
+from agln_fast.bench import contestants
+from agln_fast.bench.contestants import CONTESTANTS, contestant
+from agln_fast.bench.networks import by_reason, choose_device, choose_entries
+from agln_fast.bench.workshop import Workshop
+from agln_fast.contract import DeployedNetwork, IOContract
+from agln_fast.errors import BackendError, ConfigError
+from agln_fast.export.build import build
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
+from agln_fast.runtime.verify import make_reference, sample_frames
+
+HERE = [
+    (name, precision)
+    for name, entry in CONTESTANTS.items()
+    for precision in entry.precisions
+    if precision != "int8" and entry.obstacle(precision) is None
+]
+LOW = Plan(fold_batchnorm=True, low_resolution_labels=True)
+
+
+@pytest.fixture(scope="module")
+def network(small_network):
+    return small_network()
+
+
+@pytest.fixture(scope="module")
+def workshop(network, tmp_path_factory):
+    return Workshop(network, IOContract(64, 64), tmp_path_factory.mktemp("workshop"), threads=1)
+
+
+@pytest.fixture(scope="module")
+def references(network, workshop):
+    return make_reference(network, workshop.bundle, sample_frames(None, workshop.contract)[:2])
+
+
+def _agreement(opened, references):
+    return np.mean([opened.run(each.image) == each.labels for each in references])
+
+
+@pytest.mark.parametrize(("name", "precision"), [case for case in HERE if not CONTESTANTS[case[0]].compiles])
+def test_labels_are_the_references_in_memory_and_from_the_pickle(name, precision, workshop, references):
+    recipe, seconds = CONTESTANTS[name].make(workshop, precision)
+    assert seconds > 0
+    assert all(file.stat().st_size > 0 for file in recipe.files)
+    assert "1 thread" in recipe.settings
+    least = 0.999 if precision == "fp32" else 0.9
+    for each in (recipe, pickle.loads(pickle.dumps(recipe))):
+        opened = each.open()
+        assert _agreement(opened, references) >= least
+        assert opened.run(references[0].image).dtype == np.uint8
+        opened.close()
+    assert (recipe.rewrites == NO_PLAN) == (not CONTESTANTS[name].ours or name == "planned fused")
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_compiled_in_its_mode_with_frozen_weights(mode, workshop, references, monkeypatch):
+    """The compiler itself takes a minute: it is stood in for by the network, and by what it is told."""
+    told = []
+
+    def compiled(network, **options):
+        def run(image):
+            told.append((options, torch._inductor.config.freezing, torch.is_inference_mode_enabled()))
+            return network(image)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    name = "torch.compile" if mode == "default" else f"torch.compile {mode}"
+    recipe, _ = CONTESTANTS[name].make(workshop, "fp32")
+    assert "freezing" in recipe.settings
+    assert recipe.library == "torch._inductor.compile_fx"
+    opened = recipe.open()
+    assert _agreement(opened, references) >= 0.999
+    opened.close()
+    with pytest.raises(BackendError, match="closed"):
+        opened.run(references[0].image)
+    assert told[0] == ({"mode": mode, "dynamic": False}, True, True)
+    assert not torch._inductor.config.freezing, "put back"
+
+
+def _operators(path):
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def test_peers_run_what_the_exporter_makes_of_the_reference_module(network, workshop, tmp_path):
+    program = torch.onnx.export(
+        DeployedNetwork(network, workshop.contract, 5).eval(),
+        (torch.zeros(1, 64, 64, 3, dtype=torch.uint8),),
+        dynamo=True,
+        opset_version=22,
+        verbose=False,
+    )
+    program.save(tmp_path / "plain.onnx")
+    recipe, _ = CONTESTANTS["openvino"].make(workshop, "fp32")
+    assert _operators(recipe.files[0]) == _operators(tmp_path / "plain.onnx")
+
+
+def test_ours_run_what_build_makes(network, tmp_path):
+    workshop = Workshop(network, IOContract(64, 64), tmp_path, threads=1, plan=ALGEBRA)
+    recipe, _ = CONTESTANTS["planned openvino"].make(workshop, "fp32")
+    bundle = build(network, tmp_path / "x", size=(64, 64), precision="fp32", plan=ALGEBRA, threads=1)
+    assert recipe.rewrites == bundle.engine("openvino-fp32").plan == ALGEBRA
+    assert _operators(recipe.files[0]) == _operators(bundle.path / bundle.engine("openvino-fp32").file)
+
+
+@pytest.mark.openvino
+def test_an_engine_of_low_resolution_is_timed_without_the_host(network, references, tmp_path):
+    workshop = Workshop(network, IOContract(64, 64), tmp_path, threads=1, plan=LOW)
+    recipe, _ = CONTESTANTS["planned openvino"].make(workshop, "fp32")
+    opened = recipe.open()
+    assert _agreement(opened, references) >= 0.999
+    for _ in range(2):
+        assert opened.engine(references[0].image).shape == (1, 5, 16, 16), "logits, a quarter of the side"
+    opened.close()
+
+
+def test_plans(network, tmp_path):
+    chosen = {plan: Workshop(network, IOContract(64, 64), tmp_path, 1, plan=plan) for plan in ("none", LOW)}
+    assert chosen["none"].chosen("openvino", "fp32")[0] == NO_PLAN
+    assert chosen[LOW].chosen("openvino", "int8")[0] == LOW
+    assert not chosen[LOW].chosen("tensorrt", "fp16")[0].low_resolution_labels
+    auto = Workshop(network, IOContract(64, 64), tmp_path, 1)
+    assert auto.chosen("openvino", "int8")[0] == auto.chosen("openvino", "bf16")[0] != NO_PLAN
+
+
+def test_files_are_made_once(workshop):
+    first, second = (CONTESTANTS["openvino"].make(workshop, precision) for precision in ("fp32", "bf16"))
+    assert first[0].files == second[0].files == CONTESTANTS["onnxruntime"].make(workshop, "fp32")[0].files
+    assert first[1] == second[1] > 0, "the seconds are those of the first time"
+
+
+def test_int8_is_quantised(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("agln_fast.export.build._CALIBRATION", 4)
+    if CONTESTANTS["planned openvino"].obstacle("int8"):
+        pytest.skip("needs NNCF, and a CPU with int8")
+    recipe, _ = CONTESTANTS["planned openvino"].make(Workshop(network, IOContract(64, 64), tmp_path, 1), "int8")
+    assert {file.suffix for file in recipe.files} == {".xml", ".bin"}
+    assert recipe.library == "openvino"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "device", "words"),
+    [
+        ("torch", "bf16", "cpu", "it runs in fp32"),
+        ("openvino", "fp32", "cuda", "runs on cpu, not on cuda"),
+        ("tensorrt", "fp16", "cpu", "runs on cuda, not on cpu"),
+        ("torch autocast", "fp16", "cpu", "on CPUs is bf16"),
+    ],
+)
+def test_obstacles(name, precision, device, words):
+    assert words in contestant(name).obstacle(precision, device)
+
+
+def test_obstacles_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in contestant("torch").obstacle("fp32", "cuda:1")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C++ compiler" in contestant("torch.compile").obstacle("fp32")
+    monkeypatch.setattr(contestants, "find_spec", lambda name: None)
+    assert "agln-fast[int8]" in contestant("openvino").obstacle("int8")
+    monkeypatch.setattr(OpenVinoBackend, "obstacle", lambda engine: f"no {engine.precision}")
+    assert contestant("planned openvino").obstacle("bf16") == "no bf16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(contestants, "compute_capability", lambda: "sm90")
+    monkeypatch.setattr(contestants, "library_version", lambda flavour: None)
+    assert "tensorrt" in contestant("tensorrt").obstacle("fp16", "cuda")
+
+
+def test_unknown_contestant():
+    with pytest.raises(ConfigError, match="did you mean 'openvino'"):
+        contestant("openvin")
+
+
+def test_a_quick_run_leaves_out_what_is_slow_and_says_why():
+    quick, waiting = choose_entries()
+    full, _ = choose_entries(full=True)
+    assert set(quick) < set(full)
+    reasons = {entry.name: reason for entry, reason in waiting}
+    assert "--full" in reasons["torch.compile fp32"] or "compiler" in reasons["torch.compile fp32"]
+    assert "--full" in reasons["planned fused fp32"]
+    known = {(entry.contestant, entry.precision) for entry in [*quick, *(entry for entry, _ in waiting)]}
+    assert known == {(name, kind) for name, entry in CONTESTANTS.items() for kind in entry.precisions}, (
+        "nothing silently"
+    )
+    lines = by_reason(waiting)
+    assert len(lines) == len(set(reasons.values())) < len(waiting)
+
+
+def test_precisions_and_targets(monkeypatch):
+    assert {entry.precision for entry in choose_entries(precision=["fp32", "bf16"])[0]} <= {"fp32", "bf16"}
+    asked, _ = choose_entries(precision="int8")
+    assert len(asked) == sum(CONTESTANTS[name].obstacle("int8") is None for name in ("openvino", "planned openvino"))
+    with pytest.raises(ConfigError, match="did you mean 'fp16'"):
+        choose_entries(precision="fp1")
+    monkeypatch.setattr(contestants.Contestant, "obstacle", lambda *_: None)
+    named, waiting = choose_entries("cuda", targets=["cuda", "tensorrt"])
+    assert {entry.contestant for entry in named} >= {"tensorrt", "planned tensorrt", "planned fused"}
+    assert {reason for entry, reason in waiting if entry.contestant == "tensorrt-rtx"} == {
+        "asked for with --target tensorrt-rtx"
+    }
+
+
+def test_device_of_the_targets():
+    assert choose_device(["cpu"]) == "cpu"
+    assert choose_device(["tensorrt", "cuda"]) == "cuda"
+    assert choose_device(["cpu", "cuda"], "cuda:1") == "cuda:1"
+    with pytest.raises(ConfigError, match="one after the other"):
+        choose_device(["cpu", "cuda"])
+    with pytest.raises(ConfigError, match="did you mean 'cuda'"):
+        choose_device(["cud"])

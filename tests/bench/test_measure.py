@@ -1,0 +1,230 @@
+"""Ratios are those of the rounds, the budget is kept and nothing is lost silently, and the child's memory is real."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agln_fast.bench import measure as module
+from agln_fast.bench import memory
+from agln_fast.bench.contestants import CONTESTANTS, Contestant
+from agln_fast.bench.measure import FEWEST_ROUNDS, Case, Entry, Options, measure
+from agln_fast.bench.roofline import product_rate
+from agln_fast.data.scenes import SCENE_SIZE, Scenes
+from agln_fast.errors import BackendError, ConfigError
+from agln_fast.metrics import SegmentationMetrics
+from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.runtime.segmenter import load_network
+
+CASE = Case("agln_nano", (64, 64), 1, 12)
+TIMES_ALONE = Options(threads=1, warmup=0, frames=0, memory=False, accuracy=False)
+LOW = Plan(low_resolution_labels=True)
+MEGABYTES = 200
+
+
+@dataclass(frozen=True)
+class Fake:
+    """Sleeps, and gives the labels 0; takes `MEGABYTES` where it is asked to."""
+
+    sleeps: tuple[float, ...]
+    rewrites: Plan = NO_PLAN
+    fails: bool = False
+    heavy: bool = False
+    settings: str = "fake"
+    library: str = "json"
+    files: list[Path] = field(default_factory=list)
+
+    def open(self):
+        if self.fails:
+            raise BackendError("cannot be opened\nat all")
+        return OpenedFake(self)
+
+
+class OpenedFake:
+    def __init__(self, recipe):
+        self.recipe, self.calls = recipe, 0
+
+    def run(self, image):
+        # The first call is the one that opening makes.
+        time.sleep(self.recipe.sleeps[max(0, self.calls - 1) % len(self.recipe.sleeps)])
+        self.calls += 1
+        if self.recipe.heavy:
+            np.ones(MEGABYTES * 10**6, np.uint8).sum()
+        return np.zeros(image.shape[:3], np.uint8)
+
+    def engine(self, image):
+        return time.sleep(0.001)
+
+    def close(self):
+        self.calls = -1
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    def put(name, sleeps, *, ours=False, **kwargs):
+        recipe = Fake(tuple(sleeps), **kwargs)
+        entry = Contestant(name, ours, ("fp32", "bf16"), ("cpu",), "", lambda workshop, precision: (recipe, 2.0))
+        monkeypatch.setitem(CONTESTANTS, name, entry)
+
+    return put
+
+
+def test_the_best_peer_is_found_in_each_precision_class(fakes):
+    fakes("slow", [0.02])
+    fakes("fast", [0.01])
+    fakes("ours", [0.005], ours=True)
+    entries = [Entry("slow", "fp32"), Entry("fast", "fp32"), Entry("ours", "fp32"), Entry("slow", "bf16")]
+    rows = measure([CASE], [*entries, Entry("ours", "bf16")], TIMES_ALONE).rows
+    ratios = [row.ratio for row in rows]
+    assert ratios[1] == ratios[3] == 1
+    assert ratios == pytest.approx([0.5, 1, 2, 1, 4], rel=0.15)
+    assert [row.ours for row in rows] == [False, False, True, False, True]
+    assert all(row.ratio_low <= row.ratio <= row.ratio_high for row in rows)
+    (alone,) = measure([CASE], [Entry("ours", "fp32")], TIMES_ALONE).rows
+    assert alone.ratio is alone.ratio_low is None
+
+
+def test_columns(fakes):
+    fakes("peer", [0.01, 0.01, 0.03, 0.01, 0.01])
+    fakes("ours", [0.02], ours=True, rewrites=LOW)
+    peer, ours = measure([replace(CASE, batch=2)], [Entry("peer", "fp32"), Entry("ours", "fp32")], TIMES_ALONE).rows
+    assert peer.median_ms == pytest.approx(10, rel=0.2)
+    # Linear between the two largest of five: 0.8 and 0.96 of the way from 10 to 30 ms.
+    assert peer.p95_ms == pytest.approx(26, rel=0.1)
+    assert peer.p99_ms == pytest.approx(29.2, rel=0.1)
+    assert peer.ratio == 1
+    assert ours.ratio == pytest.approx(0.5, rel=0.15)
+    assert ours.ratio_high > 1, "the round in which the peer was slow"
+    assert peer.images_per_second == pytest.approx(2e3 / peer.median_ms)
+    assert peer.engine_ms == peer.median_ms
+    assert 1 <= ours.engine_ms < 5
+    assert (peer.plan, ours.plan) == ("", "low_resolution_labels")
+    assert peer.build_s > 2
+    rate = product_rate(torch.device("cpu"), torch.float32)
+    assert peer.peak_fraction * rate == pytest.approx(2 * peer.gmacs * 1e9 * 2 / (peer.median_ms / 1e3), rel=0.9)
+    assert (peer.network, peer.size, peer.batch, peer.num_classes) == ("agln_nano", "64x64", 2, 12)
+
+
+def test_warm_up_does_not_count(fakes):
+    fakes("cold", [0.1, 0.1, *[0.001] * 20])
+    (row,) = measure([CASE], [Entry("cold", "fp32")], replace(TIMES_ALONE, warmup=2, iters=4)).rows
+    assert row.p99_ms < 20
+
+
+def test_the_budget_lowers_rounds_and_tells(fakes):
+    fakes("slow", [0.1])
+    options = replace(TIMES_ALONE, iters=100, budget_s=1.2, memory=True, accuracy=True)
+    before = time.monotonic()
+    found = measure([CASE, replace(CASE, network="fpn_nano")], [Entry("slow", "fp32")], options)
+    assert time.monotonic() - before < 5
+    assert len(found.rows) == 2
+    rounds = [line for line in found.left_out if "rounds" in line]
+    assert len(rounds) == 2
+    assert all(int(line.split(": ")[1].split()[0]) <= 100 - FEWEST_ROUNDS for line in rounds)
+
+
+def test_without_any_time_three_rounds_are_left_and_memory_and_accuracy_are_not(fakes):
+    fakes("slow", [0.01])
+    found = measure([CASE], [Entry("slow", "fp32")], Options(threads=1, iters=9, budget_s=0))
+    assert len(found.rows) == 1
+    told = "\n".join(found.left_out)
+    assert "6 of 9 rounds" in told
+    assert "memory of slow fp32" in told
+    assert "mIoU of slow fp32" in told
+    assert found.rows[0].peak_memory_mb is found.rows[0].miou is None
+
+
+def test_what_cannot_run_is_left_out_and_the_others_go_on(fakes):
+    fakes("broken", [0], fails=True)
+    fakes("fine", [0])
+    found = measure([CASE], [Entry("broken", "fp32"), Entry("fine", "fp32"), Entry("fine", "fp16")], TIMES_ALONE)
+    assert [row.contestant for row in found.rows] == ["fine"]
+    assert found.left_out == (
+        "fine fp16: fine has no fp16: it runs in fp32, bf16",
+        "agln_nano 64x64 batch 1: broken fp32: cannot be opened",
+    )
+    with pytest.raises(BackendError, match=r"nothing could be measured: .*cannot be opened"):
+        measure([CASE], [Entry("broken", "fp32")], TIMES_ALONE)
+    with pytest.raises(BackendError, match="no contestant can run here: fine fp16"):
+        measure([CASE], [Entry("fine", "fp16")], TIMES_ALONE)
+
+
+@pytest.mark.parametrize("counts", [{"warmup": -1}, {"iters": 0}])
+def test_senseless_counts(counts):
+    with pytest.raises(ConfigError, match="need at least 0 and 1"):
+        measure([CASE], [Entry("torch", "fp32")], Options(**counts))
+
+
+def test_a_whole_row(monkeypatch):
+    """The accuracy is that of the shipped checkpoint of the family, counted here by itself."""
+    scenes = Scenes("test")
+    samples = [scenes[index] for index in range(12)]
+    monkeypatch.setattr(module, "_scenes", lambda: samples)
+    segment, metrics = load_network("agln_nano", size=SCENE_SIZE, resize="stretch", threads=1), SegmentationMetrics(12)
+    for sample in samples:
+        metrics.update(segment(sample.image).labels, sample.labels)
+    shown = []
+
+    class Show:
+        def add_task(self, name, total):
+            assert total == 1
+            return 0
+
+        def update(self, task, advance, description):
+            shown.append(description)
+
+    entry = Entry("onnxruntime", "fp32", title="rung")
+    (row,) = measure([CASE], [entry], Options(threads=1, iters=3, frames=1), Show()).rows
+    assert shown == ["agln_nano 64x64 batch 1: rung fp32"]
+    assert row.contestant == "rung"
+    assert row.agreement >= 0.999
+    assert row.miou == pytest.approx(100 * metrics.mean_iou, abs=0.01)
+    assert 5 < row.peak_memory_mb < 300
+    assert row.size_mb == pytest.approx(4 * row.parameters_m, rel=0.2)
+    assert 0 < row.peak_fraction < 1
+
+
+def test_a_network_of_no_family_has_no_accuracy(fakes, monkeypatch):
+    monkeypatch.setattr(module, "_FAMILIES", {})
+    fakes("fine", [0])
+    (row,) = measure([CASE], [Entry("fine", "fp32")], replace(TIMES_ALONE, accuracy=True)).rows
+    assert row.miou is None
+
+
+def test_int8_has_no_ceiling():
+    assert module._rate("cpu", "int8", 1) is None
+
+
+def test_memory_is_that_of_the_child_not_of_this_process(tmp_path, monkeypatch):
+    """The largest resident set of a child must not be that of its parent, which is far larger."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(Fake, "__module__", "test_measure")
+    monkeypatch.setitem(__import__("sys").modules, "test_measure", __import__("sys").modules[__name__])
+    ballast = np.ones(600 * 10**6, np.uint8)
+    heavy, light = (memory.peak_memory(Fake((0,), heavy=heavy), (1, 64, 64, 3), tmp_path) for heavy in (True, False))
+    assert ballast.sum() == 600 * 10**6
+    assert heavy == pytest.approx(MEGABYTES, rel=0.1)
+    assert abs(light) < 20
+    with pytest.raises(BackendError, match="failed: at all"):
+        memory.peak_memory(Fake((0,), fails=True), (1, 64, 64, 3), tmp_path)
+
+
+def test_the_child_in_this_process(tmp_path, capsys, monkeypatch):
+    import pickle
+
+    file = tmp_path / "recipe.pickle"
+    monkeypatch.setattr(pickle, "loads", lambda data: (Fake((0,)), (1, 8, 8, 3)))
+    file.write_bytes(b"")
+    for flags in ([], ["--import-only"]):
+        assert memory.main([str(file), *flags]) == 0
+        assert int(capsys.readouterr().out) > 10**7
+
+
+def test_without_proc_the_resource_module_tells(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(OSError()))
+    assert memory._largest_resident_set() > 10**7

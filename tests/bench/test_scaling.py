@@ -1,0 +1,88 @@
+"""One plan for all points, the smallest first, and what would take too long is told."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic_rows import row
+
+from agln_fast.bench import scaling
+from agln_fast.bench.measure import Case, Entry, Measured, Options
+from agln_fast.bench.scaling import fit_rows, scale
+from agln_fast.errors import BackendError, ConfigError
+from agln_fast.plan.plan import NO_PLAN, Plan
+
+BASE = Case("fpn_nano", (64, 64), 1, 5)
+QUICK = Options(threads=1, warmup=0, iters=3)
+ENTRIES = [Entry("openvino", "fp32")]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What was measured, by a clock that stands still but for it: a second for each 64x64 image."""
+    seen, now = [], [0.0]
+
+    def measure(cases, entries, options, progress):
+        (case,) = cases
+        seen.append((case, entries, options))
+        now[0] += scaling._pixels(case) / 64**2
+        if case.batch == 4:
+            raise BackendError("no memory")
+        size = f"{case.size[0]}x{case.size[1]}"
+        return Measured((row(1.0, size=size, batch=case.batch),), ("tensorrt fp32: no GPU",))
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    monkeypatch.setattr(scaling.time, "monotonic", lambda: now[0])
+    return seen
+
+
+def test_points_come_smallest_first_and_each_once(measured):
+    found = scale(BASE, ENTRIES, QUICK, sides=(128, 64), batches=(2, 1, 4))
+    points = [(case.size[0], case.batch) for case, _, _ in measured]
+    assert points == [(64, 1), (64, 2), (128, 1), (64, 4)]
+    assert len(found.rows) == 3
+    assert found.left_out == ("tensorrt fp32: no GPU", "fpn_nano 64x64 batch 4: no memory")
+    assert all(not (options.frames or options.memory or options.accuracy) for _, _, options in measured)
+    assert all(options.budget_s is None for _, _, options in measured)
+
+
+def test_the_budget_leaves_out_what_would_take_longer(measured):
+    found = scale(BASE, ENTRIES, Options(budget_s=6.5), sides=(64, 128, 256), batches=(1, 2))
+    # 1 + 2 + 4 s would be 7: after 3 s, 3.5 are left, and 4 and 16 are too many.
+    assert [(r.size, r.batch) for r in found.rows] == [("64x64", 1), ("64x64", 2)]
+    assert [options.budget_s for _, _, options in measured] == [6.5, 5.5]
+    assert sum("longer than what is left of 6 s" in line or "left of 7 s" in line for line in found.left_out) == 2
+
+
+def test_the_plan_is_chosen_once(measured, monkeypatch):
+    plan, asked = Plan(fold_batchnorm=True), []
+    monkeypatch.setattr(scaling, "best_plan", lambda *arguments: asked.append(arguments[1:3]) or plan)
+    entries = [
+        Entry("planned openvino", "bf16"),
+        Entry("planned fused", "fp32"),
+        Entry("planned openvino", "fp32", NO_PLAN),
+    ]
+    scale(BASE, [*entries, *ENTRIES], QUICK, sides=(64, 128), batches=())
+    assert asked == [("openvino", "bf16")]
+    for _, used, _ in measured:
+        assert [entry.plan for entry in used] == [plan, None, NO_PLAN, None]
+
+
+def test_scaling_for_real():
+    found = scale(BASE, [Entry("planned onnxruntime", "fp32")], QUICK, sides=(64, 256), batches=())
+    small, large = found.rows
+    assert small.plan == large.plan != ""
+    assert large.median_ms > 2 * small.median_ms
+    assert 0.3 < fit_rows(found.rows, "pixels").exponent < 1.7
+
+
+def test_fit():
+    sizes = [row(3.0 * side, size=f"{side}x{side}") for side in (64, 128, 256)]
+    assert fit_rows(sizes, "pixels").exponent == pytest.approx(0.5)
+    assert fit_rows([row(2.0 * batch, batch=batch) for batch in (1, 2, 4)], "batch").exponent == pytest.approx(1)
+
+
+def test_nothing_to_scale(measured):
+    with pytest.raises(ConfigError, match="at least two"):
+        scale(BASE, ENTRIES, QUICK, sides=(64,), batches=(1,))
+    with pytest.raises(BackendError, match=r"nothing could be scaled: .*no memory"):
+        scale(Case("fpn_nano", (64, 64), 4, 5), ENTRIES, QUICK, sides=(64, 128), batches=())
