@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agln_fast.backends import open_engine
 from agln_fast.backends.base import Array, Backend
+from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.backends.tensorrt import Flavour, compute_capability
 from agln_fast.backends.torch import exact_float32
 from agln_fast.bundle import Bundle, EngineRecord, Manifest
@@ -276,13 +277,9 @@ class _OpenedTorch:
         recipe = self._recipe
         kind = torch.device(recipe.device).type
         half = HALVES.get(recipe.precision)
-        # Softmaxes that are nearly one-hot are full of denormals. PyTorch's own advice; it holds for the thread.
-        torch.set_flush_denormal(True)
-        try:
-            with exact_float32(benchmark=True), torch.autocast(kind, half, enabled=half is not None), _frozen(kind):
-                return cast(Array, self._network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
-        finally:
-            torch.set_flush_denormal(False)
+        autocast = torch.autocast(kind, half, enabled=half is not None)
+        with denormals_as_zero(), exact_float32(benchmark=True), autocast, _frozen(kind):
+            return cast(Array, self._network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
 
     engine = run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import agln_fast
+from agln_fast.backends.denormals import denormals_are_zero
 from agln_fast.models.networks import SegmentationNetwork
 
 # Triton decides when it is imported whether it interprets or compiles, for the whole process.
@@ -34,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker(marker):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _same_arithmetic() -> Iterator[None]:
+    """A library that switched denormals off in this thread would change the arithmetic of all tests after it."""
+    yield
+    assert not denormals_are_zero()
 
 
 SMALL = {"width": 0.25, "channels": 16}

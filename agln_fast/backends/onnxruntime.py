@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import onnx
 
 from agln_fast.backends.base import Array, Backend, as_promised
+from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.contract import Precision
 from agln_fast.errors import BackendError
@@ -83,8 +84,7 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(obstacle)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Softmaxes that are nearly one-hot are full of denormals, which CPUs multiply in microcode.
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its own threads
         if kind == "cuda":
             # Otherwise nodes without a CUDA kernel would quietly run on the CPU.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -92,7 +92,8 @@ class OnnxRuntimeBackend(Backend):
             options.intra_op_num_threads = threads
         providers: list[Any] = [(provider, {"device_id": index or "0"}) if kind == "cuda" else provider]
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=providers)
+            with denormals_as_zero():
+                session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # its exceptions have no common base
             raise BackendError(f"onnxruntime cannot open {path}: {str(error).splitlines()[0]}") from None
         if session.get_providers()[0] != provider:
@@ -101,7 +102,8 @@ class OnnxRuntimeBackend(Backend):
         self._input = session.get_inputs()[0].name
 
     def run(self, image: Array) -> Array:
-        output = self._session.run(None, {self._input: image})[0]
+        with denormals_as_zero():
+            output = self._session.run(None, {self._input: image})[0]
         return as_promised(output, self._bundle, self._engine)
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 import agln_fast
 from agln_fast.backends import BACKENDS, backend_class, open_engine
+from agln_fast.backends.denormals import denormals_are_zero, denormals_as_zero
 from agln_fast.backends.fused import FusedNetworkBackend
 from agln_fast.backends.torch import NetworkBackend
 from agln_fast.errors import BackendError, ConfigError
@@ -196,6 +199,45 @@ def test_onnxruntime_takes_denormals_for_zeros(bundle):
     with open_engine(bundle, bundle.engine("onnxruntime-fp32"), threads=1) as backend:
         options = backend._session.get_session_options()
     assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
+
+
+_ENGINES = """
+import sys
+import torch
+from agln_fast import open_bundle
+from agln_fast.backends import open_engine
+from agln_fast.backends.denormals import denormals_are_zero
+import numpy as np
+
+bundle = open_bundle(sys.argv[1])
+torch.set_flush_denormal(sys.argv[3] == "True")
+with open_engine(bundle, bundle.engine(sys.argv[2]), threads=1) as backend:
+    opened = denormals_are_zero()
+    backend.run(np.zeros((1, 64, 96, 3), np.uint8))
+    print(opened, denormals_are_zero())
+"""
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["caller keeps them", "caller flushes them"])
+@pytest.mark.parametrize("name", ["onnxruntime-fp32", "openvino-fp32", "torch-fp32", "fused-fp32"])
+def test_engines_leave_the_arithmetic_of_the_caller_as_it_was(name, before, bundle):
+    """In a process of its own: ONNX Runtime switches the mode of the thread that opens the first session."""
+    if name.startswith("openvino"):
+        pytest.importorskip("openvino")
+    command = [sys.executable, "-c", _ENGINES, str(bundle.path), name, str(before)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == [str(before)] * 2
+
+
+def test_denormals_are_zero_for_a_while():
+    assert not denormals_are_zero()
+    with pytest.raises(RuntimeError, match="inside"), denormals_as_zero():
+        assert denormals_are_zero()
+        with denormals_as_zero():
+            pass
+        assert denormals_are_zero()
+        raise RuntimeError("inside")
+    assert not denormals_are_zero()
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
