@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import cast, get_args
 
@@ -24,6 +24,7 @@ from agln_fast.bundle import EngineRecord
 from agln_fast.contract import Precision
 from agln_fast.errors import ConfigError, did_you_mean
 from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.runtime.turns import rounds
 
 __all__ = ["CONTESTANTS", "Contestant", "contestant"]
 
@@ -158,13 +159,10 @@ def _faster_layout(workshop: Workshop, recipe: Callable[[bool], TorchRecipe]) ->
     best = []
     for channels_last in (False, True):
         opened = recipe(channels_last).open()
-        seconds = []
-        for _ in range(3):
-            before = time.perf_counter()
-            opened.run(image)
-            seconds.append(time.perf_counter() - before)
+        turns = rounds([partial(opened.run, image)])
+        _, *seconds = (next(turns)[0] for _ in range(3))
         opened.close()
-        best.append(min(seconds[1:]))
+        best.append(min(seconds))
     return best[1] < best[0]
 
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.complexity import complexity
 from agln_fast.plan.plan import NO_PLAN
+from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import Reference, make_reference, sample_frames
 
 __all__ = ["FEWEST_ROUNDS", "Case", "Entry", "Measured", "Options", "measure"]
@@ -249,29 +250,23 @@ class _Bench:
         return _Contender(entry, recipe, opened, seconds + time.perf_counter() - before, [])
 
     def _time(self, contenders: Sequence[_Contender], image: Array, clock: _Clock) -> None:
-        """One round runs every contestant once, so that drift of the machine hits all alike."""
         options = self._options
+        turns = rounds([partial(contender.opened.run, image) for contender in contenders])
         for done in range(options.warmup + options.iters):
             timed = done - options.warmup
             if timed >= FEWEST_ROUNDS and clock.left < 0:
                 self._leave_out(f"{options.iters - timed} of {options.iters} rounds", "the time was over")
                 break
-            for contender in contenders:
-                before = time.perf_counter()
-                contender.opened.run(image)
+            for contender, seconds in zip(contenders, next(turns), strict=True):
                 if timed >= 0:
-                    contender.times.append(time.perf_counter() - before)
+                    contender.times.append(seconds)
 
     def _engine_seconds(self, contender: _Contender, image: Array) -> float:
         if not contender.recipe.rewrites.low_resolution_labels:
             return statistics.median(contender.times)
-        contender.opened.engine(image)
-        seconds = []
-        for _ in contender.times:
-            before = time.perf_counter()
-            contender.opened.engine(image)
-            seconds.append(time.perf_counter() - before)
-        return statistics.median(seconds)
+        turns = rounds([partial(contender.opened.engine, image)])
+        next(turns)
+        return statistics.median(next(turns)[0] for _ in contender.times)
 
     def _memory(self, contender: _Contender) -> float | None:
         if not self._options.memory:

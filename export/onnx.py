@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import onnx
 import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
 from torch import nn
 
 from agln_fast.contract import DeployedNetwork, IOContract, Precision
@@ -23,6 +25,8 @@ from agln_fast.plan.plan import NO_PLAN, Plan, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import onnx_ir as ir
 
 __all__ = ["DTYPES", "OPSET", "export_onnx"]
 
@@ -81,8 +85,12 @@ def export_onnx(
                 output_names=[contract.output],
                 dynamic_shapes={"image": {0: dimension} if dimension else None},
                 verbose=False,
+                # Its patterns find nothing to fuse in a rewritten network, and take minutes to see it.
+                optimize=plan == NO_PLAN,
             )
         assert program is not None
+        if plan != NO_PLAN:
+            _fold_constants(program.model)
         program.save(path, external_data=False)
         model = onnx.load(path)
         properties = {"agln_fast.contract": json.dumps(contract.to_dict()), **(metadata or {})}
@@ -95,6 +103,19 @@ def export_onnx(
     except OSError as error:
         path.unlink(missing_ok=True)
         raise BuildError(f"{path}: cannot be written ({error}); check the folder and its free space") from None
+
+
+def _fold_constants(model: ir.Model) -> None:
+    """What the exporter's optimizer does, without its patterns."""
+    optimizer.fold_constants(model)
+    for step in (
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+    ):
+        step(model)
 
 
 def _reason(error: BaseException) -> str:

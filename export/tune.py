@@ -12,7 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,7 +32,9 @@ from agln_fast.plan.cost import Rates, estimate_seconds
 from agln_fast.plan.mix_before_upsample import MixForm
 from agln_fast.plan.network import plan_network
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
+from agln_fast.plan.winograd import STAGES
 from agln_fast.runtime.images import pack
+from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import sample_frames
 
 __all__ = ["Candidate", "Graphs", "Tuning", "tune", "tune_engine"]
@@ -38,13 +43,14 @@ ChosenBy = Literal["timing", "cost model"]
 
 _CPU = ("openvino", "onnxruntime")
 _GPU = ("tensorrt", "tensorrt-rtx")
-_ROUNDS = 7
+_ROUNDS, _FEWEST_ROUNDS = 7, 3
 _GAIN = 1.01  # a plan must be faster by this much: less is noise
-_CACHE_FORMAT = 1
-# Achieved by two cores with AVX-512 and AMX, and by a data-centre GPU. Only their relation counts.
+_CLEAR = 1.03  # further rounds would not change who is faster
+_CACHE_FORMAT = 2
+# Achieved by two cores with AVX-512, in cache, and by a data-centre GPU. Only their relation counts.
 _RATES = {
-    ("cpu", "fp32"): Rates(3e11, 1.5e10),
-    ("cpu", "bf16"): Rates(3e12, 1.5e10),
+    ("cpu", "fp32"): Rates(2.2e11, 4e10),
+    ("cpu", "bf16"): Rates(4.4e11, 4e10),
     ("gpu", "fp32"): Rates(4e13, 2e12),
     ("gpu", "fp16"): Rates(4e14, 2e12),
 }
@@ -243,23 +249,20 @@ class _Race(_Judge):
             self._task = self.progress.add_task(f"tune {self.backend} {self.precision}", total=self.budget_s)
 
     def fastest(self, plans: Sequence[Plan]) -> Plan:
-        """The engines take turns, so that a machine that slows down is as slow for all of them."""
+        """In turns; the race ends early where nobody can change the result any more."""
         with ExitStack() as stack:
             opened = [stack.enter_context(self._open(plan)) for plan in plans]
             for backend in opened:
                 backend.run(self._image)
-            times: list[list[float]] = [[] for _ in plans]
-            for number in range(_ROUNDS):
-                for backend, seconds in zip(opened, times, strict=True):
-                    before = time.perf_counter()
-                    backend.run(self._image)
-                    seconds.append(time.perf_counter() - before)
+            times: list[list[float]] = []
+            for seconds in islice(rounds([partial(backend.run, self._image) for backend in opened]), _ROUNDS):
+                times.append(seconds)
                 self._show()
-                if self.exhausted and number >= 2:
+                if len(times) >= _FEWEST_ROUNDS and (self.exhausted or _is_clear(times)):
                     break
-        for plan, seconds in zip(plans, times, strict=True):
+        for plan, seconds in zip(plans, zip(*times, strict=True), strict=True):
             self.candidates[plan] = Candidate(plan, 1e3 * statistics.median(seconds))
-        gains = [statistics.median(a / b for a, b in zip(times[0], other, strict=True)) for other in times]
+        gains = [statistics.median(column) for column in zip(*_ratios(times), strict=True)]
         winner = max(range(len(plans)), key=lambda i: gains[i])
         return plans[winner] if gains[winner] >= _GAIN else plans[0]
 
@@ -276,11 +279,31 @@ class _Race(_Judge):
             self.progress.update(self._task, completed=self.budget_s - max(0.0, left))
 
 
+def _ratios(times: Sequence[Sequence[float]]) -> list[list[float]]:
+    """For each round how many times as fast as the first each one was."""
+    return [[first / seconds for seconds in (first, *others)] for first, *others in times]
+
+
+def _is_clear(times: Sequence[Sequence[float]]) -> bool:
+    """In all rounds all were faster or slower than the first by more than the noise, and at most one was faster."""
+    columns = list(zip(*_ratios(times), strict=True))[1:]
+    faster = [min(column) > _CLEAR for column in columns]
+    slower = [max(column) < 1 / _CLEAR for column in columns]
+    return all(map(or_, faster, slower)) and sum(faster) <= 1
+
+
 def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, chosen_by: ChosenBy) -> Tuning:
-    """From the algebra, which only leaves work out, one decision after the other; what is faster stays."""
-    best = judge.fastest([ALGEBRA, NO_PLAN])
+    """From a plan that is good everywhere, one decision after the other; what is faster stays.
+
+    A race starts from what the cost model chose, so that one that runs out of time has lost little.
+    """
+    first = [_start(backend), NO_PLAN]
+    if chosen_by == "timing":
+        model = _Model(graphs, "cpu", precision)
+        first.insert(0, _search(graphs, backend, precision, model, "cost model").plan)
+    best = judge.fastest(list(dict.fromkeys(first)))
     complete = True
-    for alternatives in _decisions(graphs, timed=chosen_by == "timing"):
+    for alternatives in _decisions(graphs, backend, precision, timed=chosen_by == "timing"):
         if judge.exhausted:
             complete = False
             break
@@ -288,11 +311,17 @@ def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, c
     return Tuning(backend, precision, best, chosen_by, complete, tuple(judge.candidates.values()))
 
 
-def _decisions(graphs: Graphs, *, timed: bool) -> Iterator[Any]:
-    """For each decision a function from the best plan so far to the changes that may improve it.
+def _start(backend: str) -> Plan:
+    """What only leaves work out; in OpenVINO, whose convolutions keep channels adjacent, the attention does, too."""
+    return replace(ALGEBRA, pixel_major_attention=backend == "openvino")
 
-    Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does, and
-    a plan of TensorRT is served as it is, with nobody to do it.
+
+def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: bool) -> Iterator[Any]:
+    """For each decision a function from the best plan so far to the changes that may improve it; the largest first.
+
+    Winograd's sums are for fp32: below, they cost labels. Labels of low-resolution logits are for engines that are
+    timed: the cost model does not see what the host does, and a plan of TensorRT is served as it is, with nobody to do
+    it. TensorRT has convolutions of Winograd's kind of its own.
     """
     network = plan_network(graphs.network)
     fusions = list(network.fusions())
@@ -300,6 +329,13 @@ def _decisions(graphs: Graphs, *, timed: bool) -> Iterator[Any]:
     def switch(name: str) -> Any:
         return lambda best: [{name: not getattr(best, name)}]
 
+    groups = [] if network.decoder is None else range(len(network.decoder.lateral))
+    for group in groups[:-1]:
+        yield lambda best, group=group: _forms(best, group)
+    if precision == "fp32" and backend in _CPU:
+        yield lambda best: [{"winograd": count} for count in range(STAGES) if count != best.winograd]
+    for group in groups[-1:]:  # whether it pays hangs on how fast the convolution is that it makes smaller
+        yield lambda best, group=group: _forms(best, group)
     if graphs.contract.output == "labels" and timed:
         yield switch("low_resolution_labels")
     if fusions:
@@ -307,9 +343,6 @@ def _decisions(graphs: Graphs, *, timed: bool) -> Iterator[Any]:
         yield switch("distribute_before_upsample")
         if any(fusion.enhance is None and fusion.terms.refines for fusion in fusions):
             yield switch("energy_before_upsample")
-    if network.decoder is not None:
-        for group in range(len(network.decoder.lateral)):
-            yield lambda best, group=group: _forms(best, group)
 
 
 def _forms(best: Plan, group: int) -> list[dict[str, Any]]:

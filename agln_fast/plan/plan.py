@@ -21,6 +21,7 @@ from agln_fast.plan.network import PlannedNetwork, plan_network
 from agln_fast.plan.pixel_major_attention import pixel_major_attention
 from agln_fast.plan.pool_before_projection import pool_before_projection
 from agln_fast.plan.project_descriptors import project_descriptors
+from agln_fast.plan.winograd import STAGES, winograd
 
 __all__ = ["ALGEBRA", "NO_PLAN", "Plan", "rewrite"]
 
@@ -44,6 +45,7 @@ class Plan:
 
     mix_before_upsample: a form for each coarse group of conv5, 1/32, 1/16, 1/8: "none", "rows" or "full"; needs
         fold_batchnorm.
+    winograd: how many stages, from 1/4 of the image to coarser ones, have their 3x3 convolutions done so.
     low_resolution_labels: the engine returns logits at a quarter of the size, the host makes labels of them; without
         effect where logits are asked for.
     """
@@ -58,6 +60,7 @@ class Plan:
     energy_before_upsample: bool = False
     pixel_major_attention: bool = False
     mix_before_upsample: tuple[MixForm, ...] = _NOT_MIXED
+    winograd: int = 0
     low_resolution_labels: bool = False
 
     def __post_init__(self) -> None:
@@ -69,8 +72,10 @@ class Plan:
             )
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "mix_before_upsample" and not isinstance(value, bool):
+            if field.type == "bool" and not isinstance(value, bool):
                 raise ConfigError(f"{field.name} {value!r}: must be true or false")
+        if type(self.winograd) is not int or not 0 <= self.winograd <= STAGES:
+            raise ConfigError(f"winograd {self.winograd!r}: give a number of stages, 0 to {STAGES}")
         if forms != _NOT_MIXED and not self.fold_batchnorm:
             raise ConfigError("mix_before_upsample needs fold_batchnorm: it splits the folded convolution")
 
@@ -78,6 +83,8 @@ class Plan:
         names = [field.name for field in fields(self) if getattr(self, field.name) is True]
         if self.mix_before_upsample != _NOT_MIXED:
             names.append(f"mix_before_upsample({', '.join(self.mix_before_upsample)})")
+        if self.winograd:
+            names.append(f"winograd({self.winograd})")
         return ", ".join(names) or "none"
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,4 +153,6 @@ def rewrite(model: SegmentationNetwork, plan: Plan) -> PlannedNetwork:
             network = step(network)
     if plan.mix_before_upsample != _NOT_MIXED:
         network = mix_before_upsample(network, plan.mix_before_upsample)
+    if plan.winograd:
+        network = winograd(network, plan.winograd)
     return network

@@ -27,6 +27,7 @@ EVERYTHING = replace(
     energy_before_upsample=True,
     pixel_major_attention=True,
     mix_before_upsample=("full", "rows", "full"),
+    winograd=4,
     low_resolution_labels=True,
 )
 
@@ -91,6 +92,32 @@ def test_a_race_is_won_by_a_clear_lead_only(graphs, monkeypatch):
     assert race.candidates[EVERYTHING].milliseconds == pytest.approx(900)
 
 
+@pytest.mark.parametrize(
+    ("times", "clear"),
+    [
+        ([[1.0, 1.1], [1.0, 1.2]], True),
+        ([[1.0, 1.1], [1.0, 0.9]], False),
+        ([[1.0, 0.9], [1.0, 0.8]], True),
+        ([[1.0, 0.9, 0.8], [1.0, 0.9, 0.8]], False),
+        ([[1.0, 0.9, 1.2], [1.0, 0.9, 1.2]], True),
+        ([[1.0, 1.01], [1.0, 1.01]], False),
+    ],
+    ids=["slower", "now slower, now faster", "faster", "two are faster", "one is faster", "alike"],
+)
+def test_when_a_race_may_end(times, clear):
+    assert module._is_clear(times) == clear
+
+
+def test_only_fp32_engines_on_cpus_take_winograd(graphs):
+    """Its sums cost labels in bf16, and TensorRT has its own."""
+    wide = [module._decisions(graphs, backend, kind, timed=False) for backend, kind in _KINDS]
+    changes = [{name for decide in decisions for change in decide(ALGEBRA) for name in change} for decisions in wide]
+    assert ["winograd" in names for names in changes] == [True, True, False, False]
+
+
+_KINDS = ("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16"), ("tensorrt", "fp32")
+
+
 class _Idle:
     def __enter__(self):
         return self
@@ -103,9 +130,11 @@ class _Idle:
 
 
 def test_the_budget_ends_the_search(graphs, cache):
+    """After one race: of what the cost model takes for the best, of what leaves work out, and of the plain graph."""
+    predicted = tune_engine(graphs, "onnxruntime", "fp32", budget_s=0, threads=1).plan
     tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=1e-3, threads=1)
     assert not tuning.complete
-    assert [candidate.plan for candidate in tuning.candidates] == [ALGEBRA, NO_PLAN]
+    assert [candidate.plan for candidate in tuning.candidates] == [predicted, ALGEBRA, NO_PLAN]
     assert not cache.exists()
 
 

@@ -10,7 +10,9 @@ from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 
 
 @pytest.mark.parametrize(
-    "plan", [NO_PLAN, ALGEBRA, Plan(fold_batchnorm=True, mix_before_upsample=("full", "rows", "none"))], ids=str
+    "plan",
+    [NO_PLAN, ALGEBRA, Plan(fold_batchnorm=True, mix_before_upsample=("full", "rows", "none"), winograd=2)],
+    ids=str,
 )
 def test_json_keeps_a_plan(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
@@ -23,8 +25,8 @@ def test_what_is_left_out_is_off() -> None:
 
 def test_a_plan_in_words() -> None:
     assert str(NO_PLAN) == "none"
-    plan = Plan(fold_batchnorm=True, negate_energy=True, mix_before_upsample=("full", "none", "none"))
-    assert str(plan) == "fold_batchnorm, negate_energy, mix_before_upsample(full, none, none)"
+    plan = Plan(fold_batchnorm=True, negate_energy=True, mix_before_upsample=("full", "none", "none"), winograd=1)
+    assert str(plan) == "fold_batchnorm, negate_energy, mix_before_upsample(full, none, none), winograd(1)"
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,8 @@ def test_a_plan_in_words() -> None:
         ({"mix_before_upsample": "full"}, "give a list"),
         ({"fold_batchnorm": True, "mix_before_upsample": ["full"]}, "give 3 of none, rows, full"),
         ({"fold_batchnorm": True, "mix_before_upsample": ["full", "x", "none"]}, "give 3 of none, rows, full"),
+        ({"winograd": 5}, "winograd 5: give a number of stages, 0 to 4"),
+        ({"winograd": True}, "winograd True: give a number"),
         ({"mix_before_upsample": ["full", "none", "none"]}, "needs fold_batchnorm"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from agln_fast.errors import ConfigError
 from agln_fast.models.blocks import resize
@@ -19,9 +21,10 @@ from agln_fast.plan.mix_before_upsample import MixedConvolution, MixForm, mix_be
 from agln_fast.plan.network import PlannedNetwork, plan_network, upsample_matrix
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
 from agln_fast.plan.pool_before_projection import pool_before_projection
+from agln_fast.plan.winograd import WinogradConv2d, winograd
 
 SWITCHES = [field.name for field in fields(Plan) if field.type == "bool" and field.name != "low_resolution_labels"]
-EVERYTHING = Plan(**dict.fromkeys(SWITCHES, True), mix_before_upsample=("full", "rows", "full"))  # type: ignore[arg-type]
+EVERYTHING = Plan(**dict.fromkeys(SWITCHES, True), mix_before_upsample=("full", "rows", "full"), winograd=4)  # type: ignore[arg-type]
 VARIANTS = {
     "fcn8s": ("fcn8s_resnet18", {}),
     "fpn": ("fpn_resnet18", {}),
@@ -153,8 +156,6 @@ def test_rewrites_leave_their_argument_alone(image: Tensor) -> None:
 
 def test_less_is_computed() -> None:
     """Multiply-adds of what a rewrite is there for, at the size where they can be counted by hand."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     model, x = network("release"), torch.randn(1, 3, 128, 128, dtype=torch.float64)
 
     def flops(plan: Plan) -> int:
@@ -192,6 +193,70 @@ def test_a_mixed_convolution(forms: tuple[MixForm, ...], sizes: tuple[tuple[int,
     expected = convolution(torch.cat([resize(feature, sizes[-1]) for feature in features], 1))
     actual = MixedConvolution(convolution, forms)(features)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_winograd_of_every_convolution(variant: str, image: Tensor) -> None:
+    """Of those with few channels, too, which the plan leaves alone."""
+    model = network(variant)
+    planned = winograd(rewrite(model, ALGEBRA), 4, fewest_channels=1)
+    assert any(isinstance(module, WinogradConv2d) for module in planned.modules())
+    assert_same(model, planned, image)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 3), (16, 9), (41, 70)], ids=str)
+def test_a_convolution_by_winograd(size: tuple[int, int], bias: bool) -> None:
+    """Sizes of one tile, of parts of tiles, and of several strips."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(7, 5, 3, padding=1, bias=bias).double()
+    x = torch.randn(2, 7, *size, dtype=torch.float64)
+    torch.testing.assert_close(WinogradConv2d(convolution)(x), convolution(x), rtol=0, atol=1e-12)
+
+
+def test_winograd_in_single_precision() -> None:
+    """Its error is that of sums of about the same length, times what the transforms add: ten at the most."""
+    torch.manual_seed(0)
+    convolution, x = nn.Conv2d(256, 64, 3, padding=1), torch.randn(1, 256, 24, 24).relu()
+    expected = copy.deepcopy(convolution).double()(x.double())
+    plain, ours = ((layer(x) - expected).square().mean().sqrt() for layer in (convolution, WinogradConv2d(convolution)))
+    assert ours < 10 * plain
+    assert ours < 1e-5 * expected.std()
+
+
+def test_winograd_multiplies_a_quarter() -> None:
+    """36 products for 16 outputs of 9 taps; the rest are the transforms, whose matrices are 6x6 and 4x6."""
+    convolution = WinogradConv2d(nn.Conv2d(32, 48, 3, padding=1))
+    with FlopCounterMode(display=False) as counter:
+        convolution(torch.randn(1, 32, 16, 24))
+    tiles = 4 * 6
+    before = 2 * 32 * (6 * 6 * 4 * (4 * 7) + tiles * 6 * 6 * 6)  # rows of one more tile, then columns
+    after = 2 * 48 * tiles * (4 * 6 * 6 + 4 * 6 * 4)
+    assert counter.get_total_flops() == 2 * tiles * 36 * 32 * 48 + before + after
+
+
+@pytest.mark.parametrize(
+    ("stages", "places"),
+    [
+        (0, {}),
+        (1, {"fuse.": 3, "enhance.": 3, "smooth.2.": 1, "classifier.": 1}),
+        (2, {"fuse.": 5, "enhance.": 5, "smooth.2.": 1, "smooth.1.": 1, "classifier.": 1, "layer2.": 3}),
+        (4, {"fuse.": 6, "enhance.": 6, "smooth.2.": 1, "layer2.": 3, "layer3.": 5, "layer4.": 2, "reduce.": 1}),
+    ],
+)
+def test_stages_of_winograd(stages: int, places: dict[str, int]) -> None:
+    """AGLN-ResNet-50 has 3, 2 and 1 CFBs at 1/4, 1/8 and 1/16; the first blocks of layers 2 to 4 have a stride."""
+    planned = rewrite(create_model("agln_resnet50", 5), Plan(fold_batchnorm=True, winograd=stages))
+    names = [name for name, module in planned.named_modules() if isinstance(module, WinogradConv2d)]
+    assert {place: sum(place in name for name in names) for place in places} == places
+    assert bool(names) == bool(stages)
+    assert not any("layer1" in name for name in names), "64 channels are too few"
+
+
+@pytest.mark.parametrize("stages", [-1, 5, True, 1.0])
+def test_winograd_has_so_many_stages(stages: int) -> None:
+    with pytest.raises(ConfigError, match="0 to 4"):
+        winograd(plan_network(network("fpn")), stages)
 
 
 @pytest.mark.parametrize(("source", "target"), [(1, 1), (1, 4), (5, 1), (7, 13), (16, 32), (9, 4)])
