@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from agln_fast.errors import AglnError, BackendError, ConfigError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.complexity import complexity
-from agln_fast.plan.plan import NO_PLAN
+from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import Reference, make_reference, sample_frames
 
@@ -128,20 +127,21 @@ def measure(
         raise BackendError(f"no contestant can run here: {'; '.join(left_out)}")
     threads = check_threads(options.threads) or torch.get_num_threads()
     clock = _Clock(options.budget_s)
-    scores: dict[Any, float | None] = {}
     task = None if progress is None else progress.add_task("measure", total=len(cases) * len(able))
     rows: list[Row] = []
-    for number, case in enumerate(cases):
-        share = clock.share(len(cases) - number)
-        with tempfile.TemporaryDirectory() as folder:
-            bench = _Bench(case, options, threads, Path(folder), share, scores)
+    with tempfile.TemporaryDirectory() as shipped:
+        examiner = _Examiner(Path(shipped), threads, options.device)
+        for number, case in enumerate(cases):
+            share = clock.share(len(cases) - number)
+            with tempfile.TemporaryDirectory() as folder:
+                bench = _Bench(case, options, threads, Path(folder), share, examiner)
 
-            def show(what: str, case: Case = case) -> None:
-                if progress is not None and task is not None:
-                    progress.update(task, advance=1, description=f"{case.name}: {what}")
+                def show(what: str, case: Case = case) -> None:
+                    if progress is not None and task is not None:
+                        progress.update(task, advance=1, description=f"{case.name}: {what}")
 
-            rows += bench.rows(able, show)
-            left_out += [f"{case.name}: {', '.join(what)}: {why}" for why, what in bench.left_out.items()]
+                rows += bench.rows(able, show)
+                left_out += [f"{case.name}: {', '.join(what)}: {why}" for why, what in bench.left_out.items()]
     if not rows:
         raise BackendError(f"nothing could be measured: {'; '.join(left_out)}")
     return Measured(tuple(rows), tuple(left_out))
@@ -186,10 +186,10 @@ class _Bench:
         threads: int,
         folder: Path,
         clock: _Clock,
-        scores: dict[Any, float | None],
+        examiner: _Examiner,
     ) -> None:
         self._case, self._options, self._threads, self._folder = case, options, threads, folder
-        self._clock, self._scores = clock, scores
+        self._clock, self._examiner = clock, examiner
         self.left_out: dict[str, list[str]] = {}
         contract = IOContract(*case.size, case.batch, case.batch)
         self._network = random_network(case.network, case.num_classes)
@@ -203,25 +203,24 @@ class _Bench:
     def rows(self, entries: Sequence[Entry], show: Callable[[str], None]) -> list[Row]:
         references = self._references()
         image = np.random.default_rng(0).integers(0, 256, self._image_shape, np.uint8)
+        if references:
+            image = references[0].image
         timing = self._clock.share(1, _TIMED_SHARE)
         opened: list[_Contender] = []
         for entry in entries:
             show(entry.name)
             try:
-                opened.append(self._open(entry, image))
+                opened.append(self._open(entry, image, references))
             except (AglnError, RuntimeError) as error:
                 self._leave_out(entry.name, str(error).strip().splitlines()[0])
-        for contender in opened:
-            contender.agreement = _agreement(contender.opened, references)
         self._time(opened, image, timing)
         for contender in opened:
             contender.engine_s = self._engine_seconds(contender, image)
             contender.opened.close()
-        rows = []
+        scores = [self._accuracy(contender) for contender in opened]
         for contender in opened:
             contender.memory = self._memory(contender)
-            rows.append(self._row(contender, opened, self._accuracy(contender)))
-        return rows
+        return [self._row(contender, opened, score) for contender, score in zip(opened, scores, strict=True)]
 
     @property
     def _image_shape(self) -> tuple[int, int, int, int]:
@@ -236,7 +235,7 @@ class _Bench:
         frames = sample_frames(None, self._workshop.contract)[: self._options.frames]
         return make_reference(self._network, self._workshop.bundle, frames)
 
-    def _open(self, entry: Entry, image: Array) -> _Contender:
+    def _open(self, entry: Entry, image: Array, references: Sequence[Reference]) -> _Contender:
         workshop = self._workshop
         if entry.plan is not None:
             workshop.plan = entry.plan
@@ -246,8 +245,11 @@ class _Bench:
             workshop.plan = self._options.plan
         before = time.perf_counter()
         opened = recipe.open()
-        opened.run(image)  # torch.compile does all its work here
-        return _Contender(entry, recipe, opened, seconds + time.perf_counter() - before, [])
+        labels = opened.run(image)  # torch.compile does all its work here
+        seconds += time.perf_counter() - before
+        equal = [np.mean(labels == each.labels) for each in references[:1]]
+        equal += [np.mean(opened.run(each.image) == each.labels) for each in references[1:]]
+        return _Contender(entry, recipe, opened, seconds, [], agreement=float(np.mean(equal)) if equal else None)
 
     def _time(self, contenders: Sequence[_Contender], image: Array, clock: _Clock) -> None:
         options = self._options
@@ -284,22 +286,14 @@ class _Bench:
 
     def _accuracy(self, contender: _Contender) -> float | None:
         """mIoU in percent of the family's shipped checkpoint, in the same contestant, precision and plan."""
+        entry, plan = contender.entry, contender.recipe.rewrites
         name = next((n for prefix, n in _FAMILIES.items() if self._case.network.startswith(prefix)), None)
         if not self._options.accuracy or name is None:
             return None
-        entry, plan = contender.entry, contender.recipe.rewrites
-        key = name, entry.contestant, entry.precision, plan
-        if key not in self._scores:
-            if self._clock.left < 0:
-                self._leave_out(f"mIoU of {entry.name}", "the time was over")
-                return None
-            with tempfile.TemporaryDirectory() as folder:
-                workshop = Workshop(
-                    load_checkpoint(name), IOContract(*SCENE_SIZE), Path(folder), self._threads,
-                    self._options.device, plan,
-                )  # fmt: skip
-                self._scores[key] = _miou(contestant(entry.contestant).make(workshop, entry.precision)[0])
-        return self._scores[key]
+        if not self._examiner.knows(name, entry, plan) and self._clock.left < 0:
+            self._leave_out(f"mIoU of {entry.name}", "the time was over")
+            return None
+        return self._examiner.miou(name, entry, plan)
 
     def _row(self, contender: _Contender, contenders: Sequence[_Contender], miou: float | None) -> Row:
         case, entry, times = self._case, contender.entry, contender.times
@@ -347,13 +341,6 @@ class _Bench:
         )
 
 
-def _agreement(opened: Opened, references: Sequence[Reference]) -> float | None:
-    """Share of the pixels of all references, 0..1; None without any."""
-    if not references:
-        return None
-    return float(np.mean([np.mean(opened.run(each.image) == each.labels) for each in references]))
-
-
 @cache
 def _rate(device: str, precision: Precision, threads: int) -> float | None:
     """Operations per second of a large matrix product; None for int8, which PyTorch's does not have everywhere."""
@@ -367,6 +354,33 @@ def _rate(device: str, precision: Precision, threads: int) -> float | None:
 def _scenes() -> list[Sample]:
     split = Scenes("test")
     return [split[index] for index in range(len(split))]
+
+
+class _Examiner:
+    """mIoU on Scenes' test split, at its own size, of the checkpoints that ship; nothing is measured twice."""
+
+    def __init__(self, folder: Path, threads: int, device: str) -> None:
+        self._folder, self._threads, self._device = folder, threads, device
+        self._workshops: dict[str, Workshop] = {}
+        self._scores: dict[tuple[str, str, Precision, Plan], float] = {}
+
+    def knows(self, name: str, entry: Entry, plan: Plan) -> bool:
+        """`miou` takes no time."""
+        return (name, entry.contestant, entry.precision, plan) in self._scores
+
+    def miou(self, name: str, entry: Entry, plan: Plan) -> float:
+        """Percent, of the checkpoint `name` in the contestant of `entry`, rewritten as `plan` says."""
+        key = name, entry.contestant, entry.precision, plan
+        if key not in self._scores:
+            if name not in self._workshops:
+                folder = self._folder / name
+                folder.mkdir()
+                contract = IOContract(*SCENE_SIZE)
+                self._workshops[name] = Workshop(load_checkpoint(name), contract, folder, self._threads, self._device)
+            workshop = self._workshops[name]
+            workshop.plan = plan
+            self._scores[key] = _miou(contestant(entry.contestant).make(workshop, entry.precision)[0])
+        return self._scores[key]
 
 
 def _miou(recipe: Recipe) -> float:

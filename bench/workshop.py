@@ -114,7 +114,7 @@ class Workshop:
 
     def chosen(self, backend: str, precision: Precision) -> tuple[Plan, float]:
         """The plan of our engine, and the seconds that choosing it took."""
-        return self.once("plan", (backend, precision), lambda: self._choose(backend, precision))
+        return self.once("plan", (backend, precision, self.plan), lambda: self._choose(backend, precision))
 
     def once(self, what: str, key: tuple[Any, ...], make: Callable[[], Any]) -> tuple[Any, float]:
         """What `make` returned when it was first called for `what` and `key`, and the seconds that it took."""
@@ -126,6 +126,11 @@ class Workshop:
 
     def _name(self, suffix: str) -> Path:
         return self.folder / f"{len(self._made)}.{suffix}"
+
+    def _folder(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir()
+        return folder
 
     def _save(self, file: Path) -> Path:
         save_checkpoint(self.network, file)
@@ -165,9 +170,7 @@ class Workshop:
             return replace(self.plan, low_resolution_labels=False) if backend in get_args(Flavour) else self.plan
         if self.plan == "none":
             return NO_PLAN
-        folder = self.folder / f"tune-{backend}-{precision}"
-        folder.mkdir()
-        graphs = Graphs(self.network, self.contract, folder)
+        graphs, _ = self.once("graphs", (), lambda: Graphs(self.network, self.contract, self._folder("tuning")))
         # As `build` does: candidates are not quantised, what is best in bf16 is taken for best in int8.
         kind: Precision = "bf16" if precision == "int8" else precision
         return tune_engine(graphs, backend, kind, budget_s=self.tune_s, threads=self.threads).plan

@@ -28,7 +28,7 @@ from agln_fast.contract import IOContract, Precision
 from agln_fast.errors import ConfigError, did_you_mean
 from agln_fast.export.onnx import export_onnx
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.cost import Rates, estimate_seconds
+from agln_fast.plan.cost import Rates, estimate_seconds, without_weights
 from agln_fast.plan.mix_before_upsample import MixForm
 from agln_fast.plan.network import plan_network
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
@@ -100,6 +100,7 @@ class Graphs:
         self.network = network
         self.contract = contract
         self.folder = folder
+        self.predicted: dict[tuple[str, Precision], Tuning] = {}  # what the cost model chose, by kind of machine
         self._files: dict[tuple[Precision, Plan], Path] = {}
 
     def __call__(self, kind: Precision, plan: Plan) -> Path:
@@ -176,8 +177,7 @@ def tune_engine(
     if remembered is not None:
         return remembered
     if not runs_here or budget_s == 0:
-        judge: _Judge = _Model(graphs, "cpu" if backend in _CPU else "gpu", precision)
-        return _search(graphs, backend, precision, judge, "cost model")
+        return _predict(graphs, backend, precision)
     tuning = _search(
         graphs, backend, precision, _Race(graphs, backend, precision, budget_s, threads, progress), "timing"
     )
@@ -206,6 +206,9 @@ class _Model(_Judge):
     candidates: dict[Plan, Candidate] = field(default_factory=dict)
     exhausted: bool = False
 
+    def __post_init__(self) -> None:
+        self._network = without_weights(self.graphs.network)
+
     def fastest(self, plans: Sequence[Plan]) -> Plan:
         best = plans[0]
         for plan in plans:
@@ -220,7 +223,7 @@ class _Model(_Judge):
         half = self.precision != "fp32"
         rates = _RATES[self.kind, ("fp16" if self.kind == "gpu" else "bf16") if half else "fp32"]
         return estimate_seconds(
-            rewrite(self.graphs.network, plan),
+            rewrite(self._network, plan),
             (contract.height, contract.width),
             rates,
             batch=contract.max_batch,
@@ -292,6 +295,14 @@ def _is_clear(times: Sequence[Sequence[float]]) -> bool:
     return all(map(or_, faster, slower)) and sum(faster) <= 1
 
 
+def _predict(graphs: Graphs, backend: str, precision: Precision) -> Tuning:
+    kind = "cpu" if backend in _CPU else "gpu"
+    if (kind, precision) not in graphs.predicted:
+        judge = _Model(graphs, kind, precision)
+        graphs.predicted[kind, precision] = _search(graphs, backend, precision, judge, "cost model")
+    return replace(graphs.predicted[kind, precision], backend=backend)
+
+
 def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, chosen_by: ChosenBy) -> Tuning:
     """From a plan that is good everywhere, one decision after the other; what is faster stays.
 
@@ -299,8 +310,7 @@ def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, c
     """
     first = [_start(backend), NO_PLAN]
     if chosen_by == "timing":
-        model = _Model(graphs, "cpu", precision)
-        first.insert(0, _search(graphs, backend, precision, model, "cost model").plan)
+        first.insert(0, _predict(graphs, backend, precision).plan)
     best = judge.fastest(list(dict.fromkeys(first)))
     complete = True
     for alternatives in _decisions(graphs, backend, precision, timed=chosen_by == "timing"):
@@ -312,8 +322,8 @@ def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, c
 
 
 def _start(backend: str) -> Plan:
-    """What only leaves work out; in OpenVINO, whose convolutions keep channels adjacent, the attention does, too."""
-    return replace(ALGEBRA, pixel_major_attention=backend == "openvino")
+    """What only leaves work out; on CPUs, whose convolutions keep channels adjacent, so does the attention."""
+    return replace(ALGEBRA, pixel_major_attention=backend in _CPU)
 
 
 def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: bool) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agln_fast.cli.console import Json, out, print_json, progress_bar
+from agln_fast.cli.console import Json, out, print_json, print_wide, progress_bar
 
 if TYPE_CHECKING:
     from agln_fast.bench.results_file import Results
@@ -22,7 +22,7 @@ def bench(
     networks: Annotated[
         list[str] | None, typer.Argument(help="Presets; default FPN, AGLN, AGLN-Lite, ResNet-50.")
     ] = None,
-    size: Annotated[str, typer.Option(help="Height x width.")] = "512x512",
+    size: Annotated[str | None, typer.Option(help="Height x width; default 256x256, and 512x512 with --full.")] = None,
     num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 59,
     batch: Annotated[int, typer.Option(help="Images a run.")] = 1,
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or auto; several with commas.")] = "auto",
@@ -65,7 +65,8 @@ def bench(
         plan=plan if plan in ("auto", "none") else Plan.from_json(_read(Path(plan))),  # type: ignore[arg-type]
         tune_s=None if full else 0,
     )
-    cases = [Case(name, parse_size(size), batch, num_classes) for name in networks or registry.DEFAULT_NETWORKS]
+    pixels = parse_size(size or ("512x512" if full else "256x256"))
+    cases = [Case(name, pixels, batch, num_classes) for name in networks or registry.DEFAULT_NETWORKS]
     with progress_bar() as progress:
         parts = [measure(cases, entries, options, progress)]
         parts.append(registry.measure_ladder(parts[0], cases, options, progress) if ladder else registry.NOTHING)
@@ -113,7 +114,7 @@ def _print(results: Results, left_out: Sequence[str]) -> None:
     out.print(machine_line(results.machine), highlight=False)
     several = len({row.network for row in results.rows}) > 1
     for table in (row_table(results.rows), *([overview_table(results.rows)] if several else [])):
-        out.print(table, width=max(120, out.width), crop=False)
+        print_wide(table)
     for text in (
         *([markdown_ladder(results.ladder)] if results.ladder else []),
         *([markdown_scaling(results.scaling)] if results.scaling else []),
@@ -151,4 +152,4 @@ def _draw(results: Results, folder: Path) -> None:
 def _print_comparison(old: Results, new: Results) -> None:
     from agln_fast.bench.presentation import compare, comparison_table, differences
 
-    out.print(comparison_table(compare(old, new), differences(old, new)))
+    print_wide(comparison_table(compare(old, new), differences(old, new)))

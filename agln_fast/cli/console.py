@@ -16,8 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
-__all__ = ["Json", "err", "out", "print_json", "progress_bar"]
+__all__ = ["Json", "err", "out", "print_json", "print_wide", "progress_bar"]
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -28,6 +29,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines inst
 def print_json(values: Any) -> None:
     """Write `values` to standard output as indented JSON."""
     typer.echo(json.dumps(values, indent=2))
+
+
+def print_wide(table: Table) -> None:
+    """Print a table of many columns 120 wide or more, which a narrower terminal wraps: no cell is cut."""
+    Console(width=max(120, out.width)).print(table)
 
 
 def progress_bar(*, remaining: bool = False) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.network import PlannedNetwork
 
-__all__ = ["Rates", "estimate_seconds"]
+__all__ = ["Rates", "estimate_seconds", "without_weights"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         moved = self._element_size * sum(tensor.numel() for tensor in tensors)
         self.seconds += max(flops / self._rates.flops, moved / self._rates.bytes)
         return result
+
+
+def without_weights(model: SegmentationNetwork) -> SegmentationNetwork:
+    """A copy on the meta device, which is rewritten in no time; α, β and γ, which decide what is computed, are kept."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 1]
+    return copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
 
 
 @torch.no_grad()
