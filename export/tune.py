@@ -263,8 +263,8 @@ class _Race(_Judge):
                 self._show()
                 if len(times) >= _FEWEST_ROUNDS and (self.exhausted or _is_clear(times)):
                     break
-        for plan, seconds in zip(plans, zip(*times, strict=True), strict=True):
-            self.candidates[plan] = Candidate(plan, 1e3 * statistics.median(seconds))
+        for plan, column in zip(plans, zip(*times, strict=True), strict=True):
+            self.candidates[plan] = Candidate(plan, 1e3 * statistics.median(column))
         gains = [statistics.median(column) for column in zip(*_ratios(times), strict=True)]
         winner = max(range(len(plans)), key=lambda i: gains[i])
         return plans[winner] if gains[winner] >= _GAIN else plans[0]
