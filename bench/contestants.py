@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import cast, get_args
@@ -117,9 +117,13 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _torch(compile_mode: str) -> _Maker:
+def _torch(compile_mode: str, planned: bool = False) -> _Maker:
     def make(workshop: Workshop, precision: Precision) -> tuple[Recipe, float]:
         file, seconds = workshop.weights()
+        plan = NO_PLAN
+        if planned:  # what it makes of convolutions and products is oneDNN's, as in OpenVINO
+            plan, more = workshop.chosen("openvino", precision)
+            plan, seconds = replace(plan, low_resolution_labels=False), seconds + more
 
         def recipe(channels_last: bool) -> TorchRecipe:
             words = [
@@ -140,6 +144,7 @@ def _torch(compile_mode: str) -> _Maker:
                 compile_mode,
                 channels_last,
                 ", ".join(words),
+                plan,
             )
 
         if compile_mode:
@@ -232,6 +237,15 @@ _ALL = (
     ),
     *(_of(backend, False) for backend in _SETTINGS if backend != "fused"),
     *(_of(backend, True) for backend in _SETTINGS),
+    Contestant(
+        "planned torch.compile",
+        True,
+        ("fp32", "bf16"),
+        ("cpu",),
+        "rewritten; as torch.compile",
+        _torch("default", planned=True),
+        compiles=True,
+    ),
 )
 CONTESTANTS = {entry.name: entry for entry in _ALL}
 """Everyone, peers first, by name."""

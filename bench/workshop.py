@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agln_fast.backends import open_engine
 from agln_fast.backends.base import Array, Backend
@@ -22,7 +22,7 @@ from agln_fast.contract import DeployedNetwork, IOContract, Precision
 from agln_fast.errors import BackendError
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.plan.plan import NO_PLAN, Plan, rewrite
 
 __all__ = ["HALVES", "EngineRecipe", "Opened", "PlanChoice", "Recipe", "TorchRecipe", "Workshop"]
 
@@ -233,7 +233,7 @@ class _OpenedEngine:
 
 @dataclass(frozen=True)
 class TorchRecipe:
-    """The reference module in PyTorch. compile_mode: of torch.compile; empty for eager."""
+    """The reference module in PyTorch, rewritten as `rewrites` say. compile_mode: of torch.compile; empty for eager."""
 
     weights: Path
     contract: IOContract
@@ -243,10 +243,7 @@ class TorchRecipe:
     compile_mode: str
     channels_last: bool
     settings: str
-
-    @property
-    def rewrites(self) -> Plan:
-        return NO_PLAN
+    rewrites: Plan = NO_PLAN
 
     @property
     def files(self) -> list[Path]:
@@ -257,14 +254,16 @@ class TorchRecipe:
         return "torch._inductor.compile_fx" if self.compile_mode else "torch"
 
     def open(self) -> Opened:
-        return _OpenedTorch(self, load_checkpoint(self.weights))
+        model = load_checkpoint(self.weights)
+        network = model if self.rewrites == NO_PLAN else rewrite(model, self.rewrites)
+        return _OpenedTorch(self, network, model.config.num_classes)
 
 
 class _OpenedTorch:
-    def __init__(self, recipe: TorchRecipe, network: SegmentationNetwork) -> None:
+    def __init__(self, recipe: TorchRecipe, network: nn.Module, num_classes: int) -> None:
         self._recipe = recipe
         torch.set_num_threads(recipe.threads)
-        deployed = DeployedNetwork(network.to(recipe.device).eval(), recipe.contract, network.config.num_classes)
+        deployed = DeployedNetwork(network.to(recipe.device).eval(), recipe.contract, num_classes)
         if recipe.channels_last:
             deployed = deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._network: Callable[[Tensor], Tensor] | None = deployed

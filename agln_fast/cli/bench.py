@@ -33,7 +33,7 @@ def bench(
     iters: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every contestant.")] = None,
     full: Annotated[bool, typer.Option("--full", help="With torch.compile and int8, plans by timing: hours.")] = False,
-    budget: Annotated[float | None, typer.Option(help="Seconds for each part; default 300, none with --full.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds for each part; default 270, none with --full.")] = None,
     ladder: Annotated[bool, typer.Option("--ladder", help="Rewrite by rewrite, on the first AGLN.")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Over sizes and batches, on the first AGLN.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
@@ -146,7 +146,9 @@ def _draw(results: Results, folder: Path) -> None:
     }
     for name, (draw, rows) in drawings.items():
         if rows:
-            save_figure(draw(rows), folder / f"{name}.svg")
+            figure = draw(rows)
+            for suffix in (".svg", ".png"):
+                save_figure(figure, folder / f"{name}{suffix}")
 
 
 def _print_comparison(old: Results, new: Results) -> None:

@@ -19,6 +19,7 @@ from agln_fast.bench.workshop import Workshop
 from agln_fast.contract import DeployedNetwork, IOContract
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.export.build import build
+from agln_fast.plan.network import PlannedNetwork
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.runtime.verify import make_reference, sample_frames
 
@@ -65,12 +66,21 @@ def test_labels_are_the_references_in_memory_and_from_the_pickle(name, precision
     assert (recipe.rewrites == NO_PLAN) == (not CONTESTANTS[name].ours or name == "planned fused")
 
 
-@pytest.mark.parametrize("mode", ["default", "max-autotune"])
-def test_compiled_in_its_mode_with_frozen_weights(mode, workshop, references, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("torch.compile", "default"),
+        ("torch.compile max-autotune", "max-autotune"),
+        ("planned torch.compile", "default"),
+    ],
+)
+def test_compiled_in_its_mode_with_frozen_weights(name, mode, workshop, references, monkeypatch):
     """The compiler itself takes a minute: it is stood in for by the network, and by what it is told."""
     told = []
 
     def compiled(network, **options):
+        assert isinstance(network.network, PlannedNetwork) == name.startswith("planned")
+
         def run(image):
             told.append((options, torch._inductor.config.freezing, torch.is_inference_mode_enabled()))
             return network(image)
@@ -78,9 +88,9 @@ def test_compiled_in_its_mode_with_frozen_weights(mode, workshop, references, mo
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
-    name = "torch.compile" if mode == "default" else f"torch.compile {mode}"
     recipe, _ = CONTESTANTS[name].make(workshop, "fp32")
     assert "freezing" in recipe.settings
+    assert (recipe.rewrites == NO_PLAN) == (name != "planned torch.compile")
     assert recipe.library == "torch._inductor.compile_fx"
     opened = recipe.open()
     assert _agreement(opened, references) >= 0.999

@@ -242,7 +242,7 @@ def test_bench_puts_contestants_and_networks_side_by_side(cli, tmp_path):
         assert each["ratio"] > 0
     assert any(line.startswith("torch.compile fp32") for line in report["left_out"])
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(report["rows"])
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["latency.svg"]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"latency.svg", "latency.png"}
 
     code, out, _ = cli(*arguments, "--compare", tmp_path / "old.json")
     assert code == 0
@@ -274,6 +274,8 @@ def test_bench_hands_its_options_on(cli, tmp_path, monkeypatch):
     assert entries == choose_entries(full=True)[0]
     assert all(arguments[:3] == (part, cases, options) for arguments in seen[1:])
     assert "left out: something: a reason" in out
-    assert sorted(path.stem for path in tmp_path.glob("*.svg")) == ["ladder", "latency", "pareto", "scaling"]
+    for suffix in ("svg", "png"):
+        found = sorted(path.stem for path in tmp_path.glob(f"*.{suffix}"))
+        assert found == ["ladder", "latency", "pareto", "scaling"]
     cli("bench", "agln_nano")
     assert (seen[-1][2].budget_s, seen[-1][2].tune_s, seen[-1][2].plan) == (BUDGET_S, 0, "auto")
