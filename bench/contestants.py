@@ -41,6 +41,7 @@ class Contestant:
     description: of its settings, for readers.
     make: files and recipe for a workshop and a precision, and the seconds that making the files took.
     backend: of agln-fast, whose class knows what it needs; empty for PyTorch. compiles: by torch.compile.
+    planned_for: the backend whose best plan it takes; empty for none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Contestant:
     make: _Maker
     backend: str = ""
     compiles: bool = False
+    planned_for: str = ""
 
     def obstacle(self, precision: Precision, device: str = "cpu") -> str | None:
         """Why it cannot run on this machine and what to do about it, or None. Opens nothing."""
@@ -223,7 +225,9 @@ def _pytorch(name: str, precisions: tuple[Precision, ...], description: str, mod
 def _of(backend: str, planned: bool) -> Contestant:
     name, words = (f"planned {backend}", "rewritten; ") if planned else (backend, "")
     description = words + _SETTINGS[backend]
-    return Contestant(name, planned, _IN[backend], _ON[backend], description, _engine(backend, planned), backend)
+    planned_for = backend if planned and backend != "fused" else ""
+    make = _engine(backend, planned)
+    return Contestant(name, planned, _IN[backend], _ON[backend], description, make, backend, planned_for=planned_for)
 
 
 _ALL = (
@@ -245,6 +249,7 @@ _ALL = (
         "rewritten; as torch.compile",
         _torch("default", planned=True),
         compiles=True,
+        planned_for="openvino",
     ),
 )
 CONTESTANTS = {entry.name: entry for entry in _ALL}

@@ -293,7 +293,11 @@ class _Bench:
         if not self._examiner.knows(name, entry, plan) and self._clock.left < 0:
             self._leave_out(f"mIoU of {entry.name}", "the time was over")
             return None
-        return self._examiner.miou(name, entry, plan)
+        try:
+            return self._examiner.miou(name, entry, plan)
+        except (AglnError, RuntimeError) as error:
+            self._leave_out(f"mIoU of {entry.name}", str(error).strip().splitlines()[0])
+            return None
 
     def _row(self, contender: _Contender, contenders: Sequence[_Contender], miou: float | None) -> Row:
         case, entry, times = self._case, contender.entry, contender.times

@@ -45,7 +45,7 @@ NOTES = (
     "ms: uint8 image to uint8 labels, both in host memory, median; p95: 95th percentile. ratio: how many times as fast "
     "as the best peer of the same precision class, fp32 or less (10th–90th percentile); ≈ 1 where that range holds 1. "
     "MB: peak memory. agreement: labels equal to the fp32 reference's, random weights. mIoU: per cent, shipped "
-    "checkpoint of the family on Scenes."
+    "checkpoint of the family, of size nano, on Scenes."
 )
 """What the columns of the tables are."""
 

@@ -80,9 +80,9 @@ def fit_rows(rows: Sequence[Row], over: Literal["pixels", "batch"]) -> Fit:
 
 def _with_plan(entry: Entry, base: Case, options: Options) -> Entry:
     contestant = CONTESTANTS[entry.contestant]
-    if entry.plan is not None or not contestant.ours or contestant.backend == "fused":
+    if entry.plan is not None or not contestant.planned_for:
         return entry
-    return replace(entry, plan=best_plan(base, contestant.backend, entry.precision, options))
+    return replace(entry, plan=best_plan(base, contestant.planned_for, entry.precision, options))
 
 
 def _pixels(case: Case) -> int:

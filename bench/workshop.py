@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from agln_fast.backends import open_engine
 from agln_fast.backends.base import Array, Backend
-from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.backends.tensorrt import Flavour, compute_capability
 from agln_fast.backends.torch import exact_float32
 from agln_fast.bundle import Bundle, EngineRecord, Manifest
@@ -163,11 +163,10 @@ class Workshop:
         return file
 
     def _choose(self, backend: str, precision: Precision) -> Plan:
-        from agln_fast.export.tune import Graphs, tune_engine
+        from agln_fast.export.tune import Graphs, suitable, tune_engine
 
         if isinstance(self.plan, Plan):
-            # TensorRT's engines return what they are built to return: nobody makes labels of their logits.
-            return replace(self.plan, low_resolution_labels=False) if backend in get_args(Flavour) else self.plan
+            return suitable(self.plan, backend, precision)
         if self.plan == "none":
             return NO_PLAN
         graphs, _ = self.once("graphs", (), lambda: Graphs(self.network, self.contract, self._folder("tuning")))
@@ -262,7 +261,8 @@ class TorchRecipe:
 class _OpenedTorch:
     def __init__(self, recipe: TorchRecipe, network: nn.Module, num_classes: int) -> None:
         self._recipe = recipe
-        torch.set_num_threads(recipe.threads)
+        # PyTorch's threads compute with denormals as zero if the thread that starts them does: it is a new one.
+        self._thread = ThreadPoolExecutor(1, initializer=_start_thread, initargs=(recipe.threads,))
         deployed = DeployedNetwork(network.to(recipe.device).eval(), recipe.contract, num_classes)
         if recipe.channels_last:
             deployed = deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -272,21 +272,29 @@ class _OpenedTorch:
                 Callable[[Tensor], Tensor], torch.compile(deployed, mode=recipe.compile_mode, dynamic=False)
             )
 
-    @torch.inference_mode()
     def run(self, image: Array) -> Array:
+        return self._thread.submit(self._run, image).result()
+
+    @torch.inference_mode()
+    def _run(self, image: Array) -> Array:
         if self._network is None:
             raise BackendError("torch: this contestant is closed; open it again")
         recipe = self._recipe
         kind = torch.device(recipe.device).type
         half = HALVES.get(recipe.precision)
         autocast = torch.autocast(kind, half, enabled=half is not None)
-        with denormals_as_zero(), exact_float32(benchmark=True), autocast, _frozen(kind):
+        with exact_float32(benchmark=True), autocast, _frozen(kind):
             return cast(Array, self._network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
 
     engine = run
 
     def close(self) -> None:
         self._network = None
+
+
+def _start_thread(threads: int) -> None:
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads)
 
 
 def _frozen(kind: str) -> AbstractContextManager[None]:

@@ -40,7 +40,7 @@ from agln_fast.export.onnx import export_onnx
 from agln_fast.export.quantize import quantize_onnx
 from agln_fast.export.report import write_report
 from agln_fast.export.tensorrt import Flavour, build_tensorrt_engine, resolve_capabilities
-from agln_fast.export.tune import Graphs, tune_engine
+from agln_fast.export.tune import Graphs, suitable, tune_engine
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
@@ -352,9 +352,7 @@ def _choose_plans(
             if engine.graph is None:
                 chosen[key] = NO_PLAN, "fixed"
             elif isinstance(plan, Plan):
-                # TensorRT's plans are served as they are, with nobody to make labels of logits.
-                kept = plan if engine.target == "cpu" else replace(plan, low_resolution_labels=False)
-                chosen[key] = kept, "user"
+                chosen[key] = suitable(plan, engine.backend, engine.precision), "user"
             elif plan == "none":
                 chosen[key] = NO_PLAN, "user"
             else:

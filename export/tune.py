@@ -37,7 +37,7 @@ from agln_fast.runtime.images import pack
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import sample_frames
 
-__all__ = ["Candidate", "Graphs", "Tuning", "tune", "tune_engine"]
+__all__ = ["Candidate", "Graphs", "Tuning", "suitable", "tune", "tune_engine"]
 
 ChosenBy = Literal["timing", "cost model"]
 
@@ -155,6 +155,17 @@ def tune(
             for backend in backends
         ]
     return min(tunings, key=lambda tuning: min(c.milliseconds for c in tuning.candidates if c.plan == tuning.plan))
+
+
+def suitable(plan: Plan, backend: str, precision: Precision) -> Plan:
+    """`plan` without what does not suit an engine.
+
+    Winograd's sums are for fp32 on CPUs: in bf16 they cost labels, int8 would not be quantised, and TensorRT has
+    convolutions of that kind of its own. A plan of TensorRT is served as it is, with nobody to make labels of logits.
+    """
+    if backend not in _CPU:
+        plan = replace(plan, low_resolution_labels=False)
+    return plan if backend in _CPU and precision == "fp32" else replace(plan, winograd=0)
 
 
 def tune_engine(
@@ -329,9 +340,8 @@ def _start(backend: str) -> Plan:
 def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: bool) -> Iterator[Any]:
     """For each decision a function from the best plan so far to the changes that may improve it; the largest first.
 
-    Winograd's sums are for fp32: below, they cost labels. Labels of low-resolution logits are for engines that are
-    timed: the cost model does not see what the host does, and a plan of TensorRT is served as it is, with nobody to do
-    it. TensorRT has convolutions of Winograd's kind of its own.
+    Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does.
+    `suitable` says what else is not for every engine.
     """
     network = plan_network(graphs.network)
     fusions = list(network.fusions())
@@ -342,7 +352,8 @@ def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: boo
     groups = [] if network.decoder is None else range(len(network.decoder.lateral))
     for group in groups[:-1]:
         yield lambda best, group=group: _forms(best, group)
-    if precision == "fp32" and backend in _CPU:
+    if suitable(Plan(winograd=1), backend, precision).winograd:
+        # The coarsest stage, 1/32, has too few tiles for it.
         yield lambda best: [{"winograd": count} for count in range(STAGES) if count != best.winograd]
     for group in groups[-1:]:  # whether it pays hangs on how fast the convolution is that it makes smaller
         yield lambda best, group=group: _forms(best, group)

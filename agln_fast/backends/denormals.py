@@ -17,7 +17,8 @@ def denormals_as_zero() -> Iterator[None]:
 
     Softmaxes that are nearly one-hot are full of denormals, which CPUs multiply in microcode. Engines that are told so
     switch the mode of the thread that opens them, and leave it so, which would change the arithmetic of all else that
-    the thread does: they are opened, and run, in here.
+    the thread does: they are opened, and run, in here. It is the mode of this thread alone: threads of OpenMP, which
+    PyTorch computes with, keep that of the thread that started them.
     """
     before = denormals_are_zero()
     torch.set_flush_denormal(True)

@@ -19,6 +19,7 @@ __all__ = ["STAGES", "WinogradConv2d", "winograd"]
 STAGES = 4
 _FINEST = 4  # the finest stage is 1/4 of the image, the next one 1/8, …
 _TILE, _TAPS = 4, 3
+_MOST_STRIPS = 16  # of a layer: each one is a dozen nodes of the graph
 _STRIP = 128  # tiles done together: what lies between the products of 256 channels fits the cache
 _POINTS = 0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2)
 
@@ -67,7 +68,7 @@ class WinogradConv2d(nn.Module):
         right, below = _TILE * (columns + 1) - width - 1, _TILE * (rows + 1) - height - 1
         x = F.pad(x, (1, right, 1, below)).permute(0, 2, 3, 1)
         x = x.reshape(-1, rows + 1, _TILE, (columns + 1) * _TILE * channels)
-        strip = max(1, _STRIP // columns)
+        strip = max(1, _STRIP // columns, -(-rows // _MOST_STRIPS))
         y = torch.cat([self._strip(x[:, first : first + strip + 1], columns) for first in range(0, rows, strip)], 1)
         y = y[:, :height, :width]
         return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
@@ -104,11 +105,11 @@ def winograd(network: PlannedNetwork, stages: int, *, fewest_channels: int = 128
     if type(stages) is not int or not 0 <= stages <= STAGES:
         raise ConfigError(f"winograd {stages!r}: give a number of stages, 0 to {STAGES}")
     network = network.copy()
-    coarsest = _FINEST * 2 ** (stages - 1)
+    reductions = [_FINEST * 2**stage for stage in range(stages)]
     for name, reduction in _reductions(network).items():
         layer = network.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
-        if reduction <= coarsest and layer.in_channels >= fewest_channels:
+        if reduction in reductions and layer.in_channels >= fewest_channels:
             owner, _, attribute = name.rpartition(".")
             setattr(network.get_submodule(owner), attribute, WinogradConv2d(layer))
     return network
@@ -133,4 +134,5 @@ def _reductions(network: PlannedNetwork) -> dict[str, int]:
 
 def _suits(layer: nn.Conv2d) -> bool:
     shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    return shape == ((_TAPS, _TAPS), (1, 1), (1, 1), (1, 1)) and layer.groups == 1
+    plain = layer.groups == 1 and layer.padding_mode == "zeros"
+    return plain and shape == ((_TAPS, _TAPS), (1, 1), (1, 1), (1, 1))

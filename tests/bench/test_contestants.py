@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from agln_fast.backends.openvino import OpenVinoBackend
-from agln_fast.bench import contestants
+from agln_fast.bench import contestants, scaling
 from agln_fast.bench.contestants import CONTESTANTS, contestant
+from agln_fast.bench.measure import Entry
 from agln_fast.bench.networks import by_reason, choose_device, choose_entries
 from agln_fast.bench.workshop import Workshop
 from agln_fast.contract import DeployedNetwork, IOContract
@@ -231,3 +232,26 @@ def test_device_of_the_targets():
         choose_device(["cpu", "cuda"])
     with pytest.raises(ConfigError, match="did you mean 'cuda'"):
         choose_device(["cud"])
+
+
+def test_pytorch_flushes_denormals_in_all_its_threads(network, tmp_path):
+    """Threads of OpenMP keep the mode of the thread that started them; ours keeps its own."""
+    recipe, _ = CONTESTANTS["torch"].make(Workshop(network, IOContract(64, 64), tmp_path, threads=2), "fp32")
+    threads = torch.get_num_threads()
+    tiny = torch.full((4_000_000,), 1e-38)
+    assert (tiny * 0.1).count_nonzero() == len(tiny), "threads are there, and keep denormals"
+    opened = recipe.open()
+    try:
+        opened.run(np.zeros((1, 64, 64, 3), np.uint8))
+        assert opened._thread.submit(lambda: (tiny * 0.1).count_nonzero()).result() == 0
+        assert (tiny * 0.1).count_nonzero() == len(tiny)
+    finally:
+        opened.close()
+        torch.set_num_threads(threads)
+
+
+def test_a_compiled_network_is_scaled_with_the_plan_it_has(monkeypatch):
+    monkeypatch.setattr(scaling, "best_plan", lambda base, backend, precision, options: (backend, precision))
+    names = ["planned torch.compile", "planned openvino", "planned fused", "openvino"]
+    plans = [scaling._with_plan(Entry(name, "fp32"), None, None).plan for name in names]
+    assert plans == [("openvino", "fp32"), ("openvino", "fp32"), None, None]

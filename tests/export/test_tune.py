@@ -16,6 +16,7 @@ from agln_fast.contract import IOContract
 from agln_fast.errors import ConfigError
 from agln_fast.export import tune as module
 from agln_fast.export.tune import Candidate, Graphs, Tuning, tune, tune_engine
+from agln_fast.plan import winograd as winograd_module
 from agln_fast.plan.cost import Rates, estimate_seconds
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
 from agln_fast.runtime.images import pack
@@ -111,9 +112,25 @@ def test_when_a_race_may_end(times, clear):
 
 def test_only_fp32_engines_on_cpus_take_winograd(graphs):
     """Its sums cost labels in bf16, and TensorRT has its own."""
-    wide = [module._decisions(graphs, backend, kind, timed=False) for backend, kind in _KINDS]
-    changes = [{name for decide in decisions for change in decide(ALGEBRA) for name in change} for decisions in wide]
-    assert ["winograd" in names for names in changes] == [True, True, False, False]
+    found = [
+        [change["winograd"] for decide in decisions for change in decide(ALGEBRA) if "winograd" in change]
+        for decisions in (module._decisions(graphs, backend, kind, timed=False) for backend, kind in _KINDS)
+    ]
+    assert found == [[1, 2, 3], [1, 2, 3], [], []]
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "winograd", "low"),
+    [
+        ("openvino", "fp32", 4, True),
+        ("openvino", "bf16", 0, True),
+        ("openvino", "int8", 0, True),
+        ("tensorrt-rtx", "fp32", 0, False),
+    ],
+)
+def test_what_suits_an_engine(backend, precision, winograd, low):
+    expected = replace(EVERYTHING, winograd=winograd, low_resolution_labels=low)
+    assert module.suitable(EVERYTHING, backend, precision) == expected
 
 
 _KINDS = ("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16"), ("tensorrt", "fp32")
@@ -263,6 +280,21 @@ def test_a_planned_engine_gives_the_labels_of_a_plain_one(backend, layout, tmp_p
     assert planned.dtype == plain.dtype == np.uint8
     assert len(np.unique(plain)) > 2
     assert (planned == plain).mean() >= 0.9999
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.openvino)])
+def test_an_engine_with_winograd_gives_the_labels_of_a_plain_one(backend, small_network, tmp_path, monkeypatch):
+    """128 channels in the decoder, in several strips, the last one shorter, tiles beyond the edge."""
+    monkeypatch.setattr(winograd_module, "_STRIP", 24)
+    graphs = Graphs(small_network("fpn_resnet18", channels=128), IOContract(104, 120), tmp_path)
+    image = pack(sample_frames(None, graphs.contract)[:1], graphs.contract)
+    race = module._Race(graphs, backend, "fp32", 60.0, 1, None)
+    labels = []
+    for plan in (NO_PLAN, replace(ALGEBRA, winograd=3)):
+        with race._open(plan) as engine:
+            labels.append(engine.run(image))
+    assert len(np.unique(labels[0])) > 1
+    assert (labels[0] == labels[1]).mean() >= 0.9999
 
 
 def test_logits_stay_at_full_size(small_network, tmp_path):

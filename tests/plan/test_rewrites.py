@@ -253,6 +253,28 @@ def test_stages_of_winograd(stages: int, places: dict[str, int]) -> None:
     assert not any("layer1" in name for name in names), "64 channels are too few"
 
 
+def test_no_stage_of_winograd_is_none() -> None:
+    """Nor is the stem of `resnet*s`, at 1/2, in any of them."""
+    model = create_model("fpn_resnet50s", 5)
+    for stages, expected in ((0, False), (4, True)):
+        planned = winograd(plan_network(model), stages, fewest_channels=1)
+        names = [name for name, module in planned.named_modules() if isinstance(module, WinogradConv2d)]
+        assert bool(names) == expected
+        assert not any("encoder.conv1" in name for name in names)
+
+
+def test_strips_of_winograd_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a dozen nodes of an exported graph; a map of 512x512, of an image of 2048x2048, has 128 rows of tiles."""
+    rows: list[int] = []
+    layer = WinogradConv2d(nn.Conv2d(1, 1, 3, padding=1).to("meta"))
+    strip = layer._strip
+    monkeypatch.setattr(layer, "_strip", lambda x, columns: rows.append(x.shape[1] - 1) or strip(x, columns))
+    for side, expected in ((64, [8, 8]), (128, [4] * 8), (512, [8] * 16)):
+        rows.clear()
+        assert layer(torch.empty(1, 1, side, side, device="meta")).shape == (1, 1, side, side)
+        assert rows == expected
+
+
 @pytest.mark.parametrize("stages", [-1, 5, True, 1.0])
 def test_winograd_has_so_many_stages(stages: int) -> None:
     with pytest.raises(ConfigError, match="0 to 4"):
