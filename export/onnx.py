@@ -17,11 +17,13 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import nn
 
-from agln_fast.contract import DeployedNetwork, IOContract, Precision
+from agln_fast.contract import IOContract, Precision
+from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BuildError, ConfigError
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.low_resolution_labels import LowResolutionLogits
-from agln_fast.plan.plan import NO_PLAN, Plan, rewrite
+from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.plan.rewrite import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

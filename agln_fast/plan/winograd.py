@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from agln_fast.errors import ConfigError
 from agln_fast.plan.network import PlannedNetwork
+from agln_fast.plan.plan import STAGES
 
-__all__ = ["STAGES", "WinogradConv2d", "winograd"]
+__all__ = ["WinogradConv2d", "winograd"]
 
-STAGES = 4
 _FINEST = 4  # the finest stage is 1/4 of the image, the next one 1/8, …
 _TILE, _TAPS = 4, 3
 _MOST_STRIPS = 16  # of a layer: each one is a dozen nodes of the graph
