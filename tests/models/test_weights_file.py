@@ -219,17 +219,25 @@ def test_safetensors_with_a_long_header_are_refused():
         read_safetensors(struct.pack("<Q", 12 << 20) + b"{" + bytes(13 << 20), "bundle")
 
 
-def test_names_in_errors_are_escaped(tmp_path):
-    for content, shown in (
-        ({"a\x1b[2J": torch.zeros(1).to(torch.int8)}, "a\\\\x1b"),
-        ({"a": torch.zeros(1), "b\x07": 3}, "b\\\\x07"),
-        ({"classifier.0.weight\x1b]0;": torch.zeros(1)}, "classifier"),
-    ):
-        for legacy in (False, True):
-            torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-            with pytest.raises(CheckpointError, match=shown) as caught:
-                agln_fast.load_checkpoint(tmp_path / "x.pth")
-            assert str(caught.value).isprintable()
+NAMES = {
+    "of another type": (
+        lambda state: {**state, "a\x1b[2J": torch.zeros(1).to(torch.int8)},
+        r"entry 'a\\x1b\[2J' is not",
+    ),
+    "no tensor": (lambda state: {**state, "b\x07": 3}, r"entry 'b\\x07' is no tensor but int"),
+    "unexpected": (lambda state: {**state, "c\x1b]0;": torch.zeros(1)}, r"1 unexpected \(c\\x1b\]0;\)"),
+    "direction": (lambda state: {**state, "d\u202e": torch.zeros(1)}, r"1 unexpected \(d\\u202e\)"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("case", NAMES)
+def test_names_in_errors_are_escaped(case, legacy, state, tmp_path):
+    change, message = NAMES[case]
+    torch.save(change(state), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("change", ["truncated", "another file in its place", "deleted"])
