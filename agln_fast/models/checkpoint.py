@@ -1,32 +1,28 @@
 """Read and write weights: the released checkpoints, our own safetensors files, ImageNet encoders.
 
-Nothing is ever unpickled: `.pth` files are read with `weights_only=True`.
+Files are read by `weights_file`; here their tensors become networks.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
 import re
 import uuid
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from agln_fast.errors import CheckpointError, ConfigError, did_you_mean
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import ResNet
+from agln_fast.models.weights_file import StateDict, read_safetensors, read_weights
+from agln_fast.models.weights_pickle import printable
 
 __all__ = [
     "find_checkpoint",
@@ -36,20 +32,6 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",
-]
-
-StateDict = dict[str, Tensor]
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
-
-# NumPy scalars, which older training scripts store beside the weights ("best_pred").
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-_HARMLESS: list[Any] = [
-    _NUMPY_SCALAR,
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
 ]
 
 _log = logging.getLogger("agln_fast.checkpoint")
@@ -85,16 +67,18 @@ def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = N
 
     Args:
         path: a released `.pth` / `.pth.tar` of AGLN, FPN or FCN (a state dict, or a dict that holds one under
-            "state_dict"; with or without the prefix "module."), a `.safetensors` file of `save_checkpoint`, or the
-            name of a checkpoint that ships with the package (`list_checkpoints`).
+            "state_dict", "model" and others; with or without prefixes such as "module."), a `.safetensors` file of
+            `save_checkpoint`, or the name of a checkpoint that ships with the package (`list_checkpoints`). What a
+            file is, its content tells, not its suffix.
         config: what the network is; None to take it from the file's metadata or infer it from names and shapes.
 
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint, wants to run code, does not fit the config
-            (missing, unexpected, misshapen entries are counted and the first ones named), or holds NaN or Inf.
+            (missing, unexpected, misshapen entries are counted and the first ones named), or holds NaN, Inf or a
+            negative variance.
     """
     path = find_checkpoint(path)
-    return _network(*_read(path), str(path), config)
+    return _network(*read_weights(path), str(path), config)
 
 
 def load_weights(data: bytes, name: str) -> SegmentationNetwork:
@@ -107,7 +91,7 @@ def load_weights(data: bytes, name: str) -> SegmentationNetwork:
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    return _network(*_from_safetensors(data, name), name, None)
+    return _network(*read_safetensors(data, name), name, None)
 
 
 def _network(
@@ -119,8 +103,8 @@ def _network(
     if config is None and _METADATA_KEY in metadata:
         try:
             config = ModelConfig.from_json(metadata[_METADATA_KEY])
-        except ConfigError as error:
-            raise CheckpointError(f"{name}: its metadata holds no usable config: {error}") from None
+        except (ConfigError, RecursionError) as error:
+            raise CheckpointError(f"{name}: its metadata holds no usable config: {printable(error)}") from None
     if config is None:
         try:
             config, remarks = infer_config(state)
@@ -148,9 +132,13 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         CheckpointError: nothing is there; the shipped checkpoint that may be meant is named.
     """
     found = Path(path)
-    if (found / "config.yaml").is_file() and (found / "weights.safetensors").is_file():
-        return found / "weights.safetensors"
-    if not found.exists():
+    try:
+        if (found / "config.yaml").is_file() and (found / "weights.safetensors").is_file():
+            return found / "weights.safetensors"
+        there = found.exists()
+    except OSError as error:  # e.g. its folder must not be looked into
+        raise CheckpointError(f"{path}: cannot be found ({error.strerror})") from None
+    if not there:
         if str(path) in list_checkpoints():
             return _SHIPPED / f"{path}.safetensors"
         raise CheckpointError(f"{path}: no such file{did_you_mean(str(path), list_checkpoints())}")
@@ -197,7 +185,7 @@ def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> N
         CheckpointError: as `load_checkpoint`.
     """
     path = Path(path)
-    state, _ = _read(path)
+    state, _ = read_weights(path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     training = model.encoder.training
     _fill(model.encoder, state, str(path), f"the encoder {model.config.encoder}", assign=False)
@@ -284,89 +272,6 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _read(path: Path) -> tuple[StateDict, dict[str, str]]:
-    """All tensors of a checkpoint file without the prefix "module.", and its metadata."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a file")
-    try:
-        if path.suffix == ".safetensors":
-            return _from_safetensors(path.read_bytes(), str(path))
-        content = _unpickle(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    return _checked(content, str(path)), {}
-
-
-def _from_safetensors(data: bytes, name: str) -> tuple[StateDict, dict[str, str]]:
-    """All tensors of a safetensors file, in memory of their own, and its metadata."""
-    try:
-        content = load(data)
-    except (SafetensorError, LookupError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{name}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
-    header_bytes = int.from_bytes(data[:8], "little")
-    return _checked(content, name), json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
-
-
-def _checked(content: Any, path: str) -> StateDict:
-    """`content`, if it is a state dict of dense tensors, without the prefix "module."."""
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: not a checkpoint: it holds no state dict")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: not a checkpoint: entry {name!r} is no tensor but {type(value).__name__}")
-        counter = name.endswith("num_batches_tracked")
-        if value.layout != torch.strided or value.is_meta or value.dtype not in (_INTEGERS if counter else _FLOATS):
-            raise CheckpointError(f"{path}: entry {name!r} is not a dense tensor of real numbers")
-        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise CheckpointError(f"{path}: entry {name!r} claims shape {tuple(value.shape)}, but the file holds less")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def _unpickle(path: Path) -> Any:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    if zipped and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: truncated: the end of the archive is missing; fetch the file again")
-    if zipped:
-        # PyTorch does not look at the checksums.
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            damaged = _first_line(error)
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged ({damaged}); fetch the file again")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            raise CheckpointError(
-                f"{path}: refused: besides weights it wants to load {wanted[1]!r}, which could run code; "
-                "save a plain state dict instead"
-            ) from None
-        # PyTorch's own text would advise to switch the protection off.
-        raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint of PyTorch") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def _fill(module: nn.Module | ResNet, state: StateDict, path: str, what: str, *, assign: bool = True) -> None:
     """Give `module` the tensors of `state` as float32, after checking names, shapes and values."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -386,7 +291,7 @@ def _fill(module: nn.Module | ResNet, state: StateDict, path: str, what: str, *,
     }
     if any(problems.values()):
         listing = "; ".join(
-            f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            f"{len(names)} {kind} ({', '.join(map(printable, names[:3]))}{', …' if len(names) > 3 else ''})"
             for kind, names in problems.items()
             if names
         )
@@ -398,6 +303,11 @@ def _fill(module: nn.Module | ResNet, state: StateDict, path: str, what: str, *,
             f"{path}: NaN or Inf in {len(broken)} of {len(state)} tensors, first in {broken[0]!r}; "
             "the training diverged or the file is damaged"
         )
+    for name, tensor in tensors.items():
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise CheckpointError(
+                f"{path}: {name!r} holds a negative variance ({tensor.min():.3g}); the file is damaged or was changed"
+            )
     module.load_state_dict(tensors, assign=assign)
     if assign:
         module.requires_grad_(True)

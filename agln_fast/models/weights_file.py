@@ -1,0 +1,301 @@
+"""Read the tensors of a weights file, whatever its suffix says: a zip or an old pickle of PyTorch, or safetensors.
+
+Nothing in a file is executed (`weights_pickle`), no tensor refers to the file once it is read, and memory is at most
+about three times the file's size.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from agln_fast.errors import CheckpointError
+from agln_fast.models.weights_names import find_weights, kind_of
+from agln_fast.models.weights_pickle import (
+    MOST_PICKLE_BYTES,
+    NOT_PYTORCH,
+    Inert,
+    StoredTensor,
+    printable,
+    read_pickle,
+)
+
+__all__ = ["StateDict", "read_safetensors", "read_weights"]
+
+StateDict = dict[str, Tensor]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
+_MOST_HEADER_BYTES = 8 << 20  # of a safetensors file; 600 tensors need 100 kB
+_MOST_LISTED_BYTES = 4 << 20  # of a zip's list of entries; 2,400 need 300 kB
+_SMALL_BYTES = 16 << 20  # what the smallest file may claim
+_CHUNK_BYTES = 1 << 20
+_LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+_FETCH = "fetch the file again"
+# How files begin that are taken for checkpoints -> what they are.
+_TAKEN_FOR_CHECKPOINTS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull` where it lies"),
+    (b"<", "a web page, not a checkpoint: the download asked for a login or met an error; " + _FETCH),
+    (b"\x1f\x8b", "compressed with gzip: unpack it first"),
+    (b"\x89HDF", "an HDF5 file, not a checkpoint of PyTorch: convert it first"),
+)
+
+
+def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
+    """The tensors of a file by name (see `find_weights`), in memory of their own, and its metadata.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, but for what needs a network to tell.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a file")
+        with path.open("rb") as file:
+            return _named(str(path), lambda: _read(file, path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except PermissionError:
+        raise CheckpointError(
+            f"{path}: no permission to read it; change that with chmod, or run as its owner"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({printable(error.strerror)})") from None
+
+
+def read_safetensors(data: bytes, name: str) -> tuple[StateDict, dict[str, str]]:
+    """As `read_weights`, from the bytes of a safetensors file; `name` is what errors call it."""
+    return _named(name, lambda: _from_safetensors(data, name))
+
+
+def _named(name: str, read: Callable[[], tuple[StateDict, dict[str, str]]]) -> tuple[StateDict, dict[str, str]]:
+    """What `read` returns; its errors begin with `name`."""
+    try:
+        return read()
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    except MemoryError:
+        raise CheckpointError(f"{name}: needs more memory than there is") from None
+
+
+def _read(file: BinaryIO, path: Path) -> tuple[StateDict, dict[str, str]]:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(512)
+    file.seek(0)
+    if not start:
+        raise CheckpointError(f"not a checkpoint: the file is empty, a truncated download or a full disk; {_FETCH}")
+    if start[5:9] == b"\0\0\0{":  # eight bytes of length, then JSON; looked for first, because a length may be any text
+        return _from_safetensors(file.read(), str(path))
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for beginning, what in _TAKEN_FOR_CHECKPOINTS:
+        if text.startswith(beginning):
+            raise CheckpointError(what)
+    if start[257:262] == b"ustar":
+        raise CheckpointError("a tar archive, not a checkpoint: unpack it first")
+    if start.startswith(b"PK"):
+        return _from_zip(file, size, str(path)), {}
+    if start.startswith(b"\x80"):
+        return _from_legacy(file, size, str(path)), {}
+    if path.suffix == ".safetensors":
+        return _from_safetensors(file.read(), str(path))
+    raise CheckpointError(NOT_PYTORCH)
+
+
+def _from_safetensors(data: bytes, path: str) -> tuple[StateDict, dict[str, str]]:
+    header_bytes = int.from_bytes(data[:8], "little")
+    if _MOST_HEADER_BYTES < header_bytes < len(data):
+        raise CheckpointError(f"its header has {header_bytes >> 20} MiB: no state dict of a network")
+    try:
+        content = load(data)
+    except (SafetensorError, LookupError, ValueError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
+    metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
+    return dict(_checked(find_weights(content, path))), metadata
+
+
+def _from_zip(file: BinaryIO, size: int, path: str) -> StateDict:
+    try:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(f"truncated: the end of the archive is missing; {_FETCH}")
+        with zipfile.ZipFile(cast(BinaryIO, _ShortReads(file))) as archive:
+            return _from_archive(archive, size, path)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(f"damaged ({_first_line(error)}); {_FETCH}") from None
+
+
+class _ShortReads(io.RawIOBase):
+    """A file that refuses to read much at once: `zipfile` reads its list of entries whole, and makes objects of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MOST_LISTED_BYTES:
+            raise zipfile.BadZipFile("too many entries")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET and offset < 0:
+            raise zipfile.BadZipFile("an entry before the start")
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _from_archive(archive: zipfile.ZipFile, size: int, path: str) -> StateDict:
+    entries = {info.filename: info for info in archive.infolist()}
+    names = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+    if not names:
+        raise CheckpointError(f"{NOT_PYTORCH}: a zip archive without data.pkl")
+    root = names[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in entries:
+        raise CheckpointError(
+            "a TorchScript archive, which holds code: save the state dict of the model that it was made from"
+        )
+    # PyTorch compresses nothing; whoever packs its files anew gains a tenth.
+    claimed = sum(info.file_size for info in entries.values())
+    if claimed > 3 * size + _SMALL_BYTES:
+        raise CheckpointError(f"a file of {size:,} bytes that unpacks to {claimed:,}: not written by PyTorch")
+    # The other methods set aside as much memory as an entry's header says.
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in entries.values()):
+        raise CheckpointError("its entries are compressed in a way that PyTorch does not know: pack them anew, stored")
+    if entries[names[0]].file_size > MOST_PICKLE_BYTES:
+        raise CheckpointError(f"more than {MOST_PICKLE_BYTES >> 20} MiB beside the weights; save a plain state dict")
+    content = read_pickle(io.BytesIO(_entry(archive, names[0])))
+    swapped = f"{root}byteorder" in entries and _entry(archive, f"{root}byteorder") == b"big"
+
+    def record(key: str, dtype: torch.dtype) -> bytearray:
+        if f"{root}data/{key}" not in entries:
+            raise CheckpointError(f"damaged: its storage '{printable(key)}' is missing; {_FETCH}")
+        data = _entry(archive, f"{root}data/{key}")
+        if swapped:
+            np.frombuffer(data, f"u{dtype.itemsize}").byteswap(inplace=True)
+        return data
+
+    return _loaded(_checked(find_weights(content, path)), record)
+
+
+def _entry(archive: zipfile.ZipFile, name: str) -> bytearray:
+    """All bytes of an entry, whose checksum `zipfile` compares."""
+    with archive.open(name) as source:
+        return _exactly(source, archive.getinfo(name).file_size)
+
+
+def _from_legacy(file: BinaryIO, size: int, path: str) -> StateDict:
+    """Files of PyTorch before 1.6: magic number, version, system, content, keys; then the records in that order."""
+    dtypes: dict[str, torch.dtype] = {}
+    magic, version = read_pickle(file), read_pickle(file)
+    if magic != _LEGACY_MAGIC or version != _LEGACY_VERSION:
+        raise CheckpointError(NOT_PYTORCH)
+    _, content, keys = read_pickle(file), read_pickle(file, dtypes), read_pickle(file)
+    places: dict[str, tuple[int, int]] = {}
+    for key in keys if isinstance(keys, list) else ():
+        dtype = dtypes.get(key) if isinstance(key, str) else None
+        if dtype is None or key in places:
+            raise CheckpointError(NOT_PYTORCH)
+        count = int.from_bytes(_exactly(file, 8), "little")
+        places[key] = file.tell(), count * dtype.itemsize
+        if sum(places[key]) > size:
+            raise CheckpointError(f"truncated: the end of the file is missing; {_FETCH}")
+        file.seek(sum(places[key]))
+
+    def record(key: str, _: torch.dtype) -> bytearray:
+        if key not in places:
+            raise CheckpointError(f"damaged: its storage '{printable(key)}' is missing; {_FETCH}")
+        offset, count = places[key]
+        file.seek(offset)
+        return _exactly(file, count)
+
+    return _loaded(_checked(find_weights(content, path)), record)
+
+
+def _exactly(source: IO[bytes], count: int) -> bytearray:
+    """The next `count` bytes."""
+    data = bytearray(count)
+    view = memoryview(data)
+    for start in range(0, count, _CHUNK_BYTES):
+        chunk = source.read(min(_CHUNK_BYTES, count - start))
+        view[start : start + len(chunk)] = chunk
+        if len(chunk) < min(_CHUNK_BYTES, count - start):
+            raise CheckpointError(f"truncated: the end of the file is missing; {_FETCH}")
+    return data
+
+
+def _checked(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state`, if it holds nothing but dense tensors of real numbers, whether read or stored."""
+    for name, value in state.items():
+        shown = f"entry '{printable(name)}'"
+        if not isinstance(value, Tensor | StoredTensor) and not (isinstance(value, Inert) and value.tensor):
+            raise CheckpointError(f"not a checkpoint: {shown} is no tensor but {kind_of(value)}")
+        real = _INTEGERS if name.endswith("num_batches_tracked") else _FLOATS
+        if isinstance(value, Inert) or value.dtype not in real:
+            kind = value.what if isinstance(value, Inert) else value.dtype
+            raise CheckpointError(f"{shown} is not a dense tensor of real numbers ({kind})")
+        if isinstance(value, StoredTensor) and not value.fits():
+            raise _less(name, value)
+    return state
+
+
+def _loaded(state: Mapping[str, StoredTensor], record: Callable[[str, torch.dtype], bytearray]) -> StateDict:
+    """The tensors that `state` describes; `record(key, dtype)` reads the bytes of one storage."""
+    storages: dict[str, int] = {}
+    for value in state.values():
+        key, stop = value.storage.key, value.storage.start + value.storage.nbytes
+        storages[key] = max(stop, storages.get(key, 0))
+    # Names may share a storage, as tied weights do; each gets a copy, and a small file must not ask for many.
+    if sum(value.nbytes for value in state.values()) > 2 * sum(storages.values()):
+        raise CheckpointError(f"its {len(state)} entries claim far more than the {len(storages)} storages hold")
+    tensors: StateDict = dict.fromkeys(state, torch.empty(0))  # in the file's order
+    by_storage = sorted(state.items(), key=lambda item: item[1].storage.key)
+    for key, group in itertools.groupby(by_storage, key=lambda item: item[1].storage.key):
+        members = list(group)
+        data = record(key, members[0][1].storage.dtype)
+        for name, value in members:
+            if value.storage.start + value.storage.nbytes > len(data):
+                raise _less(name, value)
+            alone = len(members) == 1 and value.nbytes == len(data)
+            tensors[name] = _cut(data, value) if alone else _cut(data, value).clone()
+    return tensors
+
+
+def _less(name: str, tensor: StoredTensor) -> CheckpointError:
+    return CheckpointError(f"entry '{printable(name)}' claims shape {tensor.shape}, but the file holds less")
+
+
+def _cut(data: bytearray, tensor: StoredTensor) -> Tensor:
+    if 0 in tensor.shape:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    storage = tensor.storage
+    count = storage.nbytes // tensor.dtype.itemsize
+    elements = torch.frombuffer(data, dtype=tensor.dtype, count=count, offset=storage.start)
+    return elements.as_strided(tensor.shape, tensor.stride, tensor.offset)
+
+
+def _first_line(error: BaseException) -> str:
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -1,0 +1,394 @@
+"""Files of every kind are told by their content, and cost no more memory than their size explains."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pickles import archive, call, dictionary, name, number, text, together
+from safetensors.torch import save, save_file
+
+import agln_fast
+from agln_fast.errors import CheckpointError
+from agln_fast.models import weights_file
+from agln_fast.models.weights_file import read_safetensors, read_weights
+
+_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells and limits a process's memory")
+
+
+def _tensor(key: str, shape: tuple[int, ...], kind: str = "FloatStorage", elements: int | None = None) -> bytes:
+    """The pickle of a tensor of `shape` on record `key`, which claims to hold `elements` (None: as many)."""
+    claimed = int(np.prod(shape)) if elements is None else elements
+    storage = together(text("storage"), name("torch", kind), text(key), text("cpu"), number(claimed)) + b"Q"
+    strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
+    sizes, steps = (together(*map(number, values)) for values in (shape, strides))
+    return call(name("torch._utils", "_rebuild_tensor_v2"), storage, number(0), sizes, steps, b"\x89", b"}")
+
+
+@pytest.fixture(scope="module")
+def state(small_network):
+    return small_network("fpn_resnet18").state_dict()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".safetensors", ".bin", ""])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "packed anew", "safetensors"])
+def test_content_decides_not_the_suffix(kind, suffix, state, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
+    if kind == "packed anew":
+        with zipfile.ZipFile(path) as source:
+            entries = {entry: source.read(entry) for entry in source.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+            for entry, data in entries.items():
+                target.writestr(entry, data)
+    read, _ = read_weights(path)
+    assert list(read) == list(state) or kind == "safetensors"  # which sorts
+    assert {key: tensor.dtype for key, tensor in read.items()} == {key: tensor.dtype for key, tensor in state.items()}
+    assert all(torch.equal(read[key], tensor) for key, tensor in state.items())
+
+
+def test_a_header_length_that_looks_like_a_web_page_is_none(tmp_path):
+    data = save({"a": torch.zeros(2)}, metadata={"x": "y" * 100})
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    packed = json.dumps(header).encode().ljust(ord("<") + 256)
+    (tmp_path / "x.pth").write_bytes(struct.pack("<Q", len(packed)) + packed + bytes(8))
+    assert (tmp_path / "x.pth").read_bytes().startswith(b"<")
+    assert torch.equal(read_weights(tmp_path / "x.pth")[0]["a"], torch.zeros(2))
+
+
+def _tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as opened:
+        opened.addfile(tarfile.TarInfo("weights.pth"))
+    return file.getvalue()
+
+
+FOREIGN = {
+    "empty": (b"", "the file is empty, a truncated download or a full disk"),
+    "Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+        "a Git LFS pointer.*git lfs pull",
+    ),
+    "web page": (b"\xef\xbb\xbf\n <!DOCTYPE html><html>Sign in</html>", "a web page, not a checkpoint"),
+    "answer of a store": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
+    "gzip": (b"\x1f\x8b\x08\x00rest", "compressed with gzip"),
+    "HDF5": (b"\x89HDF\r\n\x1a\nrest", "an HDF5 file"),
+    "tar": (_tar(), "a tar archive, not a checkpoint: unpack it"),
+    "words": (b'{"message": "Not Found"}', "not a checkpoint of PyTorch"),
+    "other pickle": (b"\x80\x04K\x01.", "not a checkpoint of PyTorch"),
+    "start of a zip": (b"PK\x03\x04rest", "truncated: the end of the archive is missing"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_files_are_told_apart(case, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(FOREIGN[case][0])
+    expected = "truncated, damaged" if (case, suffix) in {("words", ".safetensors")} else FOREIGN[case][1]
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        agln_fast.load_checkpoint(path)
+    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_told(tmp_path):
+    torch.jit.trace(torch.nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 2, 2)).save(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="a TorchScript archive, which holds code"):
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (PermissionError(13, "Permission denied"), "no permission to read it"),
+        (OSError(5, "Input/output error"), r"cannot be read \(Input/output error\)"),
+        (FileNotFoundError(2, "gone"), "no such file"),
+    ],
+    ids=["permission", "disk", "gone since"],
+)
+def test_reasons_for_not_reading_are_told_apart(raised, message, tmp_path, monkeypatch):
+    """Not by `chmod`: for root nothing is forbidden."""
+    (tmp_path / "x.pth").write_bytes(b"x")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=message):
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_folder_that_must_not_be_entered_is_told(tmp_path, monkeypatch):
+    def refuse(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be found \(Permission denied\)"):
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+
+
+def test_big_endian_files_are_read(tmp_path):
+    values = np.array([1.5, -2], ">f4")
+    content = dictionary({"a": _tensor("0", (2,)), "b": _tensor("1", (1,), "HalfStorage")})
+    records = {"data/0": values.tobytes(), "data/1": np.array([0.5], ">f2").tobytes(), "byteorder": b"big"}
+    (tmp_path / "x.pth").write_bytes(archive(content, records))
+    read, _ = read_weights(tmp_path / "x.pth")
+    assert read["a"].tolist() == [1.5, -2]
+    assert read["b"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_views_get_memory_of_their_own(legacy, tmp_path):
+    whole = torch.arange(24.0)
+    views = {
+        "slice": whole[3:7],
+        "transposed": whole.view(4, 6).T,
+        "strided": whole.view(4, 6)[::2, 1],
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(3.0),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    torch.save({"state_dict": views}, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    read, _ = read_weights(tmp_path / "x.pth")
+    for key, tensor in views.items():
+        assert torch.equal(read[key], tensor), key
+        assert read[key].untyped_storage().nbytes() == tensor.numel() * 4, key
+    read["slice"].zero_()
+    assert torch.equal(read["transposed"], views["transposed"])
+
+
+def test_a_tensor_with_attributes_is_a_tensor(tmp_path):
+    weight = torch.ones(2)
+    weight.note = "pruned"
+    torch.save({"a": weight}, tmp_path / "x.pth")
+    assert torch.equal(read_weights(tmp_path / "x.pth")[0]["a"], weight)
+
+
+CLAIMS = {
+    "a record that is missing": (_tensor("7\x1b", (2,)), "its storage '7\\\\x1b' is missing"),
+    "a shape beyond its storage": (_tensor("0", (2, 3), elements=2), r"claims shape \(2, 3\), but the file holds less"),
+    "a storage beyond its record": (_tensor("0", (2, 3)), r"claims shape \(2, 3\), but the file holds less"),
+    "terabytes": (_tensor("0", (1 << 40,)), "the file holds less"),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_claims_that_the_file_does_not_keep(case, tmp_path):
+    tensor, message = CLAIMS[case]
+    (tmp_path / "x.pth").write_bytes(archive(dictionary({"a": tensor}), {"data/0": bytes(8)}))
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_many_names_of_one_storage_are_refused_and_two_are_not(tmp_path):
+    def of(names: int) -> Path:
+        content = dictionary({f"a.{i}": _tensor("0", (1000,)) for i in range(names)} | {"b": _tensor("1", (1,))})
+        (tmp_path / "x.pth").write_bytes(archive(content, {"data/0": bytes(4000), "data/1": bytes(4)}))
+        return tmp_path / "x.pth"
+
+    tied, _ = read_weights(of(2))
+    tied["a.0"].fill_(1)
+    assert not tied["a.1"].any()
+    with pytest.raises(CheckpointError, match="its 101 entries claim far more than the 2 storages hold"):
+        read_weights(of(100))
+    # Nor does it help to describe the storage differently each time.
+    content = dictionary({f"a.{i}": _tensor("0", (1000 - i,)) for i in range(3)})
+    (tmp_path / "x.pth").write_bytes(archive(content, {"data/0": bytes(4000)}))
+    with pytest.raises(CheckpointError, match="its 3 entries claim far more than the 1 storages hold"):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_safetensors_with_a_long_header_are_refused():
+    with pytest.raises(CheckpointError, match=r"^bundle: its header has 12 MiB"):
+        read_safetensors(struct.pack("<Q", 12 << 20) + b"{" + bytes(13 << 20), "bundle")
+
+
+NAMES = {
+    "of another type": (
+        lambda state: {**state, "a\x1b[2J": torch.zeros(1).to(torch.int8)},
+        r"entry 'a\\x1b\[2J' is not",
+    ),
+    "no tensor": (lambda state: {**state, "b\x07": 3}, r"entry 'b\\x07' is no tensor but int"),
+    "unexpected": (lambda state: {**state, "c\x1b]0;": torch.zeros(1)}, r"1 unexpected \(c\\x1b\]0;\)"),
+    "direction": (lambda state: {**state, "d\u202e": torch.zeros(1)}, r"1 unexpected \(d\\u202e\)"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("case", NAMES)
+def test_names_in_errors_are_escaped(case, legacy, state, tmp_path):
+    change, message = NAMES[case]
+    torch.save(change(state), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("change", ["truncated", "another file in its place", "deleted"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "half safetensors"])
+def test_nothing_refers_to_the_file_after_loading(kind, change, state, tmp_path):
+    path = tmp_path / "weights"
+    if "safetensors" in kind:
+        save_file({k: v.half() if "half" in kind and v.is_floating_point() else v for k, v in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
+    network = agln_fast.load_checkpoint(path)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    mapped = Path("/proc/self/maps")
+    assert not mapped.exists() or str(path) not in mapped.read_text()
+    if change == "deleted":
+        path.unlink()
+    else:
+        with path.open("r+b") as file:
+            file.truncate(16) if change == "truncated" else file.write(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+def _bombs() -> dict[str, tuple[bytes, str]]:
+    """Small files that ask for gigabytes -> what they are told."""
+    weights = {"a": _tensor("0", (2,))}
+    two = {"data/0": bytes(8)}
+    big = text("x" * (1 << 20)) + b"q\x00"
+    copied = call(name("_codecs", "encode"), b"h\x00", text("latin1"))
+    whole = archive(dictionary(weights), two)
+    start, stop = whole.index(b"PK\x01\x02"), whole.index(b"PK\x05\x06")
+    listed = whole[start:stop]
+    times = (6 << 20) // len(listed)
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, len(listed) * times, start, 0)
+    return {
+        "deflated zeros": (
+            archive(dictionary({"a": _tensor("0", (100 << 20,))}), {"data/0": bytes(400 << 20)}, zipfile.ZIP_DEFLATED),
+            "that unpacks to",
+        ),
+        "another compression": (
+            archive(dictionary(weights), two, zipfile.ZIP_LZMA),
+            "compressed in a way that PyTorch does not know",
+        ),
+        "list of entries": (whole[:start] + listed * times + end, "too many entries"),
+        "storage": (archive(dictionary({"a": _tensor("0", (1 << 38,))}), two), "holds less"),
+        "bytearray": (archive(call(name("builtins", "bytearray"), number(1 << 36)), two), "no state dict"),
+        "tensor": (archive(name("torch", "Tensor") + together(number(1 << 34)) + b"\x81", two), "no state dict"),
+        "copies of a text": (archive(big + b"]" + b"(" + copied * 2000 + b"e"), "no state dict"),
+        "place in the memo": (archive(b"]r\xff\xff\xff\xff"), "no state dict"),
+        "length of a text": (archive(b"X\xff\xff\xff\xffabc"), "more than 16 MiB beside the weights"),
+        "lists": (archive(b"]" * (15 << 20)), "more than 1,000,000 values"),
+        "marks": (archive(b"(" * (15 << 20)), "more than 1,000,000 values"),
+        "long pickle": (archive(b"N" * (60 << 20)), "more than 16 MiB beside the weights"),
+        "legacy storage": (_legacy_bomb(), "truncated"),
+    }
+
+
+def _legacy_bomb() -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()[:-16] + struct.pack("<Q", 1 << 40) + bytes(8)
+
+
+@_LINUX
+def test_small_files_cannot_ask_for_much_memory(tmp_path):
+    """In a process whose address space ends 400 MB above what the libraries need."""
+    bombs = _bombs()
+    for i, (data, _) in enumerate(bombs.values()):
+        (tmp_path / f"{i}.pth").write_bytes(data)
+    script = textwrap.dedent("""
+        import resource, sys
+        from pathlib import Path
+        from agln_fast.errors import CheckpointError
+        from agln_fast.models.checkpoint import load_checkpoint
+
+        load_checkpoint("fpn_nano")
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)
+        for i in range(int(sys.argv[2])):
+            try:
+                load_checkpoint(f"{sys.argv[1]}/{i}.pth")
+                print("loaded", flush=True)
+            except CheckpointError as error:
+                print(error, flush=True)
+    """)
+    command = [sys.executable, "-c", script, tmp_path, str(len(bombs))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for (case, (_, message)), line in zip(bombs.items(), ran.stdout.splitlines(), strict=True):
+        assert message in line, case
+
+
+@_LINUX
+def test_loading_takes_three_times_the_file(small_network, tmp_path):
+    """The peak of each load in a process of its own, with an optimizer's state beside the weights or half precision."""
+    state = small_network("fpn_resnet18", width=0.75, channels=64).state_dict()
+    half = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    paths = [tmp_path / kind for kind in ("zip", "half zip", "legacy", "safetensors", "half safetensors")]
+    torch.save({"state_dict": state, "optimizer": [tensor + 1 for tensor in state.values()]}, paths[0])
+    torch.save(half, paths[1])
+    torch.save(state, paths[2], _use_new_zipfile_serialization=False)
+    save_file(state, paths[3])
+    save_file(half, paths[4])
+    script = textwrap.dedent("""
+        import re, sys
+        from pathlib import Path
+        from agln_fast.models.checkpoint import load_checkpoint
+
+        def peak():
+            return int(re.search("VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+        load_checkpoint("fpn_nano")
+        for path in sys.argv[1:]:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = peak()
+            load_checkpoint(path)
+            print(peak() - before)
+    """)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *paths], capture_output=True, text=True, timeout=300, check=True
+    )
+    for path, peak in zip(paths, ran.stdout.split(), strict=True):
+        assert path.stat().st_size > 10 << 20
+        assert int(peak) < 3 * path.stat().st_size + (8 << 20), path.name
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damage_anywhere_is_told_in_one_line(kind, tmp_path):
+    content = {"a.b": torch.ones(2), "a.c": torch.ones(3, dtype=torch.float16)}
+    path, whole = tmp_path / "x.pth", io.BytesIO()
+    torch.save({"model": content, "best": np.float16(1)}, whole, _use_new_zipfile_serialization=kind != "legacy")
+    good = save(content, metadata={"agln_fast.config": "{}"}) if kind == "safetensors" else whole.getvalue()
+    chance = random.Random(0)
+    messages = []
+    for _ in range(500):
+        data = bytearray(good)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(len(data))] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
+        path.write_bytes(data[: chance.choice([len(data), len(data), chance.randrange(len(data))])])
+        try:
+            read_weights(path)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 200
+    assert all(message.isprintable() for message in messages)
+
+
+def test_running_out_of_memory_is_told(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    (tmp_path / "x.pth").write_bytes(archive(dictionary({"a": _tensor("0", (2,))}), {"data/0": bytes(8)}))
+    monkeypatch.setattr(weights_file, "_exactly", refuse)
+    with pytest.raises(CheckpointError, match="needs more memory than there is"):
+        read_weights(tmp_path / "x.pth")

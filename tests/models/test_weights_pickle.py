@@ -1,0 +1,262 @@
+"""What a pickle names is never called, never imported, and costs no more memory than its size explains."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import pathlib
+import pickle
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pickles import archive, call, dictionary, name, number, pickled, text, together
+
+import agln_fast
+from agln_fast.errors import CheckpointError
+from agln_fast.models import weights_pickle
+from agln_fast.models.weights_pickle import Inert, printable, read_pickle
+
+FLOATS = ("float16", "float32", "float64", "longdouble", "complex64", "complex128", "clongdouble")
+INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+BESIDE = {
+    **{kind: np.ones((), kind)[()] for kind in FLOATS + INTEGERS},
+    "big endian": np.ones((), ">f4")[()],
+    "str_": np.str_("naïve"),
+    "bytes_": np.bytes_(b"\xff\x00"),
+    "datetime64": np.datetime64("2021-06-01T12:00"),
+    "timedelta64": np.timedelta64(3, "h"),
+    "structure": np.zeros((), "f4,i2")[()],
+    "array of no dimension": np.array(0.5),
+    "array": np.arange(6, dtype="i2").reshape(2, 3),
+    "Fortran order": np.zeros((3, 2), order="F"),
+    "array of words": np.array(["road", "sky"]),
+    "type": np.float32,
+    "dtype": np.dtype("f8"),
+    "random state": np.random.RandomState(0).get_state(),
+    "settings": argparse.Namespace(lr=0.1, out=pathlib.PurePosixPath("runs")),
+    "default": collections.defaultdict(list, {"loss": [0.5]}),
+    "queue": collections.deque([1.0], 20),
+    "bytes": b"\xff",
+    "set": {1, 2},
+    "tuples as keys": {(0, 1): 0.5},
+    "size": torch.Size([2]),
+    "device": torch.device("cpu"),
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0), "momentum": torch.zeros(2)}}, "groups": [{"lr": 0.1}]},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_stands_beside_weights_is_read_without_calling_numpy(protocol, beside):
+    calls = []
+    file = io.BytesIO()
+    torch.save({"a": BESIDE[beside], "b": 7}, file, pickle_protocol=protocol)
+    with zipfile.ZipFile(file) as opened:
+        data = opened.read("archive/data.pkl")
+    sys.setprofile(lambda _, event, function: calls.append(function) if event == "c_call" else None)
+    try:
+        read = read_pickle(io.BytesIO(data))
+    finally:
+        sys.setprofile(None)
+    assert read["b"] == 7
+    assert len(calls) > 10
+    called = {getattr(function, "__module__", None) or type(function.__self__).__module__ for function in calls}
+    assert called <= {"builtins", "_io", "_struct", "sys", "math"}
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+@pytest.mark.parametrize("kind", ["f2", "i1", "b1", "U3"])
+def test_both_names_of_numpys_scalar_are_known(kind, module):
+    dtype = call(name("numpy", "dtype"), text(kind), b"\x89", b"\x88")
+    dtype += together(number(3), text("<"), b"N", b"N", b"N", number(-1), number(-1), number(0)) + b"b"
+    scalar = call(name(module, "scalar"), dtype, call(name("_codecs", "encode"), text("\x00<"), text("latin1")))
+    assert isinstance(read_pickle(io.BytesIO(pickled(scalar))), Inert)
+
+
+def test_pickles_of_python_2_are_read():
+    pairs = b"](](U\x01a" + number(1) + b"e](U\x01\xff" + number(2) + b"ee"
+    body = call(name("collections", "OrderedDict"), pairs)
+    assert read_pickle(io.BytesIO(pickled(body))) == {"a": 1, "\ufffd": 2}
+    assert read_pickle(io.BytesIO(pickled(call(name("__builtin__", "set"), b"]")))) == Inert("builtins.set")
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute"),
+    [
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("__builtin__", "getattr"),
+        ("torch", "load"),
+        ("torch", "_dynamo"),
+        ("torch.nn.modules.linear", "Linear"),
+        ("numpy", "load"),
+        ("numpy.testing", "dtype"),
+        ("copyreg", "_reconstructor"),
+        ("torch\x1b[2J", "\u202esystem"),
+    ],
+)
+def test_all_other_names_are_refused_and_nothing_is_imported(module, attribute):
+    loaded = set(sys.modules)
+    with pytest.raises(CheckpointError, match="refused: besides weights it wants to load") as caught:
+        read_pickle(io.BytesIO(pickled(call(name(module, attribute), text("x")))))
+    assert str(caught.value).isprintable()
+    assert set(sys.modules) == loaded
+
+
+MALFORMED = {
+    "nothing on the stack": b"R",
+    "call of a value": number(1) + together() + b"R",
+    "call without tuple": name("numpy", "dtype") + b"]R",
+    "mark missing": b"t",
+    "item of a number": number(1) + text("a") + text("b") + b"s",
+    "odd items": b"}(" + text("a") + b"u",
+    "unknown memo": b"h\x07",
+    "unknown code": b"\xff",
+    "storage of nothing": together(text("storage")) + b"Q",
+    "storage of a function": together(text("storage"), name("numpy", "dtype"), text("0"), text("cpu"), number(1))
+    + b"Q",
+    "negative storage": together(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(-1))
+    + b"Q",
+    "module by id": together(text("module"), name("torch", "Tensor"), text("a"), text("b")) + b"Q",
+    "tensor of too little": call(name("torch._utils", "_rebuild_tensor_v2"), text("x")),
+    "text that is none": b"X\x01\x00\x00\x00\xff",
+    "a type in a type": call(
+        name("torch._tensor", "_rebuild_from_type_v2"),
+        name("torch._tensor", "_rebuild_from_type_v2"),
+        name("torch", "Tensor"),
+        together(),
+        b"}",
+    ),
+    "nothing at the end": b"",
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_pickles_are_told(case):
+    with pytest.raises(CheckpointError, match=r"^truncated, damaged, or not a checkpoint of PyTorch$"):
+        read_pickle(io.BytesIO(pickled(MALFORMED[case])))
+
+
+def test_a_pickle_that_ends_early_is_told_wherever_it_ends():
+    data = pickle.dumps({"a": [0.5, None, "x"], "b": np.float32(1)}, protocol=4)
+    for length in range(len(data)):
+        with pytest.raises(CheckpointError, match="truncated"):
+            read_pickle(io.BytesIO(data[:length]))
+
+
+@pytest.mark.parametrize("shape", [(-1,), (1 << 70,), (2,) * 9, (True,)], ids=["negative", "huge", "9-d", "bool"])
+def test_impossible_shapes_are_told(shape):
+    storage = together(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(1)) + b"Q"
+    sizes = together(*(b"\x88" if n is True else number(n) for n in shape))
+    strides = together(*(number(1) for _ in shape))
+    tensor = call(name("torch._utils", "_rebuild_tensor_v2"), storage, number(0), sizes, strides, b"\x89", b"}")
+    with pytest.raises(CheckpointError, match="not a checkpoint of PyTorch"):
+        read_pickle(io.BytesIO(pickled(tensor)))
+
+
+def test_more_values_and_bytes_than_any_training_writes_are_refused(monkeypatch):
+    monkeypatch.setattr(weights_pickle, "_MOST_STEPS", 1000)
+    with pytest.raises(CheckpointError, match="more than 1,000 values beside the weights"):
+        read_pickle(io.BytesIO(pickled(b"]" * 2000)))
+    # A list that is named again costs two bytes, and would be copied by each call.
+    pairs = b"](" + b"](NNeq\x01" + b"h\x01" * 90 + b"eq\x000"
+    again = name("collections", "OrderedDict") + b"(h\x00tR0"
+    read_pickle(io.BytesIO(pickled(pairs + again + b"N")))
+    with pytest.raises(CheckpointError, match="more than 1,000 values"):
+        read_pickle(io.BytesIO(pickled(pairs + again * 15 + b"N")))
+    monkeypatch.setattr(weights_pickle, "MOST_PICKLE_BYTES", 1 << 20)
+    with pytest.raises(CheckpointError, match="more than 1 MiB beside the weights"):
+        read_pickle(io.BytesIO(pickled(text("x" * (1 << 20)))))
+
+
+def test_what_is_printed_has_no_control_characters():
+    assert printable("encoder.conv1") == "encoder.conv1"
+    assert printable("größe") == "größe"
+    assert printable("\x1b[31m\r\n\u202e\ud800") == "\\x1b[31m\\r\\n\\u202e\\ud800"
+    assert printable("x" * 1000) == "x" * 200 + "…"
+
+
+def _crashing() -> bytes:
+    """A structured dtype with an object where the file says a number is: NumPy follows the number as a pointer."""
+
+    def dtype(kind: bytes, *state: bytes) -> bytes:
+        return call(name("numpy", "dtype"), kind, b"\x89", b"\x88") + together(*state) + b"b"
+
+    pointer = call(name("numpy", "dtype"), text("O"), b"\x89", b"\x88")
+    field = dtype(
+        text("f8"),
+        number(3),
+        text("<"),
+        together(pointer, together(number(1))),
+        b"N",
+        b"N",
+        number(-1),
+        number(-1),
+        number(1),
+    )
+    kind = dictionary(
+        {
+            "names": b"](" + text("a") + b"e",
+            "formats": b"](" + field + b"e",
+            "offsets": b"](" + number(0) + b"e",
+            "itemsize": number(8),
+        }
+    )
+    address = call(name("_codecs", "encode"), text("@AAAAAAA"), text("latin1"))
+    scalar = call(name("numpy.core.multiarray", "scalar"), call(name("numpy", "dtype"), kind), address)
+    return dictionary({"state_dict": dictionary({"a": call(name("torch", "Size"), scalar)})})
+
+
+def test_files_that_crash_other_readers_are_refused(tmp_path):
+    """In a process of its own, because a crash is a signal: each file, and thousands of damaged ones."""
+    deep = b"}" + b")" + b"\x85" * 500_000 + b"Ns"  # the hash of a key: recursion in C
+    nested = b"](" * 300_000 + b"e" * 300_000
+    (tmp_path / "dtype.pth").write_bytes(archive(_crashing()))
+    (tmp_path / "deep.pth").write_bytes(archive(deep))
+    (tmp_path / "nested.pth").write_bytes(archive(nested))
+    torch.save({"a": torch.ones(3), "b": {"c": np.float16(1), "d": np.zeros(2)}}, tmp_path / "good.pth")
+    script = textwrap.dedent("""
+        import random, sys
+        from pathlib import Path
+        from agln_fast.errors import CheckpointError
+        from agln_fast.models.checkpoint import load_checkpoint
+        from agln_fast.models.weights_pickle import read_pickle
+        import io, zipfile
+
+        for case in sorted(Path(sys.argv[1]).glob("*.pth")):
+            try:
+                load_checkpoint(case)
+            except CheckpointError as error:
+                print(case.stem, str(error).count("\\n"), flush=True)
+        random.seed(0)
+        for source in (sys.argv[1] + "/dtype.pth", sys.argv[1] + "/good.pth"):
+            with zipfile.ZipFile(source) as opened:
+                whole = opened.read(opened.namelist()[0])
+            for _ in range(5000):
+                data = bytearray(whole)
+                for _ in range(random.randint(1, 8)):
+                    data[random.randrange(len(data))] = random.randrange(256)
+                try:
+                    read_pickle(io.BytesIO(data))
+                except CheckpointError as error:
+                    assert str(error).isprintable()
+        print("done")
+    """)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.split("\n") == ["deep 0", "dtype 0", "good 0", "nested 0", "done", ""]
+
+
+def test_weights_load_with_numpys_scalars_beside_them(small_network, tmp_path: Path):
+    path = tmp_path / "best.pth.tar"
+    torch.save({"state_dict": small_network("fpn_resnet18").state_dict(), "beside": BESIDE}, path)
+    assert agln_fast.load_checkpoint(path).config.architecture == "fpn"
