@@ -234,6 +234,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 def _open(path: Path) -> Bundle:
     values = read_manifest(path)
+    _require(path, _SUMS)
     try:
         manifest = Manifest.from_dict(values, path)
     except AglnError as error:
@@ -264,13 +265,16 @@ def read_manifest(path: Path) -> Any:
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such bundle"
         raise BundleError(f"{path}: {what}; a bundle is the folder NAME.agln that `agln-fast build` writes")
-    for name in (_MANIFEST, _SUMS):
-        if not (path / name).is_file():
-            raise BundleError(f"{path}: not a bundle, or a damaged one: there is no {name}; {_REBUILD}")
+    _require(path, _MANIFEST)
     try:
         return json.loads((path / _MANIFEST).read_bytes())
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: manifest.json is damaged ({error}); {_REBUILD}") from None
+
+
+def _require(path: Path, name: str) -> None:
+    if not (path / name).is_file():
+        raise BundleError(f"{path}: not a bundle, or a damaged one: there is no {name}; {_REBUILD}")
 
 
 def check_schema(values: Any) -> int:

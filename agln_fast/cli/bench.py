@@ -48,6 +48,7 @@ def bench(
     from datetime import UTC, datetime
 
     from agln_fast.backends import check_threads
+    from agln_fast.backends.driver import check_driver
     from agln_fast.bench import arguments
     from agln_fast.bench.results_file import Results, load_results, save_results, write_csv
     from agln_fast.cli.places import check_file
@@ -68,6 +69,7 @@ def bench(
     if figures is not None:
         _check_figures(figures)
     plan_choice = read_plan(plan)
+    check_driver(device)
 
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.bench import networks as registry

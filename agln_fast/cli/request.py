@@ -19,6 +19,7 @@ def check_engine(backend: str, precision: str | None, device: str | None, thread
         BackendError: a GPU is asked for, and there is no driver of one.
     """
     from agln_fast.backends import check_backend, check_device, check_threads
+    from agln_fast.backends.driver import check_driver
     from agln_fast.contract import check_precision
 
     if backend != "auto":
@@ -27,6 +28,7 @@ def check_engine(backend: str, precision: str | None, device: str | None, thread
         check_precision(precision)
     check_device(device)
     check_threads(threads)
+    check_driver(device)
 
 
 def open_matching(path: Path, backend: str, precision: str | None, device: str | None, threads: int | None) -> Bundle:

@@ -34,7 +34,7 @@ def images(tmp_path):
 def test_every_verb_has_help(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    verbs = ("build", "run", "bench", "verify", "eval", "train", "scenes", "visualize", "inspect", "doctor")
+    verbs = ("build", "rebuild", "run", "bench", "verify", "eval", "train", "scenes", "visualize", "inspect", "doctor")
     for verb in verbs:
         assert verb in out
         code, text, _ = cli(verb, "--help")

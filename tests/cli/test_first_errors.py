@@ -56,6 +56,13 @@ CASES = [
     (f"{BUILD} --samples {{there}}", 4, "none of its"),
     (f"{BUILD} --min-agreement 2", 2, "must be from 0 to 1"),
     (f"{BUILD} --threads 0", 2, "threads 0"),
+    ("rebuild nothing.agln", 5, "no such bundle"),
+    ("rebuild {there}", 5, "not a bundle"),
+    ("rebuild {bundle} -o {bundle}", 2, "exists already"),
+    ("rebuild {bundle} -o {new}/x.agln", 2, "there is no folder"),
+    ("rebuild {bundle} --samples {new}", 4, "no such file"),
+    ("rebuild {bundle} --min-agreement 2", 2, "must be from 0 to 1"),
+    ("rebuild {bundle} --threads 0", 2, "threads 0"),
     ("run nothing.agln {image} -o {new}", 5, "no such bundle"),
     ("run {there} {image} -o {new}", 5, "not a bundle"),
     ("run {bundle} {new}.png -o {new}", 4, "no such file"),
@@ -67,6 +74,7 @@ CASES = [
     (f"{RUN} --precision bf16 --backend torch", 5, "no torch engine in bf16"),
     (f"{RUN} --device gpu", 2, "unknown device 'gpu'"),
     (f"{RUN} --device cuda:x", 2, "did you mean 'cuda'"),
+    (f"{RUN} --device cuda:1", 6, "device 'cuda:1': this machine has no driver"),
     (f"{RUN} --threads 100000", 2, "threads 100000"),
     ("verify nothing.agln", 5, "no such bundle"),
     ("verify {bundle} --samples {new}", 4, "no such file"),
@@ -141,6 +149,7 @@ CASES = [
     ("bench --target gpu", 2, "unknown target 'gpu'"),
     ("bench --target cpu --target cuda", 2, "one after the other"),
     ("bench --device warp", 2, "unknown device 'warp'"),
+    ("bench --target cuda", 6, "device 'cuda': this machine has no driver"),
     ("bench --plan nothing.json", 2, "plan nothing.json: cannot be read"),
     ("bench --iters 0", 2, "iters 0"),
     ("bench --threads 0", 2, "threads 0"),
@@ -155,7 +164,7 @@ CASES = [
 
 # Runs in an interpreter of its own, all calls one after the other.
 CALLER = """
-import contextlib, importlib.abc, io, json, sys
+import contextlib, importlib.abc, io, json, pathlib, platform, sys
 
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -163,6 +172,9 @@ class Block(importlib.abc.MetaPathFinder):
             raise RuntimeError("torch was imported")
 
 sys.meta_path.insert(0, Block())
+from agln_fast.backends import driver
+driver._LIBRARIES = {platform.system(): "no_such_library"}
+driver._ROCM = pathlib.Path("no such file")
 from agln_fast.cli import app, console
 
 answers = []
