@@ -63,7 +63,7 @@ def build(
     precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto",
     targets: str | Sequence[str] = ("cpu",),
     plan: Literal["auto", "none"] | Plan = "auto",
-    batch: int | tuple[int, int] = 1,
+    batch: int | tuple[int, int] | str = 1,
     layout: Layout = "uint8_nhwc",
     output: Output = "labels",
     resize: Resize = "stretch",
@@ -93,7 +93,7 @@ def build(
         targets: of `agln_fast.export.options.TARGETS`; "cuda" is the fused runtime on any CUDA device.
         plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`),
             "none", or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
-        batch: images a run, or (smallest, largest).
+        batch: images a run, or (smallest, largest), or "SMALLEST..LARGEST".
         layout, output, resize, mean, std: see `IOContract`.
         classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
         config: what the network is, where the checkpoint cannot tell.
