@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from agln_fast.data.classes import ClassSet
     from agln_fast.errors import AglnError
     from agln_fast.export.build import build
+    from agln_fast.export.rebuild import rebuild
     from agln_fast.export.tune import tune
     from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
     from agln_fast.models.config import ModelConfig, list_models
@@ -45,6 +46,7 @@ _HOMES = {
     "load_backbone": "models.checkpoint",
     "load_checkpoint": "models.checkpoint",
     "open_bundle": "bundle",
+    "rebuild": "export.rebuild",
     "save_checkpoint": "models.checkpoint",
     "tune": "export.tune",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "load_backbone",
     "load_checkpoint",
     "open_bundle",
+    "rebuild",
     "save_checkpoint",
     "tune",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -25,8 +26,11 @@ __all__ = [
     "Manifest",
     "PlanChosenBy",
     "Verification",
+    "check_schema",
     "open_bundle",
+    "read_manifest",
     "seal",
+    "sha256",
 ]
 
 SCHEMA_VERSION = 2
@@ -115,16 +119,17 @@ class Manifest:
         return plain
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Manifest:
-        """The inverse of `to_dict`.
+    def from_dict(cls, values: dict[str, Any], path: str | os.PathLike[str] = "OLD.agln") -> Manifest:
+        """The inverse of `to_dict`. `path` is that of the bundle, for messages.
 
         Raises:
             BundleError: another schema version, or it breaks the schema (the message names the place).
         """
-        found = values.get("schema_version") if isinstance(values, dict) else None
+        found = check_schema(values)
         if found != SCHEMA_VERSION:
             raise BundleError(
-                f"manifest has schema version {found!r}, this agln-fast reads {SCHEMA_VERSION}; {_REBUILD}"
+                f"manifest has the older schema {found}, this agln-fast reads {SCHEMA_VERSION}; "
+                f"rebuild it from its own weights: agln-fast rebuild {shlex.quote(os.fspath(path))}"
             )
         # Imported here: networks in memory are run without it, on machines that have not got it.
         from jsonschema import Draft202012Validator
@@ -188,13 +193,30 @@ class Bundle:
         known = [engine.name for engine in self.manifest.engines]
         raise BundleError(f"{self.path}: no engine {name!r}{did_you_mean(name, known)}; it has {', '.join(known)}")
 
+    def matching(self, backend: str = "auto", precision: str | None = None) -> tuple[EngineRecord, ...]:
+        """The engines of `backend` ("auto" for any) in `precision` (None for any); at least one.
+
+        Raises:
+            BundleError: there is none; the message lists those that there are.
+        """
+        engines = tuple(
+            engine
+            for engine in self.manifest.engines
+            if backend in ("auto", engine.backend) and precision in (None, engine.precision)
+        )
+        if not engines:
+            known = [engine.name for engine in self.manifest.engines]
+            wanted = f"{backend} engine" + (f" in {precision}" if precision else "")
+            raise BundleError(f"{self.path}: no {wanted}{did_you_mean(backend, known)}; it has {', '.join(known)}")
+        return engines
+
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:
     """Write `manifest.json`, with the sha256 of every file of `folder` in it, and `SHA256SUMS`; return the manifest."""
-    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = replace(manifest, files=files)
     (folder / _MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
-    (folder / _SUMS).write_text(_sums({**files, _MANIFEST: _sha256(folder / _MANIFEST)}))
+    (folder / _SUMS).write_text(_sums({**files, _MANIFEST: sha256(folder / _MANIFEST)}))
     return manifest
 
 
@@ -211,29 +233,21 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def _open(path: Path) -> Bundle:
-    if not path.is_dir():
-        what = "not a folder" if path.exists() else "no such bundle"
-        raise BundleError(f"{path}: {what}; a bundle is the folder NAME.agln that `agln-fast build` writes")
-    for name in (_MANIFEST, _SUMS):
-        if not (path / name).is_file():
-            raise BundleError(f"{path}: not a bundle, or a damaged one: there is no {name}; {_REBUILD}")
+    values = read_manifest(path)
+    _require(path, _SUMS)
     try:
-        values = json.loads((path / _MANIFEST).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: manifest.json is damaged ({error}); {_REBUILD}") from None
-    try:
-        manifest = Manifest.from_dict(values)
+        manifest = Manifest.from_dict(values, path)
     except AglnError as error:
         raise BundleError(f"{path}: {error}") from None
 
     unlisted = [engine.file for engine in manifest.engines if engine.file not in manifest.files]
     if unlisted:
         raise BundleError(f"{path}: the manifest gives no hash for {unlisted[0]}; {_REBUILD}")
-    actual = {_MANIFEST: _sha256(path / _MANIFEST)}
+    actual = {_MANIFEST: sha256(path / _MANIFEST)}
     for name, expected in manifest.files.items():
         if not (path / name).is_file():
             raise BundleError(f"{path}: {name} is missing; copy the bundle again or {_REBUILD}")
-        actual[name] = _sha256(path / name)
+        actual[name] = sha256(path / name)
         if actual[name] != expected:
             raise BundleError(f"{path}: {name} was changed after the build; copy the bundle again or {_REBUILD}")
     if (path / _SUMS).read_bytes() != _sums(actual).encode():
@@ -241,10 +255,50 @@ def _open(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
+def read_manifest(path: Path) -> Any:
+    """What `manifest.json` of the bundle at `path` holds, of whatever schema.
+
+    Raises:
+        BundleError: not a bundle, or no JSON.
+        OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        what = "not a folder" if path.exists() else "no such bundle"
+        raise BundleError(f"{path}: {what}; a bundle is the folder NAME.agln that `agln-fast build` writes")
+    _require(path, _MANIFEST)
+    try:
+        return json.loads((path / _MANIFEST).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: manifest.json is damaged ({error}); {_REBUILD}") from None
+
+
+def _require(path: Path, name: str) -> None:
+    if not (path / name).is_file():
+        raise BundleError(f"{path}: not a bundle, or a damaged one: there is no {name}; {_REBUILD}")
+
+
+def check_schema(values: Any) -> int:
+    """The schema version of a manifest, which this agln-fast reads, or rebuilds from.
+
+    Raises:
+        BundleError: it is newer, or none.
+    """
+    found = values.get("schema_version") if isinstance(values, dict) else None
+    if type(found) is not int or found < 1:
+        raise BundleError(f"manifest has schema version {str(found)[:40]!r}: it is not of agln-fast; {_REBUILD}")
+    if found > SCHEMA_VERSION:
+        raise BundleError(
+            f"written by a newer agln-fast (schema {str(found)[:40]}, this one reads {SCHEMA_VERSION}); upgrade: "
+            "pip install --upgrade agln-fast"
+        )
+    return found
+
+
 def _sums(hashes: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

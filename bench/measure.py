@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from agln_fast.backends import check_threads
 from agln_fast.backends.base import Array
+from agln_fast.bench.arguments import check_counts
 from agln_fast.bench.contestants import CONTESTANTS, contestant
 from agln_fast.bench.memory import device_memory, peak_memory
 from agln_fast.bench.roofline import product_rate
@@ -25,7 +26,7 @@ from agln_fast.bench.workshop import Opened, PlanChoice, Recipe, Workshop
 from agln_fast.contract import IOContract, Precision
 from agln_fast.data.dataset import Sample
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
-from agln_fast.errors import AglnError, BackendError, ConfigError
+from agln_fast.errors import AglnError, BackendError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.complexity import complexity
@@ -114,8 +115,7 @@ def measure(
         BackendError: none of them can run here.
     """
     options = options or Options()
-    if options.warmup < 0 or options.iters < 1:
-        raise ConfigError(f"warmup {options.warmup}, iters {options.iters}: need at least 0 and 1")
+    check_counts(options.warmup, options.iters)
     left_out, able = [], []
     for entry in entries:
         obstacle = contestant(entry.contestant).obstacle(entry.precision, options.device)

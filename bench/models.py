@@ -34,8 +34,9 @@ from agln_fast.bench.timing import capture, elapsed_ms
 from agln_fast.bench.weights import random_network
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
-from agln_fast.models.checkpoint import list_checkpoints, load_checkpoint
+from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.models.shipped import list_checkpoints
 from agln_fast.plan.convolution import choose_convolutions
 from agln_fast.plan.fuse import fuse
 from agln_fast.runtime.verify import sample_images

@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast, get_args
+from typing import cast
 
 from rich.progress import Progress
 
+from agln_fast.bench.arguments import check_ladder, check_precisions
 from agln_fast.bench.contestants import CONTESTANTS
 from agln_fast.bench.ladder import best_plan, default_rungs, ladder
 from agln_fast.bench.measure import Case, Entry, Measured, Options
 from agln_fast.bench.scaling import scale
 from agln_fast.contract import Precision
-from agln_fast.errors import ConfigError, did_you_mean
 
 __all__ = [
-    "BUDGET_S",
-    "DEFAULT_NETWORKS",
     "NOTHING",
     "by_reason",
-    "choose_device",
     "choose_entries",
     "measure_ladder",
     "measure_scaling",
 ]
 
-DEFAULT_NETWORKS = ("fpn_resnet50", "agln_resnet50", "agln_lite_resnet50")
-BUDGET_S = 270.0
-"""Wall clock of a run that is not full, which takes five minutes with all that comes before and after."""
-
 NOTHING = Measured((), ())
-
-_TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
-
-
-def choose_device(targets: Sequence[str], device: str | None = None) -> str:
-    """`device` itself; None for where the targets run.
-
-    Raises:
-        ConfigError: an unknown target, or targets of two devices.
-    """
-    for target in targets:
-        if target not in _TARGETS:
-            raise ConfigError(
-                f"unknown target {target!r}{did_you_mean(target, _TARGETS)}; known: {', '.join(_TARGETS)}"
-            )
-    kinds = {"cpu" if target == "cpu" else "cuda" for target in targets}
-    if device is None and len(kinds) != 1:
-        raise ConfigError(f"targets {', '.join(targets)}: measure those of the CPU and of the GPU one after the other")
-    return device or kinds.pop()
 
 
 def choose_entries(
@@ -68,11 +42,7 @@ def choose_entries(
     Raises:
         ConfigError: an unknown precision.
     """
-    asked = [precision] if isinstance(precision, str) else list(precision)
-    known = ["auto", *get_args(Precision)]
-    for kind in asked:
-        if kind not in known:
-            raise ConfigError(f"unknown precision {kind!r}{did_you_mean(kind, known)}; known: {', '.join(known)}")
+    asked = check_precisions(precision)
     taking_part, left_out = [], []
     for contestant in CONTESTANTS.values():
         for kind in contestant.precisions:
@@ -108,8 +78,7 @@ def measure_ladder(
     Raises:
         ConfigError: not on the CPU, where OpenVINO is.
     """
-    if options.device != "cpu":
-        raise ConfigError(f"a ladder is of OpenVINO, which runs on the CPU: leave --ladder out on {options.device}")
+    check_ladder(options.device)
     case = _first(cases)
     peers = [row for row in found.rows if row.network == case.network and not row.ours and row.precision == "fp32"]
     best = min(peers, key=lambda row: row.median_ms, default=None)

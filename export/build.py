@@ -60,10 +60,10 @@ def build(
     path: str | os.PathLike[str],
     *,
     size: tuple[int, int] | str = (512, 512),
-    precision: str | Sequence[str] = "auto",
+    precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto",
     targets: str | Sequence[str] = ("cpu",),
     plan: Literal["auto", "none"] | Plan = "auto",
-    batch: int | tuple[int, int] = 1,
+    batch: int | tuple[int, int] | str = 1,
     layout: Layout = "uint8_nhwc",
     output: Output = "labels",
     resize: Resize = "stretch",
@@ -86,13 +86,14 @@ def build(
         checkpoint: a file that `load_checkpoint` reads, or a network.
         path: the folder to write; ".agln" is appended unless it is there.
         size: (height, width) of the engine's input in pixels, or "HxW".
-        precision: "fp32", "fp16", "bf16", "int8", "auto", or several. "auto" is fp16 on GPUs; on the CPU it is fp32,
-            bf16 where the CPU has it, and int8 where NNCF is installed and it costs at most half a point of mIoU on
-            Scenes, which takes a network of Scenes' classes. `load` takes the fastest.
+        precision: "fp32", "fp16", "bf16", "int8", "auto", or several, or a mapping from each target to these. "auto" is
+            fp16 on GPUs; on the CPU it is fp32, bf16 where the CPU has it, and int8 where NNCF is installed and it
+            costs at most half a point of mIoU on Scenes, which takes a network of Scenes' classes. `load` takes the
+            fastest.
         targets: of `agln_fast.export.options.TARGETS`; "cuda" is the fused runtime on any CUDA device.
         plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`),
             "none", or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
-        batch: images a run, or (smallest, largest).
+        batch: images a run, or (smallest, largest), or "SMALLEST..LARGEST".
         layout, output, resize, mean, std: see `IOContract`.
         classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
         config: what the network is, where the checkpoint cannot tell.
@@ -130,11 +131,11 @@ def build(
         overwrite=overwrite,
     )
     contract, destination = options.contract, options.destination
-    wanted = _plan_engines(options.targets, options.precisions)
+    wanted = _plan_engines(options.precisions)
     capabilities = {
         flavour: resolve_capabilities(flavour, compute_capabilities if flavour == "tensorrt-rtx" else ())
         for flavour in get_args(Flavour)
-        if flavour in options.targets
+        if flavour in options.precisions
     }
     steps = _Steps(progress)
 
@@ -267,10 +268,10 @@ class _Wanted:
         )
 
 
-def _plan_engines(targets: Sequence[str], precisions: Sequence[str]) -> list[_Wanted]:
-    """Every engine that `targets` and `precision` ask for; the reference weights can always be run by torch."""
+def _plan_engines(asked: Mapping[str, Sequence[str]]) -> list[_Wanted]:
+    """Every engine that the precisions of each target ask for; the reference weights can always be run by torch."""
     wanted = []
-    for target in targets:
+    for target, precisions in asked.items():
         for kind in cast(list[Precision], _resolve(target, precisions)):
             if target == "cuda":
                 wanted.append(_Wanted("fused", kind, target, None))

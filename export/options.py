@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +38,13 @@ _DATA_CENTRE = ("sm90", "sm100", "sm103")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What was asked of a build, in one form; `precisions` are those of `Precision`, or "auto"."""
+    """What was asked of a build, in one form.
+
+    precisions: of each target, each one of `Precision`, or "auto".
+    """
 
     contract: IOContract
-    targets: tuple[str, ...]
-    precisions: tuple[str, ...]
+    precisions: dict[str, tuple[str, ...]]
     destination: Path
 
 
@@ -49,7 +52,7 @@ def check_options(
     path: str | os.PathLike[str],
     *,
     size: tuple[int, int] | str = (512, 512),
-    precision: str | Sequence[str] = "auto",
+    precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto",
     targets: str | Sequence[str] = ("cpu",),
     plan: Literal["auto", "none"] | Plan = "auto",
     batch: int | tuple[int, int] | str = 1,
@@ -77,10 +80,15 @@ def check_options(
         *parse_size(size), *parse_batch(batch), layout=layout, output=output, resize=resize, mean=mean, std=std
     )
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    precisions = (precision,) if isinstance(precision, str) else tuple(precision)
-    for kind in precisions:
+    if isinstance(precision, Mapping):
+        if set(precision) != set(targets):
+            raise ConfigError(f"precision names the targets {', '.join(precision)}, targets {', '.join(targets)}")
+        precisions = {target: tuple(precision[target]) for target in targets}
+    else:
+        precisions = dict.fromkeys(targets, (precision,) if isinstance(precision, str) else tuple(precision))
+    for kind in chain(*precisions.values()):
         check_precision(kind, "auto")
-    if not targets or not precisions:
+    if not precisions or not all(precisions.values()):
         raise ConfigError(f"give at least one precision, and one target of {', '.join(TARGETS)}")
     for target in targets:
         if target not in TARGETS:
@@ -102,7 +110,7 @@ def check_options(
         class_set(classes)
     if samples is not None:
         list_images(os.fspath(samples))
-    return BuildOptions(contract, targets, precisions, _destination(Path(path), overwrite))
+    return BuildOptions(contract, precisions, _destination(Path(path), overwrite))
 
 
 def check_rtx_capabilities(asked: Sequence[str]) -> tuple[str, ...]:

@@ -85,8 +85,11 @@ def _reseal(folder, change):
 
 
 FOREIGN = {
-    "newer schema": (lambda v: v.update(schema_version=3), "schema version 3, this agln-fast reads 2"),
-    "no schema": (lambda v: v.pop("schema_version"), "schema version None"),
+    "newer schema": (
+        lambda v: v.update(schema_version=3),
+        r"schema 3, this one reads 2\); upgrade: pip install --upgrade agln-fast",
+    ),
+    "no schema": (lambda v: v.pop("schema_version"), "schema version 'None'"),
     "missing part": (lambda v: v.pop("engines"), "'engines' is a required property"),
     "unknown part": (lambda v: v.update(extra=1), r"breaks its schema at \$"),
     "way out": (lambda v: v["engines"][0].update(file="../../etc/passwd"), r"\$\.engines\[0\]\.file"),
@@ -110,7 +113,7 @@ def test_foreign_manifests_are_refused(case, copy):
 )
 def test_damaged_manifests_are_refused(text, copy):
     (copy / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(BundleError, match=r"manifest\.json is damaged|schema version None"):
+    with pytest.raises(BundleError, match=r"manifest\.json is damaged|schema version 'None'"):
         open_bundle(copy)
 
 

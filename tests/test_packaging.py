@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import agln_fast
-from agln_fast.models.checkpoint import list_checkpoints
+from agln_fast.models.shipped import list_checkpoints
 
 ROOT = Path(__file__).parents[1]
 

@@ -69,7 +69,7 @@ class OpenVinoBackend(Backend):
         if engine.precision == "int8" and not _mostly_int8(compiled):
             raise BackendError(
                 f"openvino would run the convolutions of {path} in {built}, not in int8: "
-                "the file is not quantised, or not for this CPU; build the bundle again"
+                "the file is not quantised, or not for this CPU; build it again with `agln-fast rebuild`"
             )
         self.precision = engine.precision
         self._request: Any = compiled.create_infer_request()

@@ -22,6 +22,7 @@ __all__ = [
     "shared_logger",
 ]
 
+_REBUILD = "build it again from the bundle's own weights with `agln-fast rebuild`"
 _TORCH_TYPES = {"UINT8": torch.uint8, "INT32": torch.int32, "FLOAT": torch.float32}
 
 
@@ -102,14 +103,14 @@ class _Engine(Backend):
             return str(error)
         built_with = engine.versions.get(cls.flavour, "an unknown version")
         if version != built_with:
-            return f"built with {cls.flavour} {built_with}, but {version} is installed: {_rebuild(cls.flavour)}"
+            return f"built with {cls.flavour} {built_with}, but {version} is installed: {_REBUILD}"
         built_for = ", ".join(engine.compute_capabilities)
         present = compute_capability(device)
         if present is None:
             return f"no CUDA device is present, and it needs a GPU of {built_for}"
         if present not in engine.compute_capabilities:
             target = cls.flavour if present in RTX_CAPABILITIES else "tensorrt"
-            return f"built for {built_for}, but this GPU is {present}: {_rebuild(target)}"
+            return f"built for {built_for}, but this GPU is {present}: {_build_for(target)}"
         return None
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
@@ -202,7 +203,7 @@ class TensorRTRTXBackend(_Engine):
             reasons = [name.lower().replace("_", " ") for name, bit in known if diagnostics & int(bit)]
             raise BackendError(
                 f"engine {record.name!r}: tensorrt_rtx refuses {file} "
-                f"({', '.join(reasons) or self._log.last_error}): {_rebuild(self.flavour)}"
+                f"({', '.join(reasons) or self._log.last_error}): {_REBUILD}"
             )
         return super()._deserialize(library, record, file)
 
@@ -216,7 +217,7 @@ class TensorRTRTXBackend(_Engine):
         return self._engine.create_execution_context(config)
 
 
-def _rebuild(target: str) -> str:
+def _build_for(target: str) -> str:
     return f"build it again with `agln-fast build ... --target {target}`"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agln_fast.cli.console import Json, out, print_json, print_wide, progress_bar
+from agln_fast.cli.files import read_plan
 
 if TYPE_CHECKING:
     from agln_fast.bench.results_file import Results
@@ -46,27 +47,46 @@ def bench(
     from dataclasses import asdict
     from datetime import UTC, datetime
 
+    from agln_fast.backends import check_threads
+    from agln_fast.backends.driver import check_driver
+    from agln_fast.bench import arguments
+    from agln_fast.bench.results_file import Results, load_results, save_results, write_csv
+    from agln_fast.cli.places import check_file
+    from agln_fast.contract import parse_size
+
+    old = None if compare is None else load_results(compare)
+    device = arguments.choose_device(target, device)
+    pixels = parse_size(size or ("512x512" if full else "256x256"))
+    chosen = networks or list(arguments.DEFAULT_NETWORKS)
+    arguments.check_cases(chosen, pixels, batch, num_classes)
+    arguments.check_precisions(precision.split(","))
+    arguments.check_counts(warmup, iters)
+    check_threads(threads)
+    if ladder:
+        arguments.check_ladder(device)
+    for file in (csv, save):
+        check_file(file)
+    if figures is not None:
+        _check_figures(figures)
+    plan_choice = read_plan(plan)
+    check_driver(device)
+
+    # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.bench import networks as registry
     from agln_fast.bench.machine import machine
     from agln_fast.bench.measure import Case, Options, measure
-    from agln_fast.bench.results_file import Results, load_results, save_results, write_csv
-    from agln_fast.contract import parse_size
-    from agln_fast.plan.plan import Plan
 
-    old = None if compare is None else load_results(compare)
-    device = registry.choose_device(target, device)
     entries, waiting = registry.choose_entries(device, precision.split(","), target, full=full)
     options = Options(
         warmup,
         iters,
-        budget_s=registry.BUDGET_S if budget is None and not full else budget,
+        budget_s=arguments.BUDGET_S if budget is None and not full else budget,
         device=device,
         threads=threads,
-        plan=plan if plan in ("auto", "none") else Plan.from_json(_read(Path(plan))),  # type: ignore[arg-type]
+        plan=plan_choice,
         tune_s=None if full else 0,
     )
-    pixels = parse_size(size or ("512x512" if full else "256x256"))
-    cases = [Case(name, pixels, batch, num_classes) for name in networks or registry.DEFAULT_NETWORKS]
+    cases = [Case(name, pixels, batch, num_classes) for name in chosen]
     with progress_bar() as progress:
         parts = [measure(cases, entries, options, progress)]
         parts.append(registry.measure_ladder(parts[0], cases, options, progress) if ladder else registry.NOTHING)
@@ -92,13 +112,15 @@ def _command() -> str:
     return f"agln-fast {shlex.join(sys.argv[1:])}"
 
 
-def _read(path: Path) -> str:
-    from agln_fast.errors import ConfigError
+def _check_figures(folder: Path) -> None:
+    from importlib.util import find_spec
 
-    try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"plan {path}: cannot be read ({error}); give auto, none, or a JSON file") from None
+    from agln_fast.cli.places import check_folder
+    from agln_fast.errors import ConfigError, MissingPackageError
+
+    check_folder(folder, ConfigError)
+    if find_spec("matplotlib") is None:
+        raise MissingPackageError("matplotlib", "eval")
 
 
 def _print(results: Results, left_out: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json, progress_bar
+from agln_fast.cli.files import read_plan, read_text
 from agln_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,50 +55,47 @@ def build(
 
     Example: agln-fast build agln_r50.pth -o street.agln --target cpu --target tensorrt-rtx --precision fp16
     """
-    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", batch)
-    if match is None:
-        raise ConfigError(f"batch {batch!r}: give a number, or a range such as 1..8")
-    from agln_fast.export.build import build as build_bundle
+    from agln_fast.cli.places import check_file
+    from agln_fast.contract import parse_batch
+    from agln_fast.export.options import check_options
     from agln_fast.models.config import ModelConfig
-    from agln_fast.plan.plan import Plan
+    from agln_fast.models.shipped import find_checkpoint
 
-    options: dict[str, Any] = {"layout": layout, "output": kind, "resize": resize}
+    is_file = classes is not None and Path(classes).is_file()
+    options: dict[str, Any] = {
+        "size": size,
+        "precision": precision,
+        "targets": target,
+        "plan": read_plan(plan),
+        "batch": parse_batch(batch),
+        "layout": layout,
+        "output": kind,
+        "resize": resize,
+        "classes": read_text(Path(classes or "")).splitlines() if is_file else classes,
+        "compute_capabilities": sm,
+        "workspace_bytes": None if workspace is None else workspace * 2**20,
+        "timing_cache": timing_cache,
+        "samples": samples,
+        "min_agreement": min_agreement,
+        "threads": threads,
+        "overwrite": force,
+    }
     options |= {name: _colour(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
-    if config is not None:
-        options["config"] = ModelConfig.from_json(_read(config))
-    class_names = _read(Path(classes)).splitlines() if classes is not None and Path(classes).is_file() else classes
+    model = None if config is None else ModelConfig.from_json(read_text(config))
+    check_file(timing_cache)
+    check_options(output, **options)
+    find_checkpoint(checkpoint)
+
+    # From here on PyTorch is needed, which takes seconds to load.
+    from agln_fast.export.build import build as build_bundle
+
     with progress_bar() as progress:
-        bundle = build_bundle(
-            checkpoint,
-            output,
-            size=size,
-            precision=precision,
-            targets=target,
-            plan=plan if plan in ("auto", "none") else Plan.from_json(_read(Path(plan))),  # type: ignore[arg-type]
-            batch=(int(match[1]), int(match[2] or match[1])),
-            classes=class_names,
-            compute_capabilities=sm,
-            workspace_bytes=None if workspace is None else workspace * 2**20,
-            timing_cache=timing_cache,
-            samples=samples,
-            min_agreement=min_agreement,
-            threads=threads,
-            overwrite=force,
-            progress=progress,
-            **options,
-        )
+        bundle = build_bundle(checkpoint, output, config=model, progress=progress, **options)
     if json:
         print_json({"bundle": str(bundle.path), **bundle.manifest.to_dict()})
         return
     print_engines(bundle)
     out.print(f"wrote {bundle.path}", highlight=False, markup=False)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
 def _colour(name: str, text: str) -> tuple[float, ...]:

@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from agln_fast.cli.console import Json, err, out, print_json, progress_bar
-from agln_fast.errors import ConfigError, ImageError, MissingPackageError
+from agln_fast.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
     from agln_fast.data.dataset import SegmentationDataset
     from agln_fast.evaluation.evaluate import Comparison, Evaluation
-    from agln_fast.runtime.multiscale import TestTimeAugmentation
+    from agln_fast.runtime.augmentation import TestTimeAugmentation
     from agln_fast.runtime.segmenter import Segmenter
 
 __all__ = ["evaluate"]
@@ -64,24 +64,33 @@ def evaluate(
 
     Example: agln-fast eval street.agln --backend openvino --compare street.agln --compare-backend torch
     """
+    from importlib.util import find_spec
+
+    from agln_fast.cli.places import check_figure
     from agln_fast.contract import parse_size
     from agln_fast.data.registry import open_dataset
-    from agln_fast.evaluation.evaluate import compare as compare_engines
-    from agln_fast.evaluation.evaluate import evaluate as evaluate_engine
 
     if flips is not None and other is None:
         raise ConfigError("--flips shows where two engines disagree: name the second one with --compare")
     if not tta and (scales, flip, base_size) != (None, True, None):
         raise ConfigError("--scales, --no-flip and --base-size are settings of --tta: add it")
     for picture in (confusion, flips):
-        if picture is not None:
-            _check_picture(picture)
+        check_figure(picture)
     augmentation = _augmentation(scales, flip, base_size) if tta else False
     wanted = None if size is None else parse_size(size)
+    _check_source(source, backend, precision, device, threads)
+    if other is not None:
+        _check_source(other, compare_backend, compare_precision, device, threads)
     dataset = open_dataset(data, split, data_root, size=wanted if data == "scenes" else None, length=limit)
     window = dataset[0].image.shape[:2] if data == "scenes" else wanted or (480, 480)
     if data != "scenes" and wanted and _is_bundle(source) and (other is None or _is_bundle(other)):
         raise ConfigError(f"size {size}: the engines of a bundle have theirs, and images of {data!r} their own")
+    if find_spec("torchmetrics") is None:
+        raise MissingPackageError("torchmetrics", "eval")
+
+    # From here on PyTorch is needed, which takes seconds to load.
+    from agln_fast.evaluation.evaluate import compare as compare_engines
+    from agln_fast.evaluation.evaluate import evaluate as evaluate_engine
 
     def opened(path: Path, backend: str, precision: str | None) -> Segmenter:
         return _open(path, backend, precision, device, threads, window, dataset)
@@ -125,10 +134,6 @@ def _open(
 
     if _is_bundle(path):
         return load(path, backend, precision=precision, device=device, threads=threads)
-    if backend not in ("auto", "torch", "fused"):
-        raise ConfigError(
-            f"{path}: PyTorch runs checkpoints (torch, fused); for backend {backend!r} build a bundle from it first"
-        )
     network = load_checkpoint(path)
     fits = network.config.num_classes == len(dataset.class_set.classes)
     return load_network(
@@ -145,13 +150,31 @@ def _open(
     )
 
 
+def _check_source(path: Path, backend: str, precision: str | None, device: str | None, threads: int | None) -> None:
+    """Refuse what `_open` could not open, as far as names and files tell."""
+    from agln_fast.backends import check_network_precision
+    from agln_fast.cli.request import check_engine, open_matching
+    from agln_fast.models.shipped import find_checkpoint
+
+    if _is_bundle(path):
+        open_matching(path, backend, precision, device, threads)
+        return
+    check_engine(backend, precision, device, threads)
+    if backend not in ("auto", "torch", "fused"):
+        raise ConfigError(
+            f"{path}: PyTorch runs checkpoints (torch, fused); for backend {backend!r} build a bundle from it first"
+        )
+    check_network_precision(precision or "fp32")
+    find_checkpoint(path)
+
+
 def _is_bundle(path: Path) -> bool:
     """Any folder but that of a training."""
     return path.is_dir() and not (path / "config.yaml").exists()
 
 
 def _augmentation(scales: str | None, flip: bool, base_size: int | None) -> TestTimeAugmentation:
-    from agln_fast.runtime.multiscale import TestTimeAugmentation
+    from agln_fast.runtime.augmentation import TestTimeAugmentation
 
     if scales is None:
         return TestTimeAugmentation(flip=flip, base_size=base_size)
@@ -160,20 +183,6 @@ def _augmentation(scales: str | None, flip: bool, base_size: int | None) -> Test
     except ValueError:
         raise ConfigError(f"scales {scales!r}: give numbers, such as 0.5,1,1.5") from None
     return TestTimeAugmentation(numbers, flip, base_size)
-
-
-def _check_picture(path: Path) -> None:
-    """Refuse before the evaluation what could not be written after it."""
-    from importlib.util import find_spec
-
-    from agln_fast.figures.saving import FORMATS
-
-    if path.suffix.lower() not in FORMATS:
-        raise ImageError(f"{path}: suffix {path.suffix!r} is none for figures: use {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise ImageError(f"{path}: there is no folder {path.parent}; create it")
-    if find_spec("matplotlib") is None:
-        raise MissingPackageError("matplotlib", "eval")
 
 
 def _draw_confusion(result: Evaluation, path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.columns import Columns
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json
+
+if TYPE_CHECKING:
+    from agln_fast.models.config import ModelConfig
 
 __all__ = ["inspect"]
 
@@ -29,10 +32,9 @@ def inspect(
     """
     from agln_fast.bundle import open_bundle
     from agln_fast.cli.build import print_engines
-    from agln_fast.contract import parse_size
-    from agln_fast.models.checkpoint import list_checkpoints, load_checkpoint
-    from agln_fast.models.complexity import complexity
+    from agln_fast.contract import IOContract, parse_size
     from agln_fast.models.config import list_models, preset
+    from agln_fast.models.shipped import find_checkpoint, list_checkpoints
 
     if model is None:
         if json:
@@ -41,15 +43,24 @@ def inspect(
             out.print(Columns(list_models(), title="presets", equal=True))
             out.print(f"trained, and shipped: {', '.join(list_checkpoints())}", highlight=False)
         return
+    asked = None if size is None else IOContract(*parse_size(size))
     bundle = open_bundle(model) if Path(model).is_dir() else None
+    config: ModelConfig | None = None
     if bundle is not None:
         config = bundle.manifest.model
-        size = size or f"{bundle.manifest.contract.height}x{bundle.manifest.contract.width}"
+        asked = asked or bundle.manifest.contract
     elif Path(model).exists() or Path(model).suffix in (".pth", ".tar", ".safetensors"):
-        config = load_checkpoint(model).config
+        find_checkpoint(model)
     else:
         config = preset(model, num_classes)
-    height, width = parse_size(size or "512x512")
+
+    # From here on PyTorch is needed, which takes seconds to load.
+    from agln_fast.models.checkpoint import load_checkpoint
+    from agln_fast.models.complexity import complexity
+
+    config = config or load_checkpoint(model).config
+    contract = asked or IOContract(512, 512)
+    height, width = contract.height, contract.width
     rows = complexity(config, height, width)
     if json:
         parts = [asdict(row) for row in rows]

@@ -36,11 +36,11 @@ def run(
 
     An image that cannot be used is reported and the rest go on; the exit code is 1 then.
     """
-    from agln_fast.bundle import open_bundle
+    from agln_fast.cli.places import check_folder
+    from agln_fast.cli.request import open_matching
     from agln_fast.runtime.images import list_images
-    from agln_fast.runtime.segmenter import load
 
-    opened = open_bundle(bundle)
+    opened = open_matching(bundle, backend, precision, device, threads)
     found: list[Path] = []
     failed: dict[str, str] = {}
     for pattern in images:
@@ -52,6 +52,11 @@ def run(
     if not found:
         raise ImageError("; ".join(failed.values()))
     names = _names(found)
+    check_folder(output, ImageError)
+
+    # From here on PyTorch is needed, which takes seconds to load.
+    from agln_fast.runtime.segmenter import load
+
     rows: list[dict[str, Any]] = []
     with load(opened, backend, precision=precision, device=device, threads=threads) as segment, progress_bar() as bar:
         try:

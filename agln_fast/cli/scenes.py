@@ -21,10 +21,13 @@ def scenes(
     json: Json = False,
 ) -> None:
     """Draw scenes with their labels; the label maps have the classes' palette."""
+    from agln_fast.cli.places import check_folder
     from agln_fast.contract import parse_size
     from agln_fast.data.scenes import Scenes, write_scenes
+    from agln_fast.errors import DatasetError
 
     dataset = Scenes(split, size=parse_size(size), length=number, seed=seed)
+    check_folder(write, DatasetError)
     with progress_bar() as progress:
         files = write_scenes(progress.track(iter(dataset), total=len(dataset), description="scenes"), write)
     if json:

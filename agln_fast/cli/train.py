@@ -45,12 +45,28 @@ def train(
     **flags: Any,
 ) -> None:
     """Train a network by the paper's recipe. It may be killed at any moment: --resume goes on."""
-    from agln_fast.training.trainer import train
+    from agln_fast.cli.places import check_folder
+    from agln_fast.data.registry import open_dataset
+    from agln_fast.errors import TrainingError
+    from agln_fast.training.folder import check_start
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = TrainingConfig.from_dict(given) if config is None else TrainingConfig.from_yaml(config, **given)
+    check_start(settings, output, resume=resume)
+    check_folder(output, TrainingError)
+    train_set, val_set = (
+        open_dataset(settings.data, split, settings.data_root, length=length)
+        for split, length in (
+            (settings.train_split, settings.train_samples),
+            (settings.val_split, settings.val_samples),
+        )
+    )
+
+    # From here on PyTorch is needed, which takes seconds to load.
+    from agln_fast.training.trainer import train
+
     with progress_bar(remaining=True) as progress:
-        run = train(settings, output, resume=resume, progress=progress)
+        run = train(settings, output, resume=resume, progress=progress, train_set=train_set, val_set=val_set)
     if run.rank > 0:  # one of several processes speaks
         return
     if json:

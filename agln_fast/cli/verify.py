@@ -24,14 +24,21 @@ def verify(
     """Check every file's hash, run every engine that can run here, and compare its labels with the fp32 network."""
     from dataclasses import asdict, replace
 
-    from agln_fast.bundle import Bundle, Verification, open_bundle
+    from agln_fast.bundle import Bundle, Verification
     from agln_fast.cli.build import print_engines
-    from agln_fast.models.checkpoint import load_checkpoint
+    from agln_fast.cli.request import open_matching
     from agln_fast.runtime.agreement import check_minimum
-    from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
+    from agln_fast.runtime.images import list_images
 
     check_minimum(min_agreement)
-    opened = open_bundle(bundle)
+    if samples is not None:
+        list_images(samples)
+    opened = open_matching(bundle, "auto", None, device, threads)
+
+    # From here on PyTorch is needed, which takes seconds to load.
+    from agln_fast.models.checkpoint import load_checkpoint
+    from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
+
     failures: list[VerificationError] = []
     engines = []
     with progress_bar() as progress:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from agln_fast.runtime.images import ImageArray
 
+    _Labels = npt.NDArray[np.uint8]
+
 __all__ = ["visualize"]
 
 
@@ -35,24 +37,32 @@ def visualize(
 
     Example: agln-fast visualize agln.safetensors photo.png -o features.png --size 512x512
     """
-    from agln_fast.contract import IOContract
+    from agln_fast.cli.places import check_figure
+    from agln_fast.contract import IOContract, parse_size
     from agln_fast.data.classes import class_set, default_class_set
+    from agln_fast.figures.panels import LEVELS, check_index, check_panels
+    from agln_fast.models.shipped import find_checkpoint
+    from agln_fast.runtime.images import fit, load_image
+
+    contract = None if size == "native" else IOContract(*parse_size(size))
+    given = None if classes is None else class_set(classes)
+    check_index("level", level, LEVELS)
+    check_panels(descriptors, channels)
+    find_checkpoint(checkpoint)
+    check_figure(output)
+    pixels = load_image(image)
+    frame = pixels if contract is None else fit(pixels, contract)[0]
+    ids, truth = (None, None) if labels is None else _read_labels(labels, pixels, frame)
+
+    # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.figures.features import collect_features, draw_features
     from agln_fast.figures.saving import save_figure
     from agln_fast.models.checkpoint import load_checkpoint
-    from agln_fast.runtime.images import fit, load_image
 
     network = load_checkpoint(checkpoint)
-    names = default_class_set(network.config.num_classes) if classes is None else class_set(classes)
-    pixels = load_image(image)
-    frame = pixels
-    if size != "native":
-        from agln_fast.contract import parse_size
-
-        frame, _ = fit(pixels, IOContract(*parse_size(size)))
-    truth = None
-    if labels is not None:
-        truth = _read_labels(labels, pixels, frame, network.config.num_classes)
+    names = given or default_class_set(network.config.num_classes)
+    if ids is not None:
+        _check_ids(labels, ids, network.config.num_classes)
     features = collect_features(network, frame, level=level, block=block)
     title = f"{checkpoint.name} on {image.name}"
     figure = draw_features(features, names, truth=truth, descriptors=descriptors, channels=channels, title=title)
@@ -60,16 +70,14 @@ def visualize(
     out.print(f"wrote {output}", highlight=False, markup=False)
 
 
-def _read_labels(path: Path, image: ImageArray, frame: ImageArray, num_classes: int) -> npt.NDArray[np.uint8]:
-    """The class ids of `image` (H, W, 3), brought to the size of `frame` (h, w, 3) by nearest neighbour: (h, w).
+def _read_labels(path: Path, image: ImageArray, frame: ImageArray) -> tuple[_Labels, _Labels]:
+    """The class ids of `image` (H, W, 3): (H, W), and at the size of `frame` (h, w, 3) by nearest neighbour: (h, w).
 
     Raises:
-        ImageError: the file is no label map: unreadable, of another size, of several channels, or with other ids.
+        ImageError: the file is no label map: unreadable, of another size, or of several channels.
     """
     import numpy as np
     from PIL import Image
-
-    from agln_fast.data.dataset import IGNORE_INDEX
 
     try:
         with Image.open(path, formats=["PNG"]) as file:
@@ -77,11 +85,18 @@ def _read_labels(path: Path, image: ImageArray, frame: ImageArray, num_classes: 
             if file.mode not in ("L", "P") or file.size != (width, height):
                 kind = f"{file.width}x{file.height} pixels in mode {file.mode}"
                 raise ImageError(f"{path}: {kind}; ground truth is {width}x{height} as the image, one byte a pixel")
-            ids = np.array(file)
-            resized = np.array(file.resize(frame.shape[1::-1], Image.Resampling.NEAREST))
+            return np.array(file), np.array(file.resize(frame.shape[1::-1], Image.Resampling.NEAREST))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: is no readable PNG ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _check_ids(path: Path | None, ids: _Labels, num_classes: int) -> None:
+    """
+    Raises:
+        ImageError: a class id that the network has not.
+    """
+    from agln_fast.data.dataset import IGNORE_INDEX
+
     strange = ids[(ids >= num_classes) & (ids != IGNORE_INDEX)]
     if strange.size:
         raise ImageError(f"{path}: class id {strange[0]}, but the network has {num_classes} classes (0 is the first)")
-    return resized

@@ -16,7 +16,7 @@ from agln_fast.data.dataset import Sample, SegmentationDataset
 from agln_fast.errors import ConfigError
 from agln_fast.figures.flips import Flips
 from agln_fast.metrics import SegmentationMetrics
-from agln_fast.runtime.multiscale import TestTimeAugmentation
+from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.result import Result
 from agln_fast.runtime.segmenter import Segmenter
 

@@ -24,6 +24,7 @@ from agln_fast.figures.comparison import (
     describe_score,
     panel_height,
 )
+from agln_fast.figures.panels import check_index, check_panels
 from agln_fast.models.blocks import ContextFusionBlock
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork
@@ -39,7 +40,6 @@ _Map: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _PANEL, _GAP = 1.9, 0.14
 _COLUMNS = 6  # input, three features, segmentation, ground truth
-_MOST_PANELS = 12
 _SCALES = "1/16", "1/8", "1/4"
 _CONSTANT = 1e-6  # smaller deviations, relative to the largest value, are rounding
 
@@ -97,9 +97,9 @@ def collect_features(network: SegmentationNetwork, image: ImageArray, *, level: 
         raise ConfigError(
             f"{network.config.architecture} has no decoder: its features cannot be shown; take fpn or agln"
         )
-    level = _index("level", level, len(decoder.lateral))
+    level = check_index("level", level, len(decoder.lateral))
     chain = cast(nn.ModuleList, decoder.cfb[level]) if isinstance(decoder, AGLNDecoder) else None
-    block = _index("block", block, 1 if chain is None else len(chain))
+    block = check_index("block", block, 1 if chain is None else len(chain))
     cfb = None if chain is None else cast(ContextFusionBlock, chain[block])
 
     contract = IOContract(image.shape[0], image.shape[1], layout="float_nchw", output="logits")
@@ -134,12 +134,6 @@ def collect_features(network: SegmentationNetwork, image: ImageArray, *, level: 
         alpha=alpha,
         gamma=None if cfb.gamma is None else _number(cfb.gamma),
     )
-
-
-def _index(name: str, index: int, count: int) -> int:
-    if not -count <= index < count:
-        raise ConfigError(f"{name} {index}: there are {count}, 0..{count - 1} (or -1 for the last)")
-    return index % count
 
 
 def _modules(decoder: FPNDecoder, level: int, block: int) -> dict[str, nn.Module]:
@@ -250,9 +244,7 @@ def draw_features(
         raise ConfigError(
             f"class set {class_set.name!r} has {len(class_set.classes)} classes, the network {num_classes}"
         )
-    for name, count in (("descriptors", descriptors), ("channels", channels)):
-        if not 1 <= count <= _MOST_PANELS:
-            raise ConfigError(f"{name} {count}: must be from 1 to {_MOST_PANELS}")
+    check_panels(descriptors, channels)
     if truth is not None:
         check_labels(truth, features.image, class_set)
     sheet = _Sheet(features.image)

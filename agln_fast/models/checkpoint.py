@@ -17,17 +17,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from agln_fast.errors import CheckpointError, ConfigError, did_you_mean
+from agln_fast.errors import CheckpointError, ConfigError
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import ResNet
+from agln_fast.models.shipped import find_checkpoint
 from agln_fast.models.weights_file import StateDict, read_safetensors, read_weights
 from agln_fast.models.weights_pickle import printable
 
 __all__ = [
-    "find_checkpoint",
     "infer_config",
-    "list_checkpoints",
     "load_backbone",
     "load_checkpoint",
     "load_weights",
@@ -36,7 +35,6 @@ __all__ = [
 
 _log = logging.getLogger("agln_fast.checkpoint")
 _METADATA_KEY = "agln_fast.config"
-_SHIPPED = Path(__file__).parents[1] / "checkpoints"
 _LEVELS = "432"  # the release numbers descriptors and levels by stage: d4 is ours 0, d3 is 1, d2 is 2
 
 # Names in released checkpoints -> ours. Their lists run fine to coarse, ours coarse to fine.
@@ -118,31 +116,6 @@ def _network(
         network = SegmentationNetwork(config)
     _fill(network, state, name, f"{config.architecture} with {config.encoder}")
     return network.eval()
-
-
-def list_checkpoints() -> list[str]:
-    """Names of the checkpoints that ship with the package: trained on Scenes, small, read by `load_checkpoint`."""
-    return sorted(file.stem for file in _SHIPPED.glob("*.safetensors"))
-
-
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The file that `path` means: the weights in the folder of a training, a shipped checkpoint, or itself.
-
-    Raises:
-        CheckpointError: nothing is there; the shipped checkpoint that may be meant is named.
-    """
-    found = Path(path)
-    try:
-        if (found / "config.yaml").is_file() and (found / "weights.safetensors").is_file():
-            return found / "weights.safetensors"
-        there = found.exists()
-    except OSError as error:  # e.g. its folder must not be looked into
-        raise CheckpointError(f"{path}: cannot be found ({error.strerror})") from None
-    if not there:
-        if str(path) in list_checkpoints():
-            return _SHIPPED / f"{path}.safetensors"
-        raise CheckpointError(f"{path}: no such file{did_you_mean(str(path), list_checkpoints())}")
-    return found
 
 
 def save_checkpoint(

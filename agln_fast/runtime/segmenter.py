@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agln_fast.backends import BACKENDS, Backend, backend_class, check_threads, open_engine
+from agln_fast.backends import (
+    BACKENDS,
+    Backend,
+    backend_class,
+    check_backend,
+    check_device,
+    check_network_precision,
+    check_threads,
+    open_engine,
+)
 from agln_fast.backends.fused import FusedNetworkBackend
 from agln_fast.backends.torch import NetworkBackend
 from agln_fast.bundle import Bundle, EngineRecord, open_bundle
-from agln_fast.contract import IOContract, Precision, Resize
+from agln_fast.contract import IOContract, Resize, check_precision
 from agln_fast.data.classes import ClassSet, default_class_set
-from agln_fast.errors import BackendError, BundleError, ConfigError, did_you_mean
+from agln_fast.errors import BackendError, ConfigError
 from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
-from agln_fast.runtime.multiscale import TestTimeAugmentation, multiscale
+from agln_fast.runtime.multiscale import multiscale
 from agln_fast.runtime.result import Labels, Result, Timing
 from agln_fast.runtime.sliding import slide
 
@@ -61,19 +71,10 @@ def load(
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     if backend != "auto":
-        backend_class(backend)
+        check_backend(backend)
     if precision is not None:
-        _check_precision(precision)
-    engines = [
-        engine
-        for engine in bundle.manifest.engines
-        if backend in ("auto", engine.backend) and precision in (None, engine.precision)
-    ]
-    if not engines:
-        known = ", ".join(engine.name for engine in bundle.manifest.engines)
-        wanted = f"{backend} engine" + (f" in {precision}" if precision else "")
-        raise BundleError(f"{bundle.path}: no {wanted}{did_you_mean(backend, known.split(', '))}; it has {known}")
-    engines = sorted(engines, key=partial(_preference, device=device))
+        check_precision(precision)
+    engines = sorted(bundle.matching(backend, precision), key=partial(_preference, device=device))
     reasons = []
     for engine in engines:
         try:
@@ -117,10 +118,9 @@ def load_network(
     """
     if backend not in _NETWORK_BACKENDS:
         raise ConfigError(f"backend {backend!r}: a network in memory runs on {' or '.join(_NETWORK_BACKENDS)}")
-    checked = _check_precision(precision)
-    if checked == "int8":
-        raise ConfigError("unknown precision 'int8'; known: fp32, fp16, bf16; int8 needs a bundle, and OpenVINO")
+    checked = check_network_precision(precision)
     threads = check_threads(threads)
+    check_device(device)
     contract = IOContract(*size, max_batch=max_batch, output="logits", resize=resize)
     if not isinstance(network, SegmentationNetwork):
         network = load_checkpoint(network)
@@ -133,12 +133,6 @@ def load_network(
         )
     opened = _NETWORK_BACKENDS[backend](network, contract, precision=checked, device=device, threads=threads)
     return Segmenter(EngineRecord(f"{backend}-{checked}", backend, checked, "", "cpu"), opened, contract, class_set)
-
-
-def _check_precision(precision: str) -> Precision:
-    if precision not in get_args(Precision):
-        raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(get_args(Precision))}")
-    return cast(Precision, precision)
 
 
 def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:

@@ -39,6 +39,7 @@ RECIPES = {
 }
 
 
+_ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")  # those of Lightning Fabric
 _HARMLESS = ("data_root", "accelerator", "workers", "cache", "save_every")
 
 # Smallest and largest: what is beyond is a slip of the keyboard.
@@ -119,6 +120,11 @@ class TrainingConfig:
         if self.precision not in get_args(TrainingPrecision):
             known = ", ".join(get_args(TrainingPrecision))
             raise ConfigError(f"precision {self.precision!r} is unknown; known: {known}")
+        if self.accelerator not in _ACCELERATORS:
+            hint = did_you_mean(self.accelerator, _ACCELERATORS)
+            raise ConfigError(f"accelerator {self.accelerator!r} is unknown{hint}; known: {', '.join(_ACCELERATORS)}")
+        if self.precision == "fp16" and self.accelerator == "cpu":
+            raise ConfigError("precision fp16: CPUs train in fp32 or bf16")
         if self.batch_size % self.devices:
             raise ConfigError(f"batch size {self.batch_size} cannot be divided among {self.devices} devices")
         if self.batch_size // self.devices == 1 and self.crop <= 32:

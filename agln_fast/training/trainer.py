@@ -12,7 +12,6 @@ import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -25,20 +24,20 @@ from torch.utils.data import DataLoader
 from agln_fast.data.augment import Augmentation
 from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, SegmentationDataset
 from agln_fast.data.registry import open_dataset
-from agln_fast.errors import AglnError, CheckpointError, ConfigError, MissingPackageError, TrainingError
+from agln_fast.errors import AglnError, CheckpointError, ConfigError, TrainingError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork, create_model
 from agln_fast.training.batches import Batches, Crops, Images, collate
 from agln_fast.training.config import TrainingConfig
+from agln_fast.training.folder import CONFIG_FILE, LOG_FILE, STATE_FILE, WEIGHTS_FILE, check_start
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from rich.progress import Progress
 
-__all__ = ["CONFIG_FILE", "LOG_FILE", "STATE_FILE", "WEIGHTS_FILE", "LogRow", "TrainingRun", "train"]
+__all__ = ["LogRow", "TrainingRun", "train"]
 
-CONFIG_FILE, LOG_FILE, STATE_FILE, WEIGHTS_FILE = "config.yaml", "log.csv", "state.pt", "weights.safetensors"
 _PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -91,9 +90,10 @@ def train(
         TrainingError: the loss is NaN or infinite, or the folder cannot be written.
         MissingPackageError: a package of the extra "train" is not installed.
     """
-    fabric = _fabric(config)
     folder = Path(output)
-    state = _on_rank_zero(fabric, lambda: _read_run(folder, config, resume))
+    check_start(config, folder, resume=resume)
+    fabric = _fabric(config)
+    state = _on_rank_zero(fabric, lambda: _read_run(folder, config))
     train_set = train_set or open_dataset(
         config.data, config.train_split, config.data_root, length=config.train_samples
     )
@@ -351,9 +351,6 @@ def _seed_dropout(*numbers: int) -> None:
 
 
 def _fabric(config: TrainingConfig) -> Fabric:
-    for package in ("lightning_fabric", "torchmetrics", "yaml"):
-        if find_spec(package) is None:
-            raise MissingPackageError(package, "train")
     from lightning_fabric import Fabric
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
@@ -383,13 +380,11 @@ def _on_rank_zero(fabric: Fabric, action: Callable[[], Any]) -> Any:
     return outcome
 
 
-def _read_run(folder: Path, config: TrainingConfig, resume: bool) -> dict[str, Any] | None:
+def _read_run(folder: Path, config: TrainingConfig) -> dict[str, Any] | None:
     """The state of the run that `folder` holds, or None."""
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    if not resume:
-        raise ConfigError(f"{folder}: holds a training already; resume it, or choose another folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         stored = TrainingConfig.from_dict(state["config"])

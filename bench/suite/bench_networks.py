@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from agln_fast.backends import check_threads
+from agln_fast.bench.arguments import DEFAULT_NETWORKS
 from agln_fast.bench.contestants import CONTESTANTS
 from agln_fast.bench.measure import Entry
-from agln_fast.bench.networks import DEFAULT_NETWORKS, choose_entries
+from agln_fast.bench.networks import choose_entries
 from agln_fast.bench.weights import random_network
 from agln_fast.bench.workshop import Workshop
 from agln_fast.contract import IOContract

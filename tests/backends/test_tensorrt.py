@@ -52,12 +52,14 @@ def test_obstacles_in_their_order(backend: Any, machine: SimpleNamespace, monkey
     assert backend.obstacle(engine) is None
 
     machine.capability = (8, 0)
-    rebuild = f"build it again with `agln-fast build ... --target {backend.name}`"
-    assert backend.obstacle(engine) == f"built for sm86, sm89, but this GPU is sm80: {rebuild}"
+    build = f"build it again with `agln-fast build ... --target {backend.name}`"
+    assert backend.obstacle(engine) == f"built for sm86, sm89, but this GPU is sm80: {build}"
     machine.cuda = False
     assert backend.obstacle(engine) == "no CUDA device is present, and it needs a GPU of sm86, sm89"
     machine.library.__version__ = "1.2.4"
-    assert backend.obstacle(engine) == f"built with {backend.name} 1.2.3, but 1.2.4 is installed: {rebuild}"
+    assert backend.obstacle(engine) == f"built with {backend.name} 1.2.3, but 1.2.4 is installed: " + (
+        "build it again from the bundle's own weights with `agln-fast rebuild`"
+    )
     monkeypatch.setitem(sys.modules, backend.name.replace("-", "_"), None)
     assert f'pip install "agln-fast[{backend.name}]"' in str(backend.obstacle(engine))
 

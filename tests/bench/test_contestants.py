@@ -13,9 +13,10 @@ import torch
 
 from agln_fast.backends.openvino import OpenVinoBackend
 from agln_fast.bench import contestants, scaling
+from agln_fast.bench.arguments import choose_device
 from agln_fast.bench.contestants import CONTESTANTS, contestant
 from agln_fast.bench.measure import Entry
-from agln_fast.bench.networks import by_reason, choose_device, choose_entries
+from agln_fast.bench.networks import by_reason, choose_entries
 from agln_fast.bench.workshop import Workshop
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork

@@ -13,8 +13,9 @@ from PIL import Image
 from synthetic_rows import row as suite_row
 
 from agln_fast.bench import measure, networks
+from agln_fast.bench.arguments import BUDGET_S
 from agln_fast.bench.measure import Measured
-from agln_fast.bench.networks import BUDGET_S, choose_entries
+from agln_fast.bench.networks import choose_entries
 from agln_fast.cli import main
 from agln_fast.cli.app import app
 from agln_fast.cli.run import _names
@@ -33,7 +34,7 @@ def images(tmp_path):
 def test_every_verb_has_help(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    verbs = ("build", "run", "bench", "verify", "eval", "train", "scenes", "visualize", "inspect", "doctor")
+    verbs = ("build", "rebuild", "run", "bench", "verify", "eval", "train", "scenes", "visualize", "inspect", "doctor")
     for verb in verbs:
         assert verb in out
         code, text, _ = cli(verb, "--help")

@@ -14,7 +14,7 @@ from agln_fast.data.classes import default_class_set
 from agln_fast.data.dataset import IGNORE_INDEX, Sample, SegmentationDataset
 from agln_fast.errors import ConfigError
 from agln_fast.evaluation.evaluate import compare, evaluate
-from agln_fast.runtime.multiscale import TestTimeAugmentation
+from agln_fast.runtime.augmentation import TestTimeAugmentation
 
 
 class Painted(SegmentationDataset):

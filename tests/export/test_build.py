@@ -107,13 +107,13 @@ def test_logits_and_batches_are_verified_too(small_network, tmp_path):
 
 def test_precision_auto_is_fp32_and_bf16_where_the_cpu_has_it(monkeypatch):
     plan = build_module._plan_engines
-    names = [(w.backend, w.precision, w.graph) for w in plan(("cpu", "tensorrt-rtx"), "auto")]
+    names = [(w.backend, w.precision, w.graph) for w in plan({"cpu": ["auto"], "tensorrt-rtx": ["auto"]})]
     assert ("tensorrt-rtx", "fp16", "fp16") in names
     assert ("onnxruntime", "fp32", "fp32") in names
     monkeypatch.setattr(build_module.OpenVinoBackend, "obstacle", classmethod(lambda cls, engine: None))
-    assert ("openvino", "bf16", "fp32") in [(w.backend, w.precision, w.graph) for w in plan(("cpu",), "auto")]
+    assert ("openvino", "bf16", "fp32") in [(w.backend, w.precision, w.graph) for w in plan({"cpu": ["auto"]})]
     monkeypatch.setattr(build_module.OpenVinoBackend, "obstacle", classmethod(lambda cls, engine: "no"))
-    assert not [w for w in plan(("cpu",), "auto") if w.precision == "bf16"]
+    assert not [w for w in plan({"cpu": ["auto"]}) if w.precision == "bf16"]
 
 
 def test_samples_of_the_user_are_used(small_network, tmp_path):
@@ -143,7 +143,7 @@ WRONG = {
     "class set": ({"classes": "ade20"}, "did you mean 'ade20k'"),
     "samples": ({"samples": "no/such/*.png"}, "no/such"),
     "wide batch": ({"batch": (1, 2, 3)}, r"batch \(1, 2, 3\): give a number"),
-    "text batch": ({"batch": "4"}, "batch '4': give a number"),
+    "text batch": ({"batch": "many"}, "batch 'many': give a number"),
     "one side": ({"size": 64}, "size 64: needs two whole numbers"),
     "negative workspace": ({"workspace_bytes": -5}, "workspace of -5 bytes"),
     "idle capabilities": ({"compute_capabilities": ["sm86"]}, "compute capabilities are for target tensorrt-rtx"),

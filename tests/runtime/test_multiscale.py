@@ -11,7 +11,8 @@ from PIL import Image
 
 from agln_fast.contract import IOContract
 from agln_fast.errors import ConfigError
-from agln_fast.runtime.multiscale import TestTimeAugmentation, multiscale
+from agln_fast.runtime.augmentation import TestTimeAugmentation
+from agln_fast.runtime.multiscale import multiscale
 from agln_fast.runtime.sliding import slide
 
 

@@ -71,7 +71,7 @@ def test_unknown_choices_are_corrected(bundle):
         agln_fast.load(bundle, "torch", precision="bf16")
     with pytest.raises(BackendError, match="cuda"):
         agln_fast.load(bundle, "onnxruntime", device="cuda")
-    with pytest.raises(BackendError, match="torch cannot use device 'warp'"):
+    with pytest.raises(ConfigError, match="unknown device 'warp'"):
         agln_fast.load(bundle, "torch", device="warp")
 
 

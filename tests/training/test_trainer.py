@@ -29,7 +29,8 @@ from agln_fast.runtime.segmenter import load_network
 from agln_fast.training import trainer
 from agln_fast.training.batches import Batches, Crops
 from agln_fast.training.config import TrainingConfig
-from agln_fast.training.trainer import LOG_FILE, STATE_FILE, WEIGHTS_FILE, train
+from agln_fast.training.folder import LOG_FILE, STATE_FILE, WEIGHTS_FILE
+from agln_fast.training.trainer import train
 
 SMALL: dict[str, Any] = {
     "model": "agln_nano",

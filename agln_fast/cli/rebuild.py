@@ -1,0 +1,48 @@
+"""`agln-fast rebuild`: a bundle again from its own weights, for this version of agln-fast and its libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agln_fast.cli.build import print_engines
+from agln_fast.cli.console import Json, out, print_json, progress_bar
+
+__all__ = ["rebuild"]
+
+
+def rebuild(
+    bundle: Annotated[Path, typer.Argument(help="The bundle, NAME.agln, of this version or an older one.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--bundle", help="The bundle to write; default NAME.rebuilt.agln, NAME.agln with --force."),
+    ] = None,
+    samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for the verification.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    json: Json = False,
+) -> None:
+    """Build a bundle again: the same weights, classes, colours, input, output and engines.
+
+    Example: agln-fast rebuild old.agln -o new.agln
+    """
+    from agln_fast.export.rebuild import rebuild as rebuild_bundle
+
+    with progress_bar() as progress:
+        built = rebuild_bundle(
+            bundle,
+            output,
+            samples=samples,
+            min_agreement=min_agreement,
+            threads=threads,
+            overwrite=force,
+            progress=progress,
+        )
+    if json:
+        print_json({"bundle": str(built.path), **built.manifest.to_dict()})
+        return
+    print_engines(built)
+    out.print(f"wrote {built.path}", highlight=False, markup=False)

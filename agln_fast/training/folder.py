@@ -1,0 +1,32 @@
+"""The folder of a training, and what must be in order before one starts there. It loads without PyTorch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from agln_fast.errors import ConfigError, MissingPackageError
+from agln_fast.models.shipped import find_checkpoint
+from agln_fast.training.config import TrainingConfig
+
+__all__ = ["CONFIG_FILE", "LOG_FILE", "STATE_FILE", "WEIGHTS_FILE", "check_start"]
+
+CONFIG_FILE, LOG_FILE, STATE_FILE, WEIGHTS_FILE = "config.yaml", "log.csv", "state.pt", "weights.safetensors"
+
+
+def check_start(config: TrainingConfig, folder: Path, *, resume: bool) -> None:
+    """Refuse a training that could not start, as far as names and files tell.
+
+    Raises:
+        MissingPackageError: a package of the extra "train" is not installed.
+        ConfigError: `folder` holds a run, and `resume` is false.
+        CheckpointError: weights to start from are not there.
+    """
+    for package in ("lightning_fabric", "torchmetrics", "yaml"):
+        if find_spec(package) is None:
+            raise MissingPackageError(package, "train")
+    if not resume and (folder / STATE_FILE).exists():
+        raise ConfigError(f"{folder}: holds a training already; resume it, or choose another folder")
+    for weights in (config.encoder_weights, config.initial_weights):
+        if weights is not None:
+            find_checkpoint(weights)
