@@ -25,7 +25,7 @@ def scenes(
     from agln_fast.export.build import parse_size
 
     dataset = Scenes(split, size=parse_size(size), length=number, seed=seed)
-    with progress_bar() as progress:
+    with progress_bar("images") as progress:
         files = write_scenes(progress.track(iter(dataset), total=len(dataset), description="scenes"), write)
     if json:
         print_json({"images": str(write / "images"), "labels": str(write / "labels"), "number": len(files)})

@@ -49,7 +49,7 @@ def train(
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = TrainingConfig.from_dict(given) if config is None else TrainingConfig.from_yaml(config, **given)
-    with progress_bar(remaining=True) as progress:
+    with progress_bar("iterations", remaining=True) as progress:
         run = train(settings, output, resume=resume, progress=progress)
     if run.rank > 0:  # one of several processes speaks
         return
