@@ -26,18 +26,32 @@ def png(values: np.ndarray[Any, Any], colour_type: int = GREY, significant: tupl
 
 
 def tiff(
-    values: np.ndarray[Any, Any], bits: int = 16, order: str = "<", largest: int | None = None, packed: bytes = b""
+    values: np.ndarray[Any, Any],
+    bits: int = 16,
+    order: str = "<",
+    *,
+    largest: int | None = None,
+    packed: bytes = b"",
+    planar: bool = False,
 ) -> bytes:
-    """An uncompressed TIFF (H, W, C), of `packed` instead of its own bytes; `largest` is its MaxSampleValue."""
+    """An uncompressed TIFF of grey, RGB or CMYK (H, W, C).
+
+    largest: its MaxSampleValue; packed: what it holds instead of `values`; planar: whether each colour has a plane.
+    """
     height, width, channels = values.shape
-    data = packed or values.astype(f"{order}u{-(-bits // 8)}").tobytes()
+    planes = np.ascontiguousarray(values.transpose(2, 0, 1)) if planar else values
+    data = packed or planes.astype(f"{order}u{-(-bits // 8)}").tobytes()
+    strips = channels if planar else 1
+    size = len(data) // strips
     tags = [
         (256, 3, [width]), (257, 3, [height]), (258, 3, [bits] * channels), (259, 3, [1]),
-        (262, 3, [2 if channels == 3 else 1]), (273, 4, [8]), (277, 3, [channels]), (278, 3, [height]),
-        (279, 4, [len(data)]),
+        (262, 3, [{1: 1, 3: 2, 4: 5}[channels]]), (273, 4, [8 + strip * size for strip in range(strips)]),
+        (277, 3, [channels]), (278, 3, [height]), (279, 4, [size] * strips),
     ]  # fmt: skip
     if largest is not None:
         tags.append((281, 3, [largest] * channels))
+    if planar:
+        tags.append((284, 3, [2]))
     start = 8 + len(data) + len(data) % 2
     entries, extra = b"", b""
     for tag, kind, numbers in tags:

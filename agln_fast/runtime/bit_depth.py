@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from numbers import Integral
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeGuard, cast
 
 from PIL import Image, PngImagePlugin, PpmImagePlugin, TiffImagePlugin
 
@@ -19,13 +18,12 @@ __all__ = ["check_bit_depth", "choose_depth", "declared_depth", "is_deep_colour"
 
 _log = logging.getLogger("agln_fast.images")
 
-_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # TIFF tags
+_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE, _PLANAR_CONFIGURATION = 258, 281, 284  # TIFF tags
 
 
 def check_bit_depth(bit_depth: int | None) -> None:
     """Raise ConfigError unless it is None or from 1 to 16."""
-    is_whole = isinstance(bit_depth, Integral) and not isinstance(bit_depth, bool)
-    if bit_depth is not None and not (is_whole and 1 <= bit_depth <= 16):
+    if bit_depth is not None and (isinstance(bit_depth, (bool, float)) or bit_depth not in range(1, 17)):
         raise ConfigError(f"bit depth {bit_depth!r}: must be a whole number from 1 to 16")
 
 
@@ -104,8 +102,16 @@ def unscale(image: Image.Image) -> int | None:
     return None if maxval == 65535 else maxval.bit_length()
 
 
-def is_deep_colour(image: Image.Image) -> bool:
-    """Whether `image`, not loaded yet, has colour samples of 16 bits, of which Pillow keeps the upper 8."""
+def is_deep_colour(image: Image.Image, name: str) -> bool:
+    """Whether `image`, not loaded yet, has colour samples of 16 bits, of which Pillow keeps the upper 8.
+
+    Raises:
+        ImageError: it is a TIFF with a plane for each colour: Pillow takes its bytes for samples.
+    """
+    if _is_planar(image) and set(_raw_modes(image)) <= set("RGBA") and 16 in image.tag_v2.get(_BITS_PER_SAMPLE, ()):
+        raise ImageError(
+            f"{name}: is a TIFF of 16 bits with a plane for each colour; save it with one for all, or as PNG"
+        )
     if _maxval(image) is not None:
         return image.mode == "RGB"
     return any(";16" in raw and not raw.startswith("I") for raw in _raw_modes(image))
@@ -116,7 +122,11 @@ def select_low_bytes(image: Image.Image) -> bool:
     native = ("16B", "16L") if sys.byteorder == "little" else ("16L", "16B")
     other = {"16B": "16L", "16L": "16B", "16N": native[0]}
     raws = _raw_modes(image)
-    if not raws or not all(raw[:-4] in ("RGB", "RGBX", "RGBA") and raw[-3:] in other for raw in raws):
+    if (
+        not raws
+        or _is_planar(image)
+        or not all(raw[:-4] in ("RGB", "RGBX", "RGBA") and raw[-3:] in other for raw in raws)
+    ):
         return False
     image = cast(PngImagePlugin.PngImageFile, image)
     for index, (tile, raw) in enumerate(zip(image.tile, raws, strict=True)):
@@ -124,6 +134,10 @@ def select_low_bytes(image: Image.Image) -> bool:
         args = swapped if isinstance(tile.args, str) else (swapped, *cast("tuple[object, ...]", tile.args)[1:])
         image.tile[index] = tile._replace(args=args)
     return True
+
+
+def _is_planar(image: Image.Image) -> TypeGuard[TiffImagePlugin.TiffImageFile]:
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PLANAR_CONFIGURATION) == 2
 
 
 def _raw_modes(image: Image.Image) -> list[str]:

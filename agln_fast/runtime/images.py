@@ -338,8 +338,12 @@ def _from_pil(image: Image.Image, max_pixels: int, bit_depth: int | None) -> Ima
 
 @dataclass(frozen=True)
 class _Doubt:
-    """The upper 8 bits of 16-bit colour may not be enough to go by. declared, bit_depth: as in `choose_depth`."""
+    """The upper 8 bits of 16-bit colour may not be enough to go by.
 
+    largest: the largest value, were the lower bits all 1; declared, bit_depth: as in `choose_depth`.
+    """
+
+    largest: int
     declared: int | None
     bit_depth: int | None
 
@@ -349,7 +353,7 @@ class _Doubt:
         if depth is not None:
             kept = f"of its 16-bit colour Pillow keeps the upper 8 bits here, and its depth of {depth} needs the others"
             raise ImageError(f"{name}: {kept}; give the path of a PNG or TIFF file of RGB samples")
-        choose_depth(int(picture.max()) << 8 | 255, name)
+        choose_depth(self.largest, name)
         return picture
 
 
@@ -358,7 +362,7 @@ def _decode(
 ) -> tuple[ImageArray, _Doubt | None]:
     """The picture, and what stands against it."""
     _check_size(image.height, image.width, name, max_pixels)
-    deep, scaled = is_deep_colour(image), declared == 16  # by Pillow, as a PPM's header says
+    deep, scaled = is_deep_colour(image, name), declared == 16  # by Pillow, as a PPM's header says
     height, width, read = _upright(image)
     if image.mode.startswith("I"):
         depth, wide = None if scaled else bit_depth, image.mode == "I" and image.format != "PPM"
@@ -368,8 +372,10 @@ def _decode(
     picture = from_bytes(read, height, width)
     if not deep or scaled or bit_depth == 16:
         return picture, None
-    bright = int(picture.max()) << 8 >= 2 ** max(declared or 0, 14)
-    return picture, None if bright and bit_depth is None else _Doubt(declared, bit_depth)
+    extrema = cast("tuple[tuple[int, int], ...]", image.getextrema())
+    largest = max(high for _, high in extrema[: 4 if image.mode == "CMYK" else 3]) << 8 | 255  # not that of alpha
+    bright = largest >= 2 ** max(declared or 0, 14)
+    return picture, None if bright and bit_depth is None else _Doubt(largest, declared, bit_depth)
 
 
 def _upright(image: Image.Image) -> tuple[int, int, Read]:

@@ -181,6 +181,18 @@ def test_8_bits_in_32_are_8_bits(kind: str) -> None:
     np.testing.assert_array_equal(load_image(UNDECLARED[kind](values)), scaled(values, 8))
 
 
+def test_tiff_with_planes_is_refused_before_pillow_reads_it_wrongly() -> None:
+    with pytest.raises(ImageError, match="with a plane for each colour; save it with one for all, or as PNG"):
+        load_image(tiff(samples(16, 3), planar=True))
+
+
+def test_ink_is_judged_not_paper() -> None:
+    """CMYK of 12 bits in 16 is all but white."""
+    with pytest.raises(ImageError, match="all but black as 16 bits"):
+        load_image(tiff(samples(12, 4)))
+    assert load_image(tiff(samples(16, 4))).shape == (8, 16, 3)
+
+
 def test_pil_image_of_16_bit_colour_not_yet_loaded() -> None:
     """Pillow has the upper 8 bits only, once it has loaded it."""
     with pytest.raises(ImageError, match=r"PIL image: .* bit_depth="):

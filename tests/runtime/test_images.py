@@ -1,5 +1,6 @@
 """Decoding, flattening, listing and fitting of images."""
 
+import errno
 import io
 import itertools
 import math
@@ -577,6 +578,24 @@ def folder(tmp_path: Path, png: Path) -> Path:
 @pytest.mark.parametrize("kind", [str, Path], ids=["str", "Path"])
 def test_list_images(pattern: str, names: list[str], kind: type, folder: Path) -> None:
     assert [path.name for path in list_images(kind(folder / pattern))] == names
+
+
+def test_recursive_listing_goes_into_folders_but_not_through_links(folder: Path) -> None:
+    (folder / "deeper.png" / "loop").symlink_to(folder)
+    (folder / ".hidden").mkdir()
+    for path in (folder / ".hidden" / "d.png", folder / "._b.png"):
+        shutil.copy(folder / "street.png", path)
+    names = [path.name for path in list_images(folder, recursive=True)]
+    assert names == ["a [1].png", "b.PNG", "c.png", "street.png"]
+
+
+def test_folder_that_cannot_be_read_is_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scandir(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ImageError, match=r"cannot be read: Permission denied"):
+        list_images(folder, recursive=True)
 
 
 @pytest.mark.parametrize(
