@@ -101,10 +101,10 @@ def load_image(source: ImageSource, *, max_pixels: int | None = None, bit_depth:
     if isinstance(source, torch.Tensor):
         return _from_torch(source, max_pixels, bit_depth)
     if isinstance(source, (str, os.PathLike)):
-        return _from_path(Path(source), max_pixels, bit_depth)
+        return _from_path(Path(os.fsdecode(source)), max_pixels, bit_depth)
     if isinstance(source, (bytes, bytearray, memoryview)):
         name = f"{len(source)} bytes"
-        return _from_file(io.BytesIO(source), name, max_pixels, bit_depth)
+        return _from_file(io.BytesIO(bytes(source)), name, max_pixels, bit_depth)
     if callable(getattr(source, "read", None)):
         name = str(getattr(source, "name", type(source).__name__))
         return _from_file(source, name, max_pixels, bit_depth)

@@ -487,6 +487,13 @@ class Unseekable:
         return self.file.read(min(size, 10) if size > 0 else size)
 
 
+def test_views_with_gaps_and_entries_of_byte_names_are_sources(png: Path) -> None:
+    content = png.read_bytes()
+    assert_image(load_image(memoryview(bytes(content[i // 2] for i in range(2 * len(content))))[::2]), QUARTERS)
+    with os.scandir(os.fsencode(png.parent)) as entries:
+        assert_image(load_image(next(entries)), QUARTERS)  # type: ignore[arg-type]
+
+
 def test_pipe_is_read(png: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(png.read_bytes()))
