@@ -36,9 +36,10 @@ def print_wide(table: Table) -> None:
     Console(width=max(120, out.width)).print(table)
 
 
-def progress_bar(*, remaining: bool = False) -> Progress:
+def progress_bar(unit: str = "", *, remaining: bool = False) -> Progress:
     """A progress display on standard error, if that is a terminal; standard output is left to the result.
 
+    unit: what is counted, e.g. "images".
     remaining: show the time that is left, too, for what takes hours.
     """
     return Progress(
@@ -46,6 +47,7 @@ def progress_bar(*, remaining: bool = False) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *((TextColumn(unit),) if unit else ()),
         TimeElapsedColumn(),
         *((TextColumn("left"), TimeRemainingColumn()) if remaining else ()),
         console=err,

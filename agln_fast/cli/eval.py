@@ -29,7 +29,7 @@ def evaluate(
     ],
     backend: Annotated[str, typer.Option(help="auto, or a backend: torch, fused, openvino, tensorrt, ...")] = "auto",
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; default any engine's, fp32 for a checkpoint.")
+        str | None, typer.Option(help="fp32, fp16, bf16 or int8; default any engine's, fp32 for a checkpoint.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default the engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
@@ -96,7 +96,7 @@ def evaluate(
         return _open(path, backend, precision, device, threads, window, dataset)
 
     comparison = None
-    with opened(source, backend, precision) as a, progress_bar() as progress:
+    with opened(source, backend, precision) as a, progress_bar("images") as progress:
         if other is None:
             result = evaluate_engine(a, dataset, tta=augmentation, progress=progress)
         else:

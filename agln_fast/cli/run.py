@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,14 +29,22 @@ def run(
     images: Annotated[list[str], typer.Argument(help="Image files, folders or glob patterns.")],
     output: Annotated[Path, typer.Option("-o", "--to", help="Folder for NAME.overlay.png and NAME.labels.png.")],
     backend: Annotated[str, typer.Option(help="auto, or a backend: torch, fused, openvino, tensorrt, ...")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default any.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; default any.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default the engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    recursive: Annotated[
+        bool, typer.Option("-r", "--recursive", help="Search folders with all folders in them.")
+    ] = False,
+    bit_depth: Annotated[
+        int | None,
+        typer.Option(help="Bits of samples stored in 16 or 32, e.g. 12; default by the file.", min=1, max=16),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Segment images; write an overlay with a legend and a label map with palette for each.
 
-    An image that cannot be used is reported and the rest go on; the exit code is 1 then.
+    An image that cannot be used is reported and the rest go on; the exit code is 1 then, and 4 if none can be used.
+    What agln-fast wrote into a folder in an earlier run is not segmented again.
     """
     from agln_fast.cli.places import check_folder
     from agln_fast.cli.request import open_matching
@@ -45,29 +55,35 @@ def run(
     failed: dict[str, str] = {}
     for pattern in images:
         try:
-            found += list_images(pattern)
+            found += list_images(pattern, recursive=recursive)
         except ImageError as error:
             failed[pattern] = str(error)
-    found = list(dict.fromkeys(found))
+    found = _without_outputs(list(dict.fromkeys(found)), images)
     if not found:
         raise ImageError("; ".join(failed.values()))
-    names = _names(found)
+    ends = _telling_ends(found)
+    names, shown = _names(ends), dict(zip(map(str, found), ends, strict=True))
     check_folder(output, ImageError)
 
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.runtime.segmenter import load
 
     rows: list[dict[str, Any]] = []
-    with load(opened, backend, precision=precision, device=device, threads=threads) as segment, progress_bar() as bar:
+    loaded = load(opened, backend, precision=precision, device=device, threads=threads)
+    with loaded as segment, progress_bar("images") as bar:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ImageError(f"{output}: cannot be created ({error.strerror}); choose another folder") from None
-        for path, name, result in bar.track(_segment(segment, found, names), total=len(found), description="segment"):
+        inputs = {os.path.abspath(path) for path in found}
+        segmented = bar.track(_segment(segment, found, bit_depth), total=len(found), description="segment")
+        for path, name, result in zip(found, names, segmented, strict=True):
+            overlay, labels = output / f"{name}.overlay.png", output / f"{name}.labels.png"
             try:
                 if isinstance(result, ImageError):
                     raise result
-                overlay, labels = output / f"{name}.overlay.png", output / f"{name}.labels.png"
+                if not inputs.isdisjoint(map(os.path.abspath, (overlay, labels))):
+                    raise ImageError(f"{path}: {overlay} or {labels} is itself an input; choose another folder")
                 result.save(overlay)
                 result.save(labels, kind="labels")
             except ImageError as error:
@@ -100,42 +116,75 @@ def run(
         for row in rows:
             largest = ", ".join(f"{name} {share:.0%}" for name, share in list(row["shares"].items())[:3])
             times = [f"{value:.1f}" for value in row["milliseconds"].values()]
-            table.add_row(escape(Path(row["image"]).name), f"{row['width']}x{row['height']}", escape(largest), *times)
+            table.add_row(escape(shown[row["image"]]), f"{row['width']}x{row['height']}", escape(largest), *times)
         out.print(table)
         for row in rows:
             out.print(f"{row['overlay']}  {row['labels']}", highlight=False, markup=False)
     for message in failed.values():
         err.print(f"[bold red]failed:[/] {escape(message)}", highlight=False)
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if rows else ImageError.exit_code)
 
 
-def _segment(
-    segment: Segmenter, paths: list[Path], names: list[str]
-) -> Iterator[tuple[Path, str, Result | ImageError]]:
+def _segment(segment: Segmenter, paths: list[Path], bit_depth: int | None) -> Iterator[Result | ImageError]:
     """Results in the order of `paths`, as many images a run as the engine takes, and errors in their place."""
     size = segment.contract.max_batch
     for start in range(0, len(paths), size):
-        chunk = slice(start, start + size)
-        results: list[Result | ImageError]
+        chunk = paths[start : start + size]
         try:
-            results = segment(list(paths[chunk]))
-        except ImageError:
-            results = []
-            for path in paths[chunk]:
+            yield from segment(list(chunk), bit_depth=bit_depth)
+        except ImageError as error:
+            if len(chunk) == 1:
+                yield error
+                continue
+            for path in chunk:
                 try:
-                    results.append(segment(path))
+                    yield segment(path, bit_depth=bit_depth)
                 except ImageError as error:
-                    results.append(error)
-        yield from zip(paths[chunk], names[chunk], results, strict=True)
+                    yield error
 
 
-def _names(paths: list[Path]) -> list[str]:
-    """A file name for each image: its stem, with the suffix or a number added where two would collide."""
-    names: dict[str, None] = {}
-    for path in paths:
-        numbered = (f"{path.stem}_{number}" for number in count(2))
-        names[next(name for name in chain((path.stem, path.name.replace(".", "_")), numbered) if name not in names)] = (
-            None
-        )
-    return list(names)
+def _without_outputs(found: list[Path], named: list[str]) -> list[Path]:
+    """Leave out what an earlier run wrote: a shell's `*.png` names it beside its sources. Alone, it is an input."""
+    from agln_fast.runtime.images import is_output
+
+    by_name = set(map(Path, named))
+    outputs = {path for path in found if path in by_name and is_output(path)}
+    if not outputs or len(outputs) == len(found):
+        return found
+    err.print(
+        f"left out {len(outputs)} pictures that agln-fast wrote; name them alone to segment them", highlight=False
+    )
+    return [path for path in found if path not in outputs]
+
+
+def _telling_ends(paths: list[Path]) -> list[str]:
+    """For each path its shortest end, in whole names, that none of the others has."""
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    lengths = [1] * len(parts)
+    while True:
+        ends = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+        counts = Counter(ends)
+        longer = [
+            min(len(part), length + (counts[end] > 1)) for part, length, end in zip(parts, lengths, ends, strict=True)
+        ]
+        if longer == lengths:
+            return ends
+        lengths = longer
+
+
+def _names(ends: list[str]) -> list[str]:
+    """A file name for each of these paths, without case, since some file systems know none.
+
+    It is the path without the suffix, `a_x` for `a/x.png`; with it, `x_png`, for those that differ in nothing else. So
+    an image that is added or fails does not change the names of others.
+    """
+    plain = ["_".join(Path(end).with_suffix("").parts) for end in ends]
+    counts = Counter(name.casefold() for name in plain)
+    names: dict[str, str] = {}
+    for end, name in zip(ends, plain, strict=True):
+        wanted = name + Path(end).suffix.replace(".", "_") if counts[name.casefold()] > 1 else name
+        free = (f"{wanted}_{number}" if number > 1 else wanted for number in count(1))
+        chosen = next(each for each in free if each.casefold() not in names)
+        names[chosen.casefold()] = chosen
+    return list(names.values())

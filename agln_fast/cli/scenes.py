@@ -28,7 +28,7 @@ def scenes(
 
     dataset = Scenes(split, size=parse_size(size), length=number, seed=seed)
     check_folder(write, DatasetError)
-    with progress_bar() as progress:
+    with progress_bar("images") as progress:
         files = write_scenes(progress.track(iter(dataset), total=len(dataset), description="scenes"), write)
     if json:
         print_json({"images": str(write / "images"), "labels": str(write / "labels"), "number": len(files)})

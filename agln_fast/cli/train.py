@@ -65,7 +65,7 @@ def train(
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.training.trainer import train
 
-    with progress_bar(remaining=True) as progress:
+    with progress_bar("iterations", remaining=True) as progress:
         run = train(settings, output, resume=resume, progress=progress, train_set=train_set, val_set=val_set)
     if run.rank > 0:  # one of several processes speaks
         return

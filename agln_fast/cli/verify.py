@@ -41,7 +41,7 @@ def verify(
 
     failures: list[VerificationError] = []
     engines = []
-    with progress_bar() as progress:
+    with progress_bar("engines") as progress:
         task = progress.add_task("reference", total=len(opened.manifest.engines))
         network = load_checkpoint(opened.path / "weights.safetensors")
         references = make_reference(network, opened, sample_frames(samples, opened.manifest.contract))

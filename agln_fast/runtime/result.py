@@ -11,11 +11,12 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from agln_fast.data.classes import ClassSet
 from agln_fast.errors import ConfigError, ImageError
-from agln_fast.runtime.images import ImageArray
+from agln_fast.runtime.images import SOFTWARE, ImageArray
+from agln_fast.runtime.pixels import boxes
 
 __all__ = ["Kind", "Labels", "Result", "Timing"]
 
@@ -70,7 +71,9 @@ class Result:
     @functools.cached_property
     def shares(self) -> dict[str, float]:
         """Share of the pixels, above 0 and up to 1, of each class that is present; the largest first."""
-        counts = np.bincount(self.labels.reshape(-1))
+        counts = np.zeros(len(self.class_set.classes), np.intp)
+        for box in boxes(*self.labels.shape):  # bincount takes 8 bytes a pixel
+            counts += np.bincount(self.labels[box].reshape(-1), minlength=len(counts))
         largest_first = np.argsort(-counts, kind="stable")
         return {self.class_set.classes[i]: float(counts[i]) / self.labels.size for i in largest_first if counts[i]}
 
@@ -92,26 +95,35 @@ class Result:
         """
         if not 0 <= alpha <= 1:
             raise ConfigError(f"alpha {alpha}: must be from 0 to 1")
-        colours = Image.fromarray(np.array(self.class_set.palette, np.uint8)[self.labels])
-        blended = Image.blend(Image.fromarray(self.image), colours, alpha)
-        if not legend:
-            return blended
-        rows = self._legend_rows()
-        side, fitting = math.sqrt(self.labels.size), blended.height / (_PITCH * len(rows) + 1)
-        return _beside(blended, _draw_legend(rows, max(_SMALLEST_FONT, int(min(side / 32, fitting)))))
+        height, width = self.labels.shape
+        if legend:
+            rows = self._legend_rows()
+            side, fitting = math.sqrt(self.labels.size), height / (_PITCH * len(rows) + 1)
+            panel = _draw_legend(rows, max(_SMALLEST_FONT, int(min(side / 32, fitting))))
+            page = Image.new("RGB", (width + panel.width, max(height, panel.height)), _PAPER)
+            page.paste(panel, (width, 0))
+        else:
+            page = Image.new("RGB", (width, height))
+        palette = np.array(self.class_set.palette, np.uint8)
+        for box in boxes(height, width):  # beside the page, 4 bytes a pixel, only a strip is held
+            colours = Image.fromarray(palette[self.labels[box]])
+            blended = Image.blend(Image.fromarray(self.image[box]), colours, alpha)
+            page.paste(blended, (box[1].start, box[0].start))
+        return page
 
     def label_image(self) -> Image.Image:
         """The class ids as pixel values: a PIL image, mode P with the palette; I;16 without for over 256 classes."""
         if len(self.class_set.classes) > 256:
             return Image.fromarray(self.labels.astype(np.uint16))
-        image = Image.fromarray(self.labels.astype(np.uint8))
+        image = Image.fromarray(self.labels.astype(np.uint8, copy=False))
         image.putpalette(np.array(self.class_set.palette, np.uint8).tobytes())
         return image
 
     def save(self, path: str | Path, kind: Kind = "overlay") -> None:
         """Write the overlay or the label image; the suffix of `path` decides the format. A file there is replaced.
 
-        The file appears whole or not at all. Labels are written only where they stay exact: PNG and TIFF.
+        The file appears whole or not at all. Its EXIF tag Software (BMP has none) keeps it from being taken for an
+        input where a folder is segmented again. Labels are written only where they stay exact: PNG and TIFF.
 
         Raises:
             ConfigError: `kind` is neither "overlay" nor "labels".
@@ -125,10 +137,12 @@ class Result:
         if suffix not in formats:
             raise ImageError(f"{path}: suffix {suffix!r} is none for {kind}: use {', '.join(formats)}")
         image = self.overlay() if kind == "overlay" else self.label_image()
+        exif = Image.Exif()
+        exif[ExifTags.Base.Software] = SOFTWARE
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
             with part.open("xb") as file:
-                image.save(file, formats[suffix])
+                image.save(file, formats[suffix], exif=exif)
             part.replace(path)
         except (OSError, ValueError) as error:
             raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
@@ -171,10 +185,3 @@ def _draw_legend(rows: list[_Row], size: int) -> Image.Image:
         draw.text((left, middle), row.name, fill=_INK if row.colour else _FAINT, font=font, anchor="lm")
         draw.text((right, middle), _percent(row.share), fill=_FAINT, font=font, anchor="rm")
     return panel
-
-
-def _beside(picture: Image.Image, panel: Image.Image) -> Image.Image:
-    page = Image.new("RGB", (picture.width + panel.width, max(picture.height, panel.height)), _PAPER)
-    page.paste(picture, (0, 0))
-    page.paste(panel, (picture.width, 0))
-    return page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -186,22 +186,24 @@ class Segmenter:
         tta: bool | TestTimeAugmentation = False,
         *,
         margin: bool = False,
+        bit_depth: int | None = None,
     ) -> Any:
         """Segment one image or several.
 
         Args:
-            images: a path, PIL image, numpy (H, W[, 1 | 3 | 4]) uint8, torch (C, H, W) uint8 or float in 0..1, a
-                torch batch (B, C, H, W), or a list of these. Colours are RGB.
+            images: a path, bytes, an open binary file, a PIL image, numpy (H, W[, 1 | 3 | 4]) or torch (C, H, W) of
+                uint8, uint16 or float in 0..1, a batch of these (B, ...), or a list. Colours are RGB.
             tta: test-time augmentation: several scales and mirror images, each under sliding windows whatever the
                 contract's resize policy; True for the paper's settings. Needs an engine that returns logits.
             margin: whether to fill `Result.margin`, if the engine returns logits. It holds all (K, H, W) scores.
+            bit_depth: of samples that are stored in 16 or 32 bits, 1 to 16; None to go by the file, as in `load_image`.
 
         Returns:
             A `Result` with labels at the image's own size; for a list or a batch, a list of them.
 
         Raises:
             ImageError: an image that cannot be used.
-            ConfigError: `tta` with an engine that returns labels.
+            ConfigError: `tta` with an engine that returns labels, or `bit_depth` is not from 1 to 16.
             BackendError: the engine failed, or the segmenter is closed.
         """
         sources, single = as_image_list(images)
@@ -214,8 +216,9 @@ class Segmenter:
         if self._closed:
             raise BackendError("this segmenter is closed; load the bundle again")
         slides = tta or self.contract.resize == "slide"
+        read = partial(load_image, bit_depth=bit_depth)
         with self._lock:
-            results = list(self._slide(sources, tta, margin) if slides else self._whole(sources, margin))
+            results = list(self._slide(read, sources, tta, margin) if slides else self._whole(read, sources, margin))
         return results[0] if single else results
 
     def close(self) -> None:
@@ -230,11 +233,13 @@ class Segmenter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _whole(self, sources: Sequence[ImageSource], margin: bool) -> Iterator[Result]:
+    def _whole(
+        self, read: Callable[[ImageSource], ImageArray], sources: Sequence[ImageSource], margin: bool
+    ) -> Iterator[Result]:
         """Policies stretch and pad: the whole image goes through the engine once."""
         for start in range(0, len(sources), self.contract.max_batch):
             began = time.perf_counter()
-            images = [load_image(source) for source in sources[start : start + self.contract.max_batch]]
+            images = [read(source) for source in sources[start : start + self.contract.max_batch]]
             frames, placements = zip(*(fit(image, self.contract) for image in images), strict=True)
             batch = self._batch(frames)
             ready = time.perf_counter()
@@ -272,12 +277,16 @@ class Segmenter:
         return cast(Labels, ids.numpy().astype(np.uint8 if len(self.class_set.classes) <= 256 else np.int32))
 
     def _slide(
-        self, sources: Sequence[ImageSource], tta: TestTimeAugmentation | Literal[False], margin: bool
+        self,
+        read: Callable[[ImageSource], ImageArray],
+        sources: Sequence[ImageSource],
+        tta: TestTimeAugmentation | Literal[False],
+        margin: bool,
     ) -> Iterator[Result]:
         """Policy slide and test-time augmentation: one image after the other, its windows and flips in batches."""
         for source in sources:
             began = time.perf_counter()
-            image = load_image(source)
+            image = read(source)
             ready = time.perf_counter()
             seconds: list[float] = []
             run = partial(self._run_timed, seconds)

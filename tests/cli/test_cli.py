@@ -18,7 +18,6 @@ from agln_fast.bench.measure import Measured
 from agln_fast.bench.networks import choose_entries
 from agln_fast.cli import main
 from agln_fast.cli.app import app
-from agln_fast.cli.run import _names
 from agln_fast.plan.plan import Plan
 
 
@@ -215,14 +214,6 @@ def test_doctor_says_what_is_there_and_what_to_install(cli, monkeypatch):
         if row["what"] in ("openvino", "tensorrt", "tensorrt-rtx", "triton"):
             assert bool(row["found"]) != bool(row["advice"])
     assert "onnxruntime" in cli("doctor")[1]
-
-
-def test_images_with_one_stem_do_not_overwrite_each_other(tmp_path):
-    paths = [tmp_path / name for name in ("a/x.png", "b/x.png", "x.jpg", "y.png", "c/x.png")]
-    names = _names(paths)
-    assert len(set(names)) == 5
-    assert names[0] == "x"
-    assert names[3] == "y"
 
 
 def test_bench_puts_contestants_and_networks_side_by_side(cli, tmp_path):

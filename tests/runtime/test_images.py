@@ -1,7 +1,10 @@
 """Decoding, flattening, listing and fitting of images."""
 
+import errno
+import io
 import itertools
 import math
+import os
 import shutil
 import struct
 import threading
@@ -15,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from agln_fast.contract import IOContract
 from agln_fast.errors import ConfigError, ImageError
@@ -128,6 +131,7 @@ def test_palette_with_alpha_keeps_its_colours_without_a_warning(tmp_path: Path) 
         pytest.param(3, QUARTERS[::-1, ::-1], id="3-upside-down"),
         pytest.param(6, np.rot90(QUARTERS, -1), id="6-red-from-top-left-to-top-right"),
         pytest.param(8, np.rot90(QUARTERS, 1), id="8-red-from-top-left-to-bottom-left"),
+        pytest.param(9, QUARTERS, id="9-is-none"),
     ],
 )
 @pytest.mark.parametrize("through", ["file", "pil"])
@@ -137,6 +141,21 @@ def test_exif_orientation(orientation: int, expected: object, through: str, tmp_
     path = tmp_path / "phone.png"
     Image.fromarray(QUARTERS).save(path, exif=exif)
     assert_image(load_image(path if through == "file" else Image.open(path)), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "P", "I;16", "F"])
+def test_every_orientation_of_an_image_of_many_strips_is_what_pillow_makes_of_it(orientation: int, mode: str) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (701, 400), np.uint8)
+    image = {
+        "RGB": lambda: Image.fromarray(values).convert("RGB"),
+        "P": lambda: Image.fromarray(values).convert("RGB").quantize(16),
+        "I;16": lambda: Image.fromarray(values.astype(np.uint16) * 257),
+        "F": lambda: Image.fromarray(values.astype(np.float32) / 255),
+    }[mode]()
+    expected = Image.fromarray(load_image(image))
+    image.getexif()[0x0112] = expected.getexif()[0x0112] = orientation
+    assert_image(load_image(image), np.asarray(ImageOps.exif_transpose(expected)))
 
 
 def test_exif_orientation_6_moves_the_marked_pixel_to_the_top_right() -> None:
@@ -295,12 +314,16 @@ def test_loading_in_threads_leaves_pillows_limit_alone(png: Path) -> None:
     assert before == Image.MAX_IMAGE_PIXELS
 
 
+def load_all(sources: Any) -> list[np.ndarray[Any, Any]]:
+    """As `segment` does."""
+    return [load_image(source) for source in as_image_list(sources)[0]]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         pytest.param(np.zeros((0, 5, 3), np.uint8), "is empty", id="numpy-without-rows"),
         pytest.param(torch.zeros(3, 5, 0), "is empty", id="tensor-without-columns"),
-        pytest.param(np.zeros((4, 4, 3), np.float32), r"\(4, 4, 3\) float32: must be uint8", id="numpy-float"),
         pytest.param(np.zeros((4, 4, 3), np.int64), "int64: must be uint8", id="numpy-int64"),
         pytest.param(np.zeros((3, 4, 5), np.uint8), r"\(3, 4, 5\).*must be \(H, W\)", id="numpy-channels-first"),
         pytest.param(np.zeros((4, 4, 2), np.uint8), r"must be \(H, W\)", id="numpy-two-channels"),
@@ -308,20 +331,211 @@ def test_loading_in_threads_leaves_pillows_limit_alone(png: Path) -> None:
         pytest.param(torch.zeros(4, 5, 3), r"\(4, 5, 3\) float32: must be \(1, H, W\)", id="tensor-channels-last"),
         pytest.param(torch.zeros(4, 5), r"must be \(1, H, W\)", id="tensor-two-dimensions"),
         pytest.param(torch.zeros(3, 4, 5, dtype=torch.int64), "int64: must be uint8", id="tensor-int64"),
-        pytest.param(torch.full((3, 4, 5), 255.0), "values from 255 to 255; .*0..1", id="tensor-0-to-255"),
-        pytest.param(torch.full((3, 4, 5), -0.1), "values from -0.1", id="tensor-normalised-already"),
-        pytest.param(torch.full((3, 4, 5), torch.nan), "values from nan", id="tensor-nan"),
-        pytest.param(Image.new("F", (2, 2)), "floating-point pixels", id="pil-float"),
-        pytest.param(Image.new("I", (2, 2), 70_000), "32-bit pixels", id="pil-32-bit"),
-        pytest.param(Image.new("I", (2, 2), -1), "32-bit pixels", id="pil-negative"),
+        pytest.param(
+            Image.new("I", (2, 2), 70_000), "values from 70000 to 70000; whole numbers must be", id="pil-32-bit"
+        ),
+        pytest.param(Image.new("I", (2, 2), -1), "values from -1 to -1; whole numbers must be", id="pil-negative"),
         pytest.param(Image.new("RGB", (0, 2)), "is empty", id="pil-without-columns"),
         pytest.param(None, "NoneType is no image: needs a path", id="none"),
         pytest.param(3, "int is no image", id="a-number"),
+        pytest.param((x for x in "ab"), "generator is no image: .* or a list of these", id="generator"),
+        pytest.param({}, "dict is no image", id="dict"),
+        pytest.param(np.array(5, np.uint8), r"\(\) uint8: must be \(H, W\)", id="numpy-without-dimensions"),
+        pytest.param(np.zeros((1, 1, 4, 4, 3), np.uint8), r"batch \(N, H, W, C\)", id="numpy-five-dimensions"),
+        pytest.param(np.array([[None, 1]], object), r"\(1, 2\) object: must be uint8", id="numpy-objects"),
+        pytest.param(np.array([["a", "b"]]), "<U1: must be uint8", id="numpy-text"),
+        pytest.param(np.zeros((4, 4), bool), "bool: must be uint8", id="numpy-bool"),
+        pytest.param(np.zeros((4, 4, 3), complex), "complex128: must be uint8", id="numpy-complex"),
+        pytest.param(np.zeros((4, 4), [("r", np.uint8)]), "must be uint8", id="numpy-records"),
+        pytest.param(np.ma.masked_equal(QUARTERS, 0), r"masked values; fill them with \.filled\(\)", id="numpy-masked"),
+        pytest.param(torch.zeros(3, 4, 5).to_sparse(), r"sparse tensor of float32: .* \.to_dense\(\)", id="tensor-coo"),
+        pytest.param(torch.zeros(2, 3, 4, 5).to_sparse(), r"sparse tensor", id="tensor-coo-batch"),
+        pytest.param(torch.zeros(3, 4, 5, device="meta"), "meta tensor of float32: .* real device", id="tensor-meta"),
+        pytest.param(torch.zeros(3, 4, 5, dtype=torch.complex64), "complex64: must be uint8", id="tensor-complex"),
+        pytest.param(torch.zeros(3, 4, 5, dtype=torch.bool), "bool: must be uint8", id="tensor-bool"),
+        pytest.param(torch.tensor(1.0), r"tensor \(\) float32: must be \(1, H, W\)", id="tensor-without-dimensions"),
+        pytest.param(torch.zeros(1, 1, 3, 4, 5), r"batch \(N, 3, H, W\)", id="tensor-five-dimensions"),
     ],
 )
 def test_wrong_source_says_what_came_and_what_is_needed(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         load_image(source)
+
+    with pytest.raises(ImageError, match=message):
+        load_all(source)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_rows_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"sparse tensor of float32: .* \.to_dense\(\)"):
+        load_all(torch.zeros(4, 5).to_sparse_csr())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+def test_nested_tensor_is_refused(layout: torch.layout) -> None:
+    parts = [torch.zeros(3, 4, 5), torch.zeros(3, 6, 5)] if layout is torch.strided else [torch.zeros(4, 5)] * 2
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    with pytest.raises(ImageError, match=r"nested tensor of float32: .* a list of its parts, \.unbind\(\)"):
+        load_all(nested)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_quantized_tensor_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"quantized tensor of quint8: .* \.dequantize\(\)"):
+        load_image(torch.quantize_per_tensor(torch.zeros(3, 4, 5), 0.1, 0, torch.quint8))
+
+
+def test_list_without_an_end_is_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ImageError, match="a list that contains itself, or lists too deep"):
+        as_image_list(endless)
+
+
+def test_lists_of_numbers_are_no_image() -> None:
+    with pytest.raises(ImageError, match="int is no image"):
+        load_image(as_image_list([[0, 1], [2, 3]])[0][0])
+
+
+FLOATS = QUARTERS.astype(np.float64) / 255
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(FLOATS, id="numpy-float64"),
+        pytest.param(FLOATS.astype(np.float16), id="numpy-float16"),
+        pytest.param(FLOATS.astype(">f4"), id="numpy-big-endian"),
+        pytest.param(FLOATS.astype(np.longdouble), id="numpy-longdouble"),
+        pytest.param(np.dstack([FLOATS, np.full((2, 3), 7.0)]), id="alpha-is-not-looked-at"),
+        pytest.param(FLOATS * 1.001, id="0.001-above"),
+        pytest.param(FLOATS * 1.002 - 0.001, id="0.001-beyond-both-ends"),
+        pytest.param(TENSOR.bfloat16() / 255, id="bfloat16"),
+        pytest.param(TENSOR.float() / 255 + 0.001, id="tensor-0.001-above"),
+        pytest.param((TENSOR.double() / 255).flip(2).flip(2), id="tensor"),
+        pytest.param((TENSOR.float() / 255).permute(1, 2, 0).contiguous().permute(2, 0, 1), id="not-contiguous"),
+        pytest.param(QUARTERS.copy().view(np.ma.MaskedArray), id="masked-array-without-a-mask"),
+        pytest.param(QUARTERS.astype(np.uint16) * 257, id="uint16"),
+    ],
+)
+def test_floats_and_others_are_taken_and_overshoot_is_clamped(source: Any) -> None:
+    assert_image(load_image(source), QUARTERS)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_matrix_and_float_pil_image_are_grey() -> None:
+    assert_image(load_image(np.matrix([[0, 128, 255]], np.uint8)), [[[0] * 3, [128] * 3, [255] * 3]])
+    assert_image(load_image(Image.fromarray(np.array([[0, 0.2, 1]], np.float32))), [[[0] * 3, [51] * 3, [255] * 3]])
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda a: a[0], torch.from_numpy, lambda a: Image.fromarray(a[0])], ids=["numpy", "torch", "pil"]
+)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        pytest.param(
+            [0.0, 255.0], "values from 0 to 255, and floating-point images need 0..1; divide it by 255", id="0-to-255"
+        ),
+        pytest.param([0.0, 65535.0], "0 to 65535, .* divide it by its largest possible value", id="0-to-65535"),
+        pytest.param([-2.1, 2.6], "values from -2.1 to 2.6, .* before mean and std", id="normalised-already"),
+        pytest.param([0.0, 1.0015], "values from 0 to 1.0015, and", id="0.0015-above"),
+        pytest.param([-0.0011, 1.0], "values from -0.0011 to 1, and", id="0.0011-below"),
+        pytest.param([0.0, np.nan], "values that are NaN or infinite; floating-point images are RGB in 0..1", id="nan"),
+        pytest.param([-np.inf, 1.0], "values that are NaN or infinite", id="infinite"),
+    ],
+)
+def test_floats_out_of_range_say_what_came_and_what_is_needed(values: list[float], message: str, wrap: Any) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(wrap(np.array([[values, values]], np.float32)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "bytearray", "memoryview", "BytesIO", "BytesIO-at-its-end", "file", "unseekable"]
+)
+@pytest.mark.parametrize("suffix", ["png", "tif", "jp2", "webp", "qoi"])
+def test_content_in_memory_and_open_files(kind: str, suffix: str, tmp_path: Path) -> None:
+    """Files are read from their beginning, if they can be set back, and stay open."""
+    path = tmp_path / f"street.{suffix}"
+    Image.fromarray(QUARTERS).save(
+        path, **({"compression": "tiff_lzw"} if suffix == "tif" else {"lossless": True} if suffix == "webp" else {})
+    )
+    expected, content = load_image(path), path.read_bytes()
+    if kind in ("bytes", "bytearray", "memoryview"):
+        assert_image(
+            load_image({"bytes": bytes, "bytearray": bytearray, "memoryview": memoryview}[kind](content)), expected
+        )
+        return
+    file: Any = path.open("rb") if kind == "file" else io.BytesIO(content)
+    with file:
+        if kind == "BytesIO-at-its-end":
+            file.seek(0, 2)
+        assert_image(load_image(Unseekable(file) if kind == "unseekable" else file), expected)
+        assert not file.closed
+        file.seek(0)
+        assert file.read() == content
+
+
+class Unseekable:
+    """What a socket or a pipe is: an answer of a server, say."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self.file = file
+
+    def read(self, size: int = -1) -> bytes:
+        return self.file.read(min(size, 10) if size > 0 else size)
+
+
+def test_views_with_gaps_and_entries_of_byte_names_are_sources(png: Path) -> None:
+    content = png.read_bytes()
+    assert_image(load_image(memoryview(bytes(content[i // 2] for i in range(2 * len(content))))[::2]), QUARTERS)
+    with os.scandir(os.fsencode(png.parent)) as entries:
+        assert_image(load_image(next(entries)), QUARTERS)  # type: ignore[arg-type]
+
+
+def test_pipe_is_read(png: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(png.read_bytes()))
+    writer.start()
+    try:
+        assert_image(load_image(tmp_path / "pipe"), QUARTERS)
+    finally:
+        writer.join()
+    assert list_images(tmp_path / "pipe") == [tmp_path / "pipe"]
+
+
+def test_stream_without_an_end_is_refused() -> None:
+    class Endless:
+        def read(self, size: int) -> bytes:
+            return bytes(size)
+
+    with pytest.raises(
+        ImageError, match="Endless: has more bytes than an image of 100 pixels; raise AGLN_FAST_MAX_PIXELS"
+    ):
+        load_image(Endless(), max_pixels=100)  # type: ignore[arg-type]
+
+
+def test_file_opened_as_text_is_refused(png: Path) -> None:
+    with png.open() as file, pytest.raises(ImageError, match=r"street\.png: read\(\) gives str, not bytes; .*'rb'"):
+        load_image(file)  # type: ignore[arg-type]
+
+
+def test_closed_file_is_refused(png: Path) -> None:
+    with png.open("rb") as file:
+        pass
+    with pytest.raises(ImageError, match="cannot be decoded: read of closed file"):
+        load_image(file)
+
+
+def test_content_that_is_no_image_is_named_by_its_size() -> None:
+    with pytest.raises(ImageError, match="12 bytes: is not an image of a known format"):
+        load_image(b"<html></html"[:12])
+
+
+def test_pixel_limit_holds_for_content_in_memory(png: Path) -> None:
+    with pytest.raises(ImageError, match="3x2 pixels, above the limit of 5"):
+        load_image(png.read_bytes(), max_pixels=5)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +585,24 @@ def folder(tmp_path: Path, png: Path) -> Path:
 @pytest.mark.parametrize("kind", [str, Path], ids=["str", "Path"])
 def test_list_images(pattern: str, names: list[str], kind: type, folder: Path) -> None:
     assert [path.name for path in list_images(kind(folder / pattern))] == names
+
+
+def test_recursive_listing_goes_into_folders_but_not_through_links(folder: Path) -> None:
+    (folder / "deeper.png" / "loop").symlink_to(folder)
+    (folder / ".hidden").mkdir()
+    for path in (folder / ".hidden" / "d.png", folder / "._b.png"):
+        shutil.copy(folder / "street.png", path)
+    names = [path.name for path in list_images(folder, recursive=True)]
+    assert names == ["a [1].png", "b.PNG", "c.png", "street.png"]
+
+
+def test_folder_that_cannot_be_read_is_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scandir(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ImageError, match=r"cannot be read: Permission denied"):
+        list_images(folder, recursive=True)
 
 
 @pytest.mark.parametrize(

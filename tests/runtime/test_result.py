@@ -166,7 +166,7 @@ def test_unwritable_path_is_one_clear_error(name: str, kind: Kind, message: str,
 
 
 def test_full_disk_leaves_the_old_file_alone(voc: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(self: Image.Image, file: Any, format: str) -> None:  # noqa: A002  # Pillow's own name
+    def save(self: Image.Image, file: Any, format: str, **options: Any) -> None:  # noqa: A002  # Pillow's own name
         file.write(b"half a picture")
         raise OSError(errno.ENOSPC, "No space left on device")
 
