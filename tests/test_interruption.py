@@ -145,9 +145,9 @@ with interruption.listening():
 _STUCK = """
 import hashlib
 with interruption.listening():
-    print("ready", flush=True)
     while True:
         try:
+            print("ready", flush=True)
             hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
         except KeyboardInterrupt:
             pass
