@@ -81,7 +81,7 @@ def test_libraries_report_where_that_is_allowed(bundle: Bundle, photo: Path, tmp
         "run {bundle} {photo} -o {folder}/out --backend fused",
         "verify {bundle}",
         "build agln_nano -o {folder}/new --size 64x64 --precision fp32 --precision int8",
-        "bench agln_nano --size 64x64 --num-classes 5 --precision fp32,int8 --iters 1 --budget 60 --figures {folder}/figures",
+        "bench agln_nano --size 64x64 --num-classes 5 --precision fp32,int8 --budget 60 --figures {folder}/figures",
         "eval agln_nano --size 64x64 -n 2 --confusion {folder}/confusion.png --compare fpn_nano",
         "train --model agln_nano --epochs 1 --train-samples 4 --val-samples 2 --crop 64 --batch-size 2 -o {folder}/run",
         "visualize agln_nano {photo} -o {folder}/features.png",

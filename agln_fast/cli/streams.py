@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from contextlib import suppress
+from typing import Any, TextIO
 
 __all__ = ["Stream", "open_streams"]
 
@@ -19,7 +20,7 @@ class Stream(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         """Number of bytes written or swallowed."""
         if self.failure is None:
             try:
@@ -57,7 +58,7 @@ def _fill_missing() -> None:
                 os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-def _text(raw: Stream, before: io.TextIOBase | object, errors: str) -> io.TextIOWrapper:
+def _text(raw: Stream, before: TextIO | None, errors: str) -> io.TextIOWrapper:
     encoding, given = getattr(before, "encoding", None) or "utf-8", getattr(before, "errors", None) or "strict"
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
