@@ -191,6 +191,21 @@ def test_deferred_signals_cancel_and_raise_at_the_end(listening: bool) -> None:
     assert done.stdout.split("\n")[:-1] == ["cancel", "went on", "raised"], done.stderr
 
 
+def test_deferring_after_a_lost_signal_raises_at_once() -> None:
+    done = run(
+        """
+with interruption.listening():
+    in_a_callback()
+    try:
+        with interruption.deferred(lambda: None):
+            print("begun")
+    except KeyboardInterrupt:
+        print("raised")
+"""
+    )
+    assert done.stdout == "raised\n", done.stderr
+
+
 _BUILD = """
 from agln_fast.cli import main
 from agln_fast.runtime import verify
