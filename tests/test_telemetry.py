@@ -104,22 +104,24 @@ def test_a_process_that_lives_for_a_minute_is_quiet(bundle: Bundle, photo: Path,
 
 
 _NO_USER = """
-mount --bind /dev/null /etc/passwd || exit 3
+mount --bind /dev/null /etc/passwd && mount --bind "$0" /etc/nsswitch.conf || exit 3
 exec env -u HOME -u USER -u LOGNAME -u AGLN_FAST_CACHE "$@"
 """
 
 
-def without_a_user(arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
-    """Run a verb as somebody who has no home and is no known user."""
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", _NO_USER, "sh", sys.executable, *_VERB]
-    filled = [*command, *map(str, arguments)]
+def without_a_user(arguments: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a verb as somebody who has no home and is no known user, not even to services beside the list of users."""
+    services = folder / "nsswitch.conf"
+    services.write_text("passwd: files\n")
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", _NO_USER, services, sys.executable, *_VERB]
+    filled = [*map(str, command), *map(str, arguments)]
     return subprocess.run(filled, capture_output=True, text=True, timeout=600, check=False)
 
 
 @needs_namespaces
 @pytest.mark.openvino
 def test_a_user_without_a_home_can_run(bundle: Bundle, photo: Path, tmp_path: Path) -> None:
-    done = without_a_user(["run", bundle.path, photo, "-o", tmp_path / "out", "--backend", "openvino"])
+    done = without_a_user(["run", bundle.path, photo, "-o", tmp_path / "out", "--backend", "openvino"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -140,7 +142,7 @@ def test_a_user_without_a_home_can_run(bundle: Bundle, photo: Path, tmp_path: Pa
     ids=verb_of,
 )
 def test_a_user_without_a_home_can_do_all(line: str, bundle: Bundle, photo: Path, tmp_path: Path) -> None:
-    done = without_a_user(line.format(bundle=bundle.path, photo=photo, folder=tmp_path).split())
+    done = without_a_user(line.format(bundle=bundle.path, photo=photo, folder=tmp_path).split(), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
