@@ -64,10 +64,7 @@ def cache_folder() -> Path:
     given = os.environ.get("AGLN_FAST_CACHE")
     if given:
         return Path(given)
-    try:
-        return Path.home() / ".cache" / "agln-fast"
-    except RuntimeError:  # neither HOME nor an entry among the users
-        return Path(os.devnull)
+    return Path(os.devnull) if _homeless() else Path.home() / ".cache" / "agln-fast"
 
 
 def allow_telemetry() -> bool:
@@ -91,6 +88,7 @@ def keep_caches_together() -> None:
     """Let libraries keep their caches below `cache_folder`, unless the user has said where.
 
     For a process that is ours alone. Where that folder cannot be written, they get one that goes with the process.
+    It is the home, too, of a user who has none: NNCF cannot be imported without.
     """
     folder = cache_folder()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -102,6 +100,17 @@ def keep_caches_together() -> None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, library in _CACHES.items():
         os.environ.setdefault(name, str(folder / library))
+    if _homeless():
+        os.environ["HOME"] = str(folder)
+
+
+def _homeless() -> bool:
+    """Neither HOME is set, nor is the user a known one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _positive(name: str) -> int | None:

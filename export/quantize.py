@@ -54,6 +54,8 @@ def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8
         nncf, openvino = import_quietly("nncf"), import_quietly("openvino")
     except ImportError as error:
         raise MissingPackageError(error.name or "nncf", "int8") from None
+    except RuntimeError as error:  # NNCF looks for the user's home
+        raise BuildError(f"int8: NNCF cannot be imported ({_reason(error)}); set HOME to a folder") from None
     try:
         model = openvino.Core().read_model(graph)
     except RuntimeError as error:

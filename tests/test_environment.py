@@ -83,3 +83,13 @@ def test_without_any_folder_libraries_keep_to_their_own_ways(monkeypatch: pytest
     monkeypatch.setattr("tempfile.mkdtemp", full)
     environment.keep_caches_together()
     assert "MPLCONFIGDIR" not in os.environ
+
+
+def test_who_has_no_home_gets_one_that_goes_with_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_homeless", lambda: True)
+    monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", "before")
+    for name in environment._CACHES:
+        monkeypatch.setenv(name, "theirs")
+    environment.keep_caches_together()
+    assert os.environ["HOME"] == str(tmp_path)
