@@ -1,13 +1,28 @@
-"""Every environment variable that agln-fast reads, and nothing else does (docs/environment.md lists them)."""
+"""Every environment variable that agln-fast reads or sets, and nothing else does (docs/environment.md lists them)."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from agln_fast.errors import ConfigError
 
-__all__ = ["cache_folder", "default_threads", "max_pixels", "tuning_seconds"]
+__all__ = [
+    "allow_telemetry",
+    "cache_folder",
+    "default_threads",
+    "forbid_reports",
+    "keep_caches_together",
+    "max_pixels",
+    "tuning_seconds",
+]
+
+_CACHES = {"MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
+_LONGEST_SHOWN = 40
+_MOST_DIGITS = 18  # below what Python converts, and more than anything here can be
 
 
 def default_threads() -> int | None:
@@ -42,14 +57,70 @@ def tuning_seconds() -> float:
 
 
 def cache_folder() -> Path:
-    """`AGLN_FAST_CACHE`: where measurements are remembered; ~/.cache/agln-fast unless set."""
-    return Path(os.environ.get("AGLN_FAST_CACHE") or Path.home() / ".cache" / "agln-fast")
+    """`AGLN_FAST_CACHE`: where measurements are remembered; ~/.cache/agln-fast unless set.
+
+    For a user without a home folder it is `os.devnull`, below which nothing can be written or read.
+    """
+    given = os.environ.get("AGLN_FAST_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.devnull) if _homeless() else Path.home() / ".cache" / "agln-fast"
+
+
+def allow_telemetry() -> bool:
+    """`AGLN_FAST_ALLOW_TELEMETRY`: 1 lets libraries report on their use; unset or 0, they do not.
+
+    Raises:
+        ConfigError: something else.
+    """
+    text = os.environ.get("AGLN_FAST_ALLOW_TELEMETRY", "0")
+    if text not in ("0", "1"):
+        raise ConfigError(f"environment variable AGLN_FAST_ALLOW_TELEMETRY={_shown(text)}: must be 0 or 1")
+    return text == "1"
+
+
+def forbid_reports() -> None:
+    """Set the variables by which libraries are told not to report on their use, unless the user has set them."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def keep_caches_together() -> None:
+    """Let libraries keep their caches below `cache_folder`, unless the user has said where.
+
+    For a process that is ours alone. Where that folder cannot be written, they get one that goes with the process.
+    It is the home, too, of a user who has none: NNCF cannot be imported without.
+    """
+    folder = cache_folder()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="agln-fast."))
+        except OSError:
+            return
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, library in _CACHES.items():
+        os.environ.setdefault(name, str(folder / library))
+    if _homeless():
+        os.environ["HOME"] = str(folder)
+
+
+def _homeless() -> bool:
+    """Neither HOME is set, nor is the user a known one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _positive(name: str) -> int | None:
     text = os.environ.get(name)
     if text is None:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"environment variable {name}={text!r}: must be a positive whole number")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < 1:
+        raise ConfigError(f"environment variable {name}={_shown(text)}: must be a positive whole number")
     return int(text)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…")

@@ -102,6 +102,7 @@ def deferred(cancel: Callable[[], None]) -> Iterator[None]:
     Raises:
         KeyboardInterrupt: Ctrl-C, or another signal (`Interrupted`), came inside the block.
     """
+    check()
     pressed: list[int] = []
 
     def handle(number: int, frame: object) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from agln_fast import interruption
 from agln_fast.backends import check_threads
 from agln_fast.backends.base import Array
 from agln_fast.bench.arguments import check_counts
@@ -255,6 +256,7 @@ class _Bench:
         options = self._options
         turns = rounds([partial(contender.opened.run, image) for contender in contenders])
         for done in range(options.warmup + options.iters):
+            interruption.check()
             timed = done - options.warmup
             if timed >= FEWEST_ROUNDS and clock.left < 0:
                 self._leave_out(f"{options.iters - timed} of {options.iters} rounds", "the time was over")

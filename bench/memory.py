@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 
 from agln_fast.bench.workshop import Recipe
 from agln_fast.errors import BackendError
+from agln_fast.telemetry import import_quietly
 
 __all__ = ["device_memory", "main", "peak_memory"]
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The child whose memory counts; returns the exit status."""
     file, *flags = sys.argv[1:] if arguments is None else arguments
     recipe, shape = pickle.loads(Path(file).read_bytes())
-    import_module(recipe.library)
+    import_quietly(recipe.library)
     if not flags:
         opened = recipe.open()
         for _ in range(_RUNS):

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import rich
 
+from agln_fast import interruption
 from agln_fast.contract import IOContract
 from agln_fast.errors import BuildError, MissingPackageError
 from agln_fast.runtime.images import pack
+from agln_fast.telemetry import import_quietly
 
 __all__ = ["quantize_onnx"]
 
@@ -49,10 +51,11 @@ def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8
         if frame.shape != size:
             raise BuildError(f"int8 calibration: picture of shape {frame.shape}, the engine takes {size}")
     try:
-        import nncf
-        import openvino
+        nncf, openvino = import_quietly("nncf"), import_quietly("openvino")
     except ImportError as error:
         raise MissingPackageError(error.name or "nncf", "int8") from None
+    except RuntimeError as error:  # NNCF looks for the user's home
+        raise BuildError(f"int8: NNCF cannot be imported ({_reason(error)}); set HOME to a folder") from None
     try:
         model = openvino.Core().read_model(graph)
     except RuntimeError as error:
@@ -64,7 +67,7 @@ def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8
         with _quiet(nncf):
             quantised = nncf.quantize(
                 model,
-                nncf.Dataset(batches),
+                nncf.Dataset(batches, _unless_interrupted),
                 subset_size=len(batches),
                 preset=nncf.QuantizationPreset.PERFORMANCE,
                 target_device=nncf.TargetDevice.CPU,
@@ -75,6 +78,11 @@ def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8
     except Exception as error:  # NNCF's and OpenVINO's exceptions have no common base
         raise BuildError(f"{graph}: cannot be quantised: {_reason(error)}") from error
     _save(openvino, quantised, path)
+
+
+def _unless_interrupted(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    interruption.check()
+    return batch
 
 
 def _save(openvino: Any, model: Any, path: Path) -> None:

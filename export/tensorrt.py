@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.progress import Progress, TaskID
 
+from agln_fast import interruption
 from agln_fast.backends.tensorrt import compute_capability, shared_logger
 from agln_fast.backends.tensorrt_library import Flavour, import_library
 from agln_fast.contract import Output, Precision
@@ -73,7 +72,8 @@ def build_tensorrt_engine(
 ) -> TensorRTBuild:
     """Build `engine_path` from an ONNX model with the input `image` and the output `labels` or `logits`.
 
-    The file appears whole or not at all. Ctrl-C cancels the build at the library's next step.
+    The file appears whole or not at all. Ctrl-C, or a signal that the program listens for, cancels
+    the build at the library's next step.
 
     Args:
         precision: of the convolutions in the ONNX model; with "fp32", TF32 is off.
@@ -88,7 +88,7 @@ def build_tensorrt_engine(
         ConfigError: an unknown flavour, precision or capability, or a combination that cannot be.
         MissingPackageError: the library is not installed.
         BuildError: the model cannot be parsed, built or written, or is not in `precision`.
-        KeyboardInterrupt: Ctrl-C.
+        KeyboardInterrupt: Ctrl-C, or such a signal.
     """
     _check_choice("precision", precision, tuple(_PRECISIONS.values()))
     if flavour == "tensorrt-rtx" and timing_cache is not None:
@@ -102,7 +102,7 @@ def build_tensorrt_engine(
     log = shared_logger(library)
     log.clear()
     monitor = _create_monitor(library, progress or Progress(disable=True))
-    with _interruptible(monitor.cancel):
+    with interruption.deferred(monitor.cancel):
         builder = library.Builder(log)
         network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = library.OnnxParser(network, log)
@@ -302,30 +302,6 @@ def _create_monitor(library: Any, progress: Progress) -> Any:
                 progress.remove_task(task)
 
     return Monitor()
-
-
-@contextmanager
-def _interruptible(cancel: Callable[[], None]) -> Iterator[None]:
-    """Make Ctrl-C call `cancel`, and become a `KeyboardInterrupt` when the block ends.
-
-    Raised inside a callback of the library it would be printed and lost.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupts: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        interrupts.append(number)
-        cancel()
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if interrupts:
-            raise KeyboardInterrupt
 
 
 def _write_whole(file: Path, data: Any) -> None:

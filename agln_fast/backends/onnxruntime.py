@@ -14,6 +14,7 @@ from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.contract import Precision
 from agln_fast.errors import BackendError
+from agln_fast.telemetry import import_quietly
 
 __all__ = ["OnnxRuntimeBackend", "graph_precision"]
 
@@ -57,8 +58,7 @@ class OnnxRuntimeBackend(Backend):
     def obstacle(cls, engine: EngineRecord) -> str | None:
         if find_spec("onnxruntime") is None:
             return "package onnxruntime is not installed: pip install onnxruntime"
-        import onnxruntime
-
+        onnxruntime = import_quietly("onnxruntime")
         if engine.precision not in _PRECISIONS.values():
             return f"onnxruntime has no {engine.precision} engines, which are for OpenVINO: take fp32 or fp16"
         if engine.precision == "fp16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -67,7 +67,7 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
         try:
-            import onnxruntime
+            onnxruntime = import_quietly("onnxruntime")
         except ImportError:
             raise BackendError("package onnxruntime is not installed: pip install onnxruntime") from None
 

@@ -14,6 +14,7 @@ from agln_fast.backends.base import Array, Backend, as_promised
 from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BackendError, MissingPackageError
+from agln_fast.telemetry import import_quietly
 
 __all__ = ["OpenVinoBackend"]
 
@@ -30,7 +31,7 @@ class OpenVinoBackend(Backend):
     @classmethod
     def obstacle(cls, engine: EngineRecord) -> str | None:
         try:
-            import openvino
+            openvino = import_quietly("openvino")
         except ImportError:
             return str(MissingPackageError("openvino", "openvino"))
         has = _capabilities(openvino)
@@ -44,8 +45,7 @@ class OpenVinoBackend(Backend):
         obstacle = self.obstacle(engine)
         if obstacle:
             raise BackendError(obstacle)
-        import openvino
-
+        openvino = import_quietly("openvino")
         self.device = "cpu"
         self._bundle, self._engine = bundle, engine
         path = bundle.path / engine.file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from agln_fast import __version__
+from agln_fast import __version__, environment, interruption
 from agln_fast.cli.bench import bench
 from agln_fast.cli.build import build
 from agln_fast.cli.console import err
@@ -19,6 +20,7 @@ from agln_fast.cli.inspect import inspect
 from agln_fast.cli.rebuild import rebuild
 from agln_fast.cli.run import run
 from agln_fast.cli.scenes import scenes
+from agln_fast.cli.streams import open_streams
 from agln_fast.cli.train import train
 from agln_fast.cli.verify import verify
 from agln_fast.cli.visualize import visualize
@@ -54,24 +56,51 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of the command line. Exit codes are those of `agln_fast.errors`."""
+    """Entry point of the command line.
+
+    Exit codes are those of `agln_fast.errors`; 128 plus its number after a signal, that of a closed pipe included; 1
+    where standard output cannot be written.
+    """
+    out = open_streams()
+    environment.keep_caches_together()
+    with interruption.listening():
+        try:
+            code = _run_verb()
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
+        if signalled := interruption.noted():  # wherever its exception went
+            err.print(str(signalled))
+            code = signalled.exit_code
+    sys.stdout.flush()
+    if out.failure is not None and code == 0:
+        code = _explain(out.failure)
+    sys.exit(code)
+
+
+def _run_verb() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    # A terminated build cleans up behind itself like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except AglnError as error:
         if debug:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
+        return error.exit_code
     except Exception as error:
         if debug:
             raise
         what = escape(f"{type(error).__name__}: {error}")
         err.print(f"[bold red]unexpected error:[/] {what}; run again with --debug and report it", highlight=False)
-        sys.exit(1)
+        return 1
+    return 0
+
+
+def _explain(failure: OSError) -> int:
+    """A reader that has enough, such as `head`, is no error worth a message, but the status tells."""
+    if failure.errno == errno.EPIPE:
+        return 128 + signal.SIGPIPE
+    err.print(f"[bold red]error:[/] standard output cannot be written ({failure.strerror}); all else was done")
+    return 1

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
+from agln_fast import interruption
 from agln_fast.data.classes import ClassSet
 from agln_fast.data.dataset import Sample, SegmentationDataset
 from agln_fast.errors import ConfigError
@@ -215,6 +216,7 @@ class _Tally:
 def _batches(dataset: SegmentationDataset, size: int, progress: Progress | None) -> Iterator[list[Sample]]:
     task = None if progress is None else progress.add_task("evaluate", total=len(dataset))
     for start in range(0, len(dataset), size):
+        interruption.check()
         samples = [dataset[index] for index in range(start, min(start + size, len(dataset)))]
         yield samples
         if progress is not None and task is not None:

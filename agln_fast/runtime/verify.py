@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from agln_fast import interruption
 from agln_fast.backends import backend_class, open_engine
 from agln_fast.bundle import Bundle, EngineRecord, Verification
 from agln_fast.contract import IOContract
@@ -95,6 +96,7 @@ def make_reference(
     endless = cycle(frames)
     references = []
     for size in sizes:
+        interruption.check()
         image = pack(list(islice(endless, size)), contract)
         with torch.inference_mode():
             logits = deployed(torch.from_numpy(image))
@@ -134,6 +136,7 @@ def verify_engine(
             where = opened.device
             opened.run(references[0].image)
             for reference in references:
+                interruption.check()
                 before = time.perf_counter()
                 output = opened.run(reference.image)
                 seconds.append(time.perf_counter() - before)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from agln_fast import interruption
 from agln_fast.data.augment import Augmentation
 from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, SegmentationDataset
 from agln_fast.data.registry import open_dataset
@@ -210,6 +211,7 @@ class _Trainer:
         if self.iteration == self.total:
             self._save(folder)  # whatever became of the files since
         for batch in loader:
+            interruption.check()
             if isinstance(batch, AglnError):
                 raise batch
             self._step(*batch)
@@ -306,6 +308,7 @@ class _Trainer:
         self.network.eval()
         with torch.inference_mode(), self.fabric.autocast():
             for batch in images:
+                interruption.check()
                 if isinstance(batch, AglnError):
                     raise batch
                 image, truth = batch
