@@ -45,15 +45,15 @@ def max_pixels() -> int:
     return _positive("AGLN_FAST_MAX_PIXELS") or 89_478_485
 
 
-def tuning_seconds() -> float:
-    """`AGLN_FAST_TUNE_SECONDS`: wall clock to choose an engine's plan in; 120 unless set, 0 to time nothing.
+def tuning_seconds() -> float | None:
+    """`AGLN_FAST_TUNE_SECONDS`: wall clock to choose an engine's plan in, 0 to time nothing; None for a short race.
 
     Raises:
         ConfigError: not a whole number.
     """
     if os.environ.get("AGLN_FAST_TUNE_SECONDS") == "0":
         return 0.0
-    return float(_positive("AGLN_FAST_TUNE_SECONDS") or 120)
+    return _positive("AGLN_FAST_TUNE_SECONDS")
 
 
 def cache_folder() -> Path:

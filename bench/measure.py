@@ -23,7 +23,7 @@ from agln_fast.bench.memory import device_memory, peak_memory
 from agln_fast.bench.roofline import product_rate
 from agln_fast.bench.rows import Row
 from agln_fast.bench.weights import random_network
-from agln_fast.bench.workshop import Opened, PlanChoice, Recipe, Workshop
+from agln_fast.bench.workshop import Opened, Recipe, Workshop
 from agln_fast.contract import IOContract, Precision
 from agln_fast.data.dataset import Sample
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
@@ -31,7 +31,7 @@ from agln_fast.errors import AglnError, BackendError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.complexity import complexity
-from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import Reference, make_reference, sample_frames
 

@@ -16,11 +16,15 @@ from agln_fast.contract import Precision
 
 __all__ = [
     "NOTHING",
+    "TUNE_S",
     "by_reason",
     "choose_entries",
     "measure_ladder",
     "measure_scaling",
 ]
+
+TUNE_S = 120.0
+"""Seconds for each plan, with --full."""
 
 NOTHING = Measured((), ())
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,10 @@ from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
 from agln_fast.plan.rewrite import rewrite
 
-__all__ = ["HALVES", "EngineRecipe", "Opened", "PlanChoice", "Recipe", "TorchRecipe", "Workshop"]
-
-PlanChoice = Literal["auto", "none"] | Plan
+__all__ = ["HALVES", "EngineRecipe", "Opened", "Recipe", "TorchRecipe", "Workshop"]
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LIBRARIES = {"fused": "torch", "tensorrt-rtx": "tensorrt_rtx"}  # where the import has another name than the backend
@@ -80,7 +78,7 @@ class Workshop:
     """The files of one network at one size, in a folder that is there; each is made once.
 
     plan: of our engines: "auto", "none", or a plan for all of them.
-    tune_s: seconds for choosing each plan by timing; 0 goes by the cost model, None by `AGLN_FAST_TUNE_SECONDS`.
+    tune_s: seconds for choosing each plan by timing; 0 goes by the cost model, None is a short race.
     device: "cpu", "cuda", "cuda:1".
     threads: CPU threads, the same for every contestant.
     """
@@ -166,7 +164,8 @@ class Workshop:
         return file
 
     def _choose(self, backend: str, precision: Precision) -> Plan:
-        from agln_fast.export.tune import Graphs, suitable, tune_engine
+        from agln_fast.export.graphs import Graphs
+        from agln_fast.export.tune import suitable, tune_engine
 
         if isinstance(self.plan, Plan):
             return suitable(self.plan, backend, precision)

@@ -8,18 +8,20 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
+from agln_fast import environment
 from agln_fast.backends import open_engine
 from agln_fast.backends.openvino import OpenVinoBackend
 from agln_fast.backends.tensorrt_library import Flavour
@@ -35,21 +37,27 @@ from agln_fast.errors import (
     VerificationError,
 )
 from agln_fast.evaluation.evaluate import compare
-from agln_fast.export.onnx import export_onnx
+from agln_fast.export.graphs import Graphs
 from agln_fast.export.options import check_options
 from agln_fast.export.quantize import quantize_onnx
 from agln_fast.export.report import write_report
+from agln_fast.export.steps import Steps, about
 from agln_fast.export.tensorrt import build_tensorrt_engine, resolve_capabilities
-from agln_fast.export.tune import Graphs, suitable, tune_engine
+from agln_fast.export.tune import SHORT_S, Tuning, suitable, tune_engine
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
+from agln_fast.models.complexity import complexity
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
 from agln_fast.runtime.segmenter import Segmenter
-from agln_fast.runtime.verify import make_reference, sample_frames, sample_images, verify_engine
+from agln_fast.runtime.verify import Reference, make_reference, sample_frames, sample_images, verify_engine
 
 __all__ = ["build"]
 
+_READ, _REFERENCE, _WRITE = "read the checkpoint", "run the fp32 reference", "write the bundle"
+_CHOOSE, _MAKE, _COMPARE = "choose the plan of {}", "make {}", "compare {} with the reference"
+_WEIGHTS = "weights.safetensors"
+_CPU_MACS = 1e11  # multiply-adds a second of two cores, to tell how long the reference takes
 _CALIBRATION = 128  # pictures
 _LARGEST_LOSS = 0.5  # points of mIoU
 _PACKAGES = {"fused": "torch"}
@@ -62,7 +70,7 @@ def build(
     size: tuple[int, int] | str = (512, 512),
     precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto",
     targets: str | Sequence[str] = ("cpu",),
-    plan: Literal["auto", "none"] | Plan = "auto",
+    plan: PlanChoice = "auto",
     batch: int | tuple[int, int] | str = 1,
     layout: Layout = "uint8_nhwc",
     output: Output = "labels",
@@ -76,20 +84,24 @@ def build(
     timing_cache: Path | None = None,
     samples: str | os.PathLike[str] | None = None,
     min_agreement: float | None = None,
+    tune_s: float | None = None,
     threads: int | None = None,
+    strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Build a bundle of verified engines from a checkpoint.
+
+    An engine that disagrees with the reference is left out (`manifest.left_out` says why), and the others are
+    delivered.
 
     Args:
         checkpoint: a file that `load_checkpoint` reads, or a network.
         path: the folder to write; ".agln" is appended unless it is there.
         size: (height, width) of the engine's input in pixels, or "HxW".
         precision: "fp32", "fp16", "bf16", "int8", "auto", or several, or a mapping from each target to these. "auto" is
-            fp16 on GPUs; on the CPU it is fp32, bf16 where the CPU has it, and int8 where NNCF is installed and it
-            costs at most half a point of mIoU on Scenes, which takes a network of Scenes' classes. `load` takes the
-            fastest.
+            fp16 on GPUs; on the CPU it is fp32, and bf16 where the CPU has it. int8 needs NNCF, and agrees if it loses
+            at most half a point of mIoU on Scenes, where the network has Scenes' classes. `load` takes the fastest.
         targets: of `agln_fast.export.options.TARGETS`; "cuda" is the fused runtime on any CUDA device.
         plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`),
             "none", or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
@@ -102,9 +114,12 @@ def build(
         timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
         samples: image, folder or pattern to verify with; None for Scenes.
         min_agreement: smallest share of equal labels, 0..1; None for 0.999 in fp32, 0.99 (weighted) in half.
-        threads: CPU threads for the verification.
+        tune_s: seconds for each engine to choose its plan in, see `tune`; None for a short race.
+        threads: CPU threads for races and the verification.
+        strict: deliver nothing if one engine disagrees.
         overwrite: replace an existing bundle.
-        progress: a rich progress display that the caller has started.
+        progress: a rich progress display that the caller has started. It shows each step with its number and its
+            time; one that is disabled prints a line for each. Without it they go to the logger "agln_fast.build".
 
     Raises:
         CheckpointError, ConfigError, BuildError, VerificationError, MissingPackageError: nothing is left behind.
@@ -127,25 +142,29 @@ def build(
         timing_cache=timing_cache,
         samples=samples,
         min_agreement=min_agreement,
+        tune_s=tune_s,
         threads=threads,
         overwrite=overwrite,
     )
     contract, destination = options.contract, options.destination
-    wanted = _plan_engines(options.precisions)
+    wanted = _wanted(options.precisions)
     capabilities = {
         flavour: resolve_capabilities(flavour, compute_capabilities if flavour == "tensorrt-rtx" else ())
         for flavour in get_args(Flavour)
         if flavour in options.precisions
     }
-    steps = _Steps(progress)
+    for package in ("nncf", "openvino") if any(engine.precision == "int8" for engine in wanted) else ():
+        if find_spec(package) is None:
+            raise MissingPackageError(package, "int8")
+    tune_s = environment.tuning_seconds() if tune_s is None else tune_s
+    steps = Steps(progress, _agenda(wanted, plan))
 
-    steps.start("checkpoint")
+    steps.start(_READ)
     if isinstance(checkpoint, SegmentationNetwork):
         network = copy.deepcopy(checkpoint).float().cpu().eval()
     else:
         network = load_checkpoint(checkpoint, config)
     names = _class_set(classes, network.config.num_classes)
-    frames = sample_frames(samples, contract)
     created_with = {
         **{package: version(package) for package in ("agln-fast", "torch", "onnx")},
         "python": platform.python_version(),
@@ -156,93 +175,43 @@ def build(
         "agln_fast.palette": " ".join("#{:02x}{:02x}{:02x}".format(*colour) for colour in names.palette),
         "agln_fast.created_with": " ".join(f"{name}={number}" for name, number in created_with.items()),
     }
+    manifest = Manifest(network.config, names.classes, names.palette, contract, (), {}, created_with)
     with _whole_or_nothing(destination) as folder:
-        save_checkpoint(network, folder / "weights.safetensors")
-        plans = _choose_plans(network, contract, wanted, plan, threads, progress, steps)
-        graphs: dict[tuple[Precision, Plan], Path] = {}
-        engines, left_out = [], {}
-        for engine in wanted:
-            chosen, chosen_by = plans[engine.backend, engine.precision]
-            if engine.graph is not None and (engine.graph, chosen) not in graphs:
-                steps.start(f"ONNX for {engine.backend} {engine.precision}")
-                graphs[engine.graph, chosen] = file = folder / _graph_name(engine, graphs)
-                export_onnx(network, file, contract, engine.graph, properties, chosen)
-            if engine.target in ("cpu", "cuda"):
-                name = "weights.safetensors"
-                if engine.graph is not None:
-                    name = graphs[engine.graph, chosen].name
-                versions = _installed(_PACKAGES.get(engine.backend, engine.backend))
-                if engine.precision == "int8":
-                    steps.start("quantise")
-                    name = f"{Path(name).stem}.int8.xml"
-                    try:
-                        quantize_onnx(graphs["fp32", chosen], folder / name, calibration_frames(contract), contract)
-                    except MissingPackageError as error:
-                        if not engine.optional:
-                            raise
-                        left_out[f"{engine.backend}-int8"] = str(error)
-                        continue
-                    versions |= _installed("nncf")
-                record = engine.record(name, versions)
-                engines.append(replace(record, plan=chosen, plan_chosen_by=chosen_by))
-                continue
-            assert engine.graph is not None
-            steps.start(f"{engine.backend} {engine.precision}")
-            flavour = cast(Flavour, engine.backend)
-            suffix = "rtx" if engine.backend == "tensorrt-rtx" else "trt"
-            engine_file = folder / f"model.{engine.precision}.{suffix}.engine"
-            built = build_tensorrt_engine(
-                graphs[engine.graph, chosen],
-                engine_file,
-                flavour=flavour,
-                precision=engine.precision,
-                compute_capabilities=capabilities[flavour],
-                batch=None if contract.min_batch == contract.max_batch else _profile(contract),
-                workspace_bytes=workspace_bytes,
-                timing_cache=timing_cache if flavour == "tensorrt" else None,
-                progress=progress,
-            )
-            engines.append(
-                replace(
-                    engine.record(engine_file.name, built.versions),
-                    plan=chosen,
-                    plan_chosen_by=chosen_by,
-                    precision=built.precision,
-                    compute_capabilities=tuple(built.compute_capabilities),
-                )
-            )
-        for graph in graphs.values():
-            if graph.name not in {engine.file for engine in engines}:
-                graph.unlink()
-        manifest = Manifest(
-            model=network.config,
-            classes=names.classes,
-            palette=names.palette,
-            contract=contract,
-            engines=tuple(engines),
-            left_out=left_out,
-            created_with=created_with,
+        frames = sample_frames(samples, contract)
+        cost = complexity(network.config, contract.height, contract.width)[-1]
+        steps.start(_REFERENCE, about(len(frames) * (cost.convolution + cost.matmul) / _CPU_MACS))
+        began = time.perf_counter()
+        references = make_reference(network, Bundle(folder, manifest), frames)
+        seconds = (time.perf_counter() - began) / sum(len(reference.labels) for reference in references)
+        save_checkpoint(network, folder / _WEIGHTS)
+        drafts = folder / ".graphs"
+        drafts.mkdir()
+        work = _Work(
+            Graphs(network, contract, drafts, properties),
+            folder,
+            steps,
+            progress,
+            seconds,
+            plan=plan,
+            tune_s=tune_s,
+            threads=threads,
+            capabilities=capabilities,
+            workspace_bytes=workspace_bytes,
+            timing_cache=timing_cache,
         )
-        draft = Bundle(folder, manifest)
-        steps.start("reference")
-        references = make_reference(network, draft, frames)
-        verified = []
-        optional = {f"{engine.backend}-{engine.precision}" for engine in wanted if engine.optional}
-        for record in engines:
-            steps.start(f"verify {record.name}")
-            try:
-                outcome = verify_engine(draft, record, references, minimum=min_agreement, threads=threads)
-                if record.name in optional:
-                    _check_miou(draft, record, threads)
-            except VerificationError as error:
-                if record.name not in optional:
-                    raise
-                left_out[record.name] = str(error)
-                for file in (folder / record.file, (folder / record.file).with_suffix(".bin")):
-                    file.unlink()
-                continue
-            verified.append(replace(record, verification=outcome))
-        manifest = replace(manifest, engines=tuple(verified))
+        plans = [work.choose_plan(engine) for engine in wanted]
+        records = [work.make(engine, *chosen) for engine, chosen in zip(wanted, plans, strict=True)]
+        shutil.rmtree(drafts)
+        manifest = replace(manifest, engines=tuple(records))
+        engines, left_out = work.compare(Bundle(folder, manifest), references, min_agreement)
+        asked = {engine.name for engine in wanted if engine.graph is not None or engine.target == "cuda"}
+        if left_out and (strict or asked <= left_out.keys()):
+            raise VerificationError("; ".join(left_out.values()))
+        used = {name for engine in engines for name in _files(engine)}
+        for name in {name for record in records for name in _files(record)} - used:
+            (folder / name).unlink()
+        manifest = replace(manifest, engines=tuple(engines), left_out=left_out)
+        steps.start(_WRITE)
         write_report(folder / "report.md", destination.name, manifest, folder)
         seal(folder, manifest)
     steps.finish()
@@ -251,24 +220,22 @@ def build(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """An engine to build: `graph` is the type of the ONNX file it is made of, None for the weights themselves.
-
-    `optional`: it is left out where it cannot be built, or costs accuracy.
-    """
+    """An engine to build: `graph` is the type of the ONNX file it is made of, None for the weights themselves."""
 
     backend: str
     precision: Precision
     target: str
     graph: Precision | None
-    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}-{self.precision}"
 
     def record(self, file: str, versions: dict[str, str]) -> EngineRecord:
-        return EngineRecord(
-            f"{self.backend}-{self.precision}", self.backend, self.precision, file, self.target, versions
-        )
+        return EngineRecord(self.name, self.backend, self.precision, file, self.target, versions)
 
 
-def _plan_engines(asked: Mapping[str, Sequence[str]]) -> list[_Wanted]:
+def _wanted(asked: Mapping[str, Sequence[str]]) -> list[_Wanted]:
     """Every engine that the precisions of each target ask for; the reference weights can always be run by torch."""
     wanted = []
     for target, precisions in asked.items():
@@ -277,66 +244,165 @@ def _plan_engines(asked: Mapping[str, Sequence[str]]) -> list[_Wanted]:
                 wanted.append(_Wanted("fused", kind, target, None))
             elif target != "cpu":
                 wanted.append(_Wanted(target, kind, target, kind))
-            elif kind == "int8":
-                wanted.append(_Wanted("openvino", kind, target, "fp32", optional=kind not in precisions))
-            elif kind == "bf16":
+            elif kind in ("int8", "bf16"):
                 # OpenVINO computes in bf16 from the fp32 graph; ONNX Runtime has no bf16 convolution on CPUs.
                 wanted.append(_Wanted("openvino", kind, target, "fp32"))
             else:
                 wanted += [_Wanted("openvino", kind, target, kind), _Wanted("onnxruntime", kind, target, kind)]
     wanted += [_Wanted("fused", "fp32", "cpu", None), _Wanted("torch", "fp32", "cpu", None)]
-    return list({(engine.backend, engine.precision): engine for engine in wanted}.values())
+    return list({engine.name: engine for engine in wanted}.values())
 
 
 def _resolve(target: str, precisions: Sequence[str]) -> list[str]:
+    """Precisions without "auto"; int8 is none of it, because it takes minutes and costs accuracy."""
     automatic = ["fp16"]
     if target == "cpu":
-        lower = [
-            kind
-            for kind in cast(list[Precision], ["bf16", "int8"])
-            if OpenVinoBackend.obstacle(_Wanted("openvino", kind, "cpu", "fp32").record("", {})) is None
-            and (kind != "int8" or find_spec("nncf") is not None)
-        ]
-        automatic = ["fp32", *lower]
+        bf16 = _Wanted("openvino", "bf16", "cpu", "fp32").record("", {})
+        automatic = ["fp32", "bf16"] if OpenVinoBackend.obstacle(bf16) is None else ["fp32"]
     resolved = [kind for asked in precisions for kind in (automatic if asked == "auto" else [asked])]
     return list(dict.fromkeys(resolved))
 
 
-def _choose_plans(
-    network: SegmentationNetwork,
-    contract: IOContract,
-    wanted: Sequence[_Wanted],
-    plan: Literal["auto", "none"] | Plan,
-    threads: int | None,
-    progress: Progress | None,
-    steps: _Steps,
-) -> dict[tuple[str, Precision], tuple[Plan, PlanChosenBy]]:
-    """The plan of each engine, by backend and precision, and who chose it."""
-    chosen: dict[tuple[str, Precision], tuple[Plan, PlanChosenBy]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        graphs = Graphs(network, contract, Path(folder))
-        for engine in wanted:
-            key = engine.backend, engine.precision
-            if engine.graph is None:
-                chosen[key] = NO_PLAN, "fixed"
-            elif isinstance(plan, Plan):
-                chosen[key] = suitable(plan, engine.backend, engine.precision), "user"
-            elif plan == "none":
-                chosen[key] = NO_PLAN, "user"
+def _agenda(wanted: Sequence[_Wanted], plan: PlanChoice) -> list[str]:
+    """The names of all steps."""
+    graphs = [engine for engine in wanted if engine.graph is not None]
+    return [
+        _READ,
+        _REFERENCE,
+        *(_CHOOSE.format(engine.name) for engine in graphs if plan == "auto"),
+        *(_MAKE.format(engine.name) for engine in graphs),
+        *(_COMPARE.format(engine.name) for engine in wanted),
+        _WRITE,
+    ]
+
+
+@dataclass
+class _Work:
+    """What the steps of one build share. `seconds`: what the reference took for an image."""
+
+    graphs: Graphs
+    folder: Path
+    steps: Steps
+    progress: Progress | None
+    seconds: float
+    plan: PlanChoice
+    tune_s: float | None
+    threads: int | None
+    capabilities: Mapping[Flavour, Sequence[str]]
+    workspace_bytes: int | None
+    timing_cache: Path | None
+    _tunings: dict[tuple[str, Precision], Tuning] = field(default_factory=dict)
+
+    def choose_plan(self, engine: _Wanted) -> tuple[Plan, PlanChosenBy]:
+        """The plan of `engine`, and who chose it."""
+        if engine.graph is None:
+            return NO_PLAN, "fixed"
+        if isinstance(self.plan, Plan):
+            return suitable(self.plan, engine.backend, engine.precision), "user"
+        if self.plan == "none":
+            return NO_PLAN, "user"
+        # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
+        kind: Precision = "bf16" if engine.precision == "int8" else engine.precision
+        longest = SHORT_S if self.tune_s is None else self.tune_s
+        self.steps.start(_CHOOSE.format(engine.name), about(self._export_s() + min(longest, 2 + 9 * self.seconds)))
+        if (engine.backend, kind) not in self._tunings:
+            self._tunings[engine.backend, kind] = tune_engine(
+                self.graphs,
+                engine.backend,
+                kind,
+                budget_s=self.tune_s,
+                threads=self.threads,
+                progress=self.progress,
+            )
+        tuning = self._tunings[engine.backend, kind]
+        return tuning.plan, tuning.chosen_by
+
+    def make(self, engine: _Wanted, plan: Plan, chosen_by: PlanChosenBy) -> EngineRecord:
+        """Write the file of `engine`, if none is there that serves it."""
+        if engine.graph is None:
+            return replace(engine.record(_WEIGHTS, self._versions(engine)), plan_chosen_by=chosen_by)
+        exported = 0.0 if self.graphs.has(engine.graph, plan) else self._export_s()
+        self.steps.start(_MAKE.format(engine.name), about(exported + self._make_s(engine)))
+        if engine.target == "cpu":
+            graph = self._delivered(engine, plan)
+            file = graph
+            if engine.precision == "int8":
+                file = graph.with_name(f"{graph.stem}.int8.xml")
+                contract = self.graphs.contract
+                quantize_onnx(graph, file, calibration_frames(contract), contract)
+            record = engine.record(file.name, self._versions(engine))
+        else:
+            record = self._tensorrt(engine, plan)
+        return replace(record, plan=plan, plan_chosen_by=chosen_by)
+
+    def _delivered(self, engine: _Wanted, plan: Plan) -> Path:
+        """The graph of `engine` in its place in the bundle.
+
+        The first one of a type has a short name; others of that type, rewritten otherwise, are named by the engine.
+        """
+        assert engine.graph is not None
+        file = self.graphs(engine.graph, plan)
+        if file.parent == self.folder:
+            return file
+        short = self.folder / ("model.onnx" if engine.graph == "fp32" else f"model.{engine.graph}.onnx")
+        return self.graphs.move(
+            engine.graph, plan, self.folder / f"model.{engine.name}.onnx" if short.exists() else short
+        )
+
+    def _tensorrt(self, engine: _Wanted, plan: Plan) -> EngineRecord:
+        flavour, contract = cast(Flavour, engine.backend), self.graphs.contract
+        suffix = "rtx" if flavour == "tensorrt-rtx" else "trt"
+        file = self.folder / f"model.{engine.precision}.{suffix}.engine"
+        built = build_tensorrt_engine(
+            self.graphs(engine.precision, plan),
+            file,
+            flavour=flavour,
+            precision=engine.precision,
+            compute_capabilities=self.capabilities[flavour],
+            batch=None if contract.min_batch == contract.max_batch else _profile(contract),
+            workspace_bytes=self.workspace_bytes,
+            timing_cache=self.timing_cache if flavour == "tensorrt" else None,
+            progress=self.progress,
+        )
+        record = engine.record(file.name, built.versions)
+        return replace(record, precision=built.precision, compute_capabilities=tuple(built.compute_capabilities))
+
+    def compare(
+        self, draft: Bundle, references: Sequence[Reference], minimum: float | None
+    ) -> tuple[list[EngineRecord], dict[str, str]]:
+        """The engines of `draft` with their verification, but for those that disagree: name -> how."""
+        engines, left_out = [], {}
+        images = 1 + sum(len(reference.labels) for reference in references)
+        for record in draft.manifest.engines:
+            self.steps.start(_COMPARE.format(record.name), about(1 + images * self.seconds))
+            try:
+                outcome = verify_engine(draft, record, references, minimum=minimum, threads=self.threads)
+                if record.precision == "int8" and outcome.status == "passed":
+                    _check_miou(draft, record, self.threads)
+            except VerificationError as error:
+                left_out[record.name] = str(error)
             else:
-                steps.start(f"tune {engine.backend} {engine.precision}")
-                # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
-                kind = "bf16" if engine.precision == "int8" else engine.precision
-                tuning = tune_engine(graphs, engine.backend, kind, threads=threads, progress=progress)
-                chosen[key] = tuning.plan, tuning.chosen_by
-    return chosen
+                engines.append(replace(record, verification=outcome))
+        return engines, left_out
+
+    def _versions(self, engine: _Wanted) -> dict[str, str]:
+        packages = [_PACKAGES.get(engine.backend, engine.backend), *(["nncf"] if engine.precision == "int8" else [])]
+        return {package: version(package) for package in packages if _is_installed(package)}
+
+    def _export_s(self) -> float:
+        """Seconds of an export, about: tracing goes by modules."""
+        return 1.5 + 0.012 * sum(1 for _ in self.graphs.network.modules())
+
+    def _make_s(self, engine: _Wanted) -> float:
+        """Seconds to make an engine of its graph, about."""
+        if engine.target != "cpu":
+            return 3 + 1e-7 * sum(parameter.numel() for parameter in self.graphs.network.parameters())
+        return 15 + 2 * _CALIBRATION * self.seconds if engine.precision == "int8" else 0.0
 
 
-def _graph_name(engine: _Wanted, graphs: Mapping[tuple[Precision, Plan], Path]) -> str:
-    """The first graph of a type has a short name; others of that type, rewritten otherwise, are named by the engine."""
-    if any(kind == engine.graph for kind, _ in graphs):
-        return f"model.{engine.backend}-{engine.precision}.onnx"
-    return "model.onnx" if engine.graph == "fp32" else f"model.{engine.graph}.onnx"
+def _files(record: EngineRecord) -> list[str]:
+    """What an engine is stored in: OpenVINO's graphs have their weights beside them."""
+    return [record.file, *([f"{record.file.removesuffix('.xml')}.bin"] if record.file.endswith(".xml") else [])]
 
 
 def calibration_frames(contract: IOContract) -> list[npt.NDArray[np.uint8]]:
@@ -345,17 +411,14 @@ def calibration_frames(contract: IOContract) -> list[npt.NDArray[np.uint8]]:
 
 
 def _check_miou(draft: Bundle, record: EngineRecord, threads: int | None) -> None:
-    """Compare `record` with the fp32 reference on Scenes' test split.
+    """Compare `record` with the fp32 reference on Scenes' test split, if the network knows Scenes' classes.
 
     Raises:
-        VerificationError: it loses more than half a point of mIoU, or the classes are not Scenes', so nobody knows.
+        VerificationError: it loses more than half a point of mIoU.
     """
     test = Scenes("test")
     if draft.manifest.classes != test.class_set.classes:
-        raise VerificationError(
-            f"{record.name}: its accuracy is unknown, because the classes are not those of Scenes; "
-            "ask for it by --precision int8 if you can judge it"
-        )
+        return
     reference = next(engine for engine in draft.manifest.engines if engine.backend == "torch")
     with ExitStack() as stack:
         of_reference, of_record = (
@@ -378,11 +441,11 @@ def _profile(contract: IOContract) -> tuple[int, int, int]:
     return contract.min_batch, contract.max_batch, contract.max_batch
 
 
-def _installed(package: str) -> dict[str, str]:
+def _is_installed(package: str) -> bool:
     try:
-        return {package: version(package)}
+        return bool(version(package))
     except PackageNotFoundError:
-        return {}
+        return False
 
 
 def _class_set(classes: str | Sequence[str] | ClassSet | None, num_classes: int) -> ClassSet:
@@ -423,19 +486,3 @@ def _whole_or_nothing(destination: Path) -> Iterator[Path]:
         for leftover in (folder, replaced):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-class _Steps:
-    """Shows the step that runs in the caller's progress display, if there is one."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._task = None if progress is None else progress.add_task("build", total=None)
-
-    def start(self, name: str) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=name)
-
-    def finish(self) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description="done", total=1, completed=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 from agln_fast.backends import check_threads
 from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES
@@ -24,7 +24,7 @@ from agln_fast.contract import (
 )
 from agln_fast.data.classes import ClassSet, class_set
 from agln_fast.errors import ConfigError, did_you_mean
-from agln_fast.plan.plan import Plan
+from agln_fast.plan.plan import Plan, PlanChoice
 from agln_fast.runtime.agreement import check_minimum
 from agln_fast.runtime.images import list_images
 
@@ -54,7 +54,7 @@ def check_options(
     size: tuple[int, int] | str = (512, 512),
     precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto",
     targets: str | Sequence[str] = ("cpu",),
-    plan: Literal["auto", "none"] | Plan = "auto",
+    plan: PlanChoice = "auto",
     batch: int | tuple[int, int] | str = 1,
     layout: Layout = "uint8_nhwc",
     output: Output = "labels",
@@ -67,6 +67,7 @@ def check_options(
     timing_cache: Path | None = None,
     samples: str | os.PathLike[str] | None = None,
     min_agreement: float | None = None,
+    tune_s: float | None = None,
     threads: int | None = None,
     overwrite: bool = False,
 ) -> BuildOptions:
@@ -103,6 +104,8 @@ def check_options(
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ConfigError(f"workspace of {workspace_bytes} bytes: must be at least 1")
     check_minimum(min_agreement)
+    if tune_s is not None and not 0 <= tune_s < math.inf:
+        raise ConfigError(f"{tune_s} seconds to choose plans in: must be at least 0")
     check_threads(threads)
     if not isinstance(plan, Plan) and plan not in ("auto", "none"):
         raise ConfigError(f"plan {plan!r}: give 'auto', 'none', or an agln_fast.Plan")

@@ -1,19 +1,18 @@
-"""Choose the plan of an engine: by timing where it runs, by a cost model where it does not."""
+"""Choose the plan of an engine: by a short race of the few best of a cost model, or by the model where nothing runs.
+
+With more time (`budget_s`, `--tune`) one decision after the other is timed.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from operator import or_
 from pathlib import Path
@@ -21,38 +20,36 @@ from typing import Any, Literal, get_args
 
 from rich.progress import Progress
 
-from agln_fast import environment
+from agln_fast import environment, interruption, memory
 from agln_fast.backends import Backend, backend_class, check_threads, open_engine
 from agln_fast.bundle import Bundle, EngineRecord, Manifest
 from agln_fast.contract import IOContract, Precision
 from agln_fast.errors import ConfigError, did_you_mean
-from agln_fast.export.onnx import export_onnx
+from agln_fast.export.graphs import Graphs
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.cost import Rates, estimate_seconds, without_weights
+from agln_fast.plan.cost import estimate_seconds, without_weights
 from agln_fast.plan.network import plan_network
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan
+from agln_fast.plan.rates import Rates, cpu_rates
 from agln_fast.plan.rewrite import rewrite
-from agln_fast.runtime.images import pack
 from agln_fast.runtime.turns import rounds
-from agln_fast.runtime.verify import sample_frames
 
-__all__ = ["Candidate", "Graphs", "Tuning", "suitable", "tune", "tune_engine"]
+__all__ = ["SHORT_S", "Candidate", "Tuning", "suitable", "tune", "tune_engine"]
 
 ChosenBy = Literal["timing", "cost model"]
+
+SHORT_S = 10.0
+"""Seconds that the race of an engine's plans may take, once they are exported, if nobody asks for more."""
 
 _CPU = ("openvino", "onnxruntime")
 _GPU = ("tensorrt", "tensorrt-rtx")
 _ROUNDS, _FEWEST_ROUNDS = 7, 3
 _GAIN = 1.01  # a plan must be faster by this much: less is noise
-_CLEAR = 1.03  # further rounds would not change who is faster
-_CACHE_FORMAT = 2
-# Achieved by two cores with AVX-512, in cache, and by a data-centre GPU. Only their relation counts.
-_RATES = {
-    ("cpu", "fp32"): Rates(2.2e11, 4e10),
-    ("cpu", "bf16"): Rates(4.4e11, 4e10),
-    ("gpu", "fp32"): Rates(4e13, 2e12),
-    ("gpu", "fp16"): Rates(4e14, 2e12),
-}
+_CLEAR = (1.15, 1.08, 1.03)  # after so many rounds, a lead that further ones would not turn
+_MOST_CANDIDATES = 1000
+_MEMORY_FORMAT = 3
+# Achieved by a data-centre GPU. Only their relation counts.
+_GPU_RATES = {"fp32": Rates(4e13, 4e13, 2e12), "fp16": Rates(4e14, 4e14, 2e12)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Candidate:
 class Tuning:
     """What `tune` chose.
 
-    backend, precision: of the engine that the plan is for. complete: the budget was enough to try everything.
+    backend, precision: of the engine that the plan is for. complete: every decision was tried.
     """
 
     backend: str
@@ -76,6 +73,11 @@ class Tuning:
     chosen_by: ChosenBy
     complete: bool
     candidates: tuple[Candidate, ...]
+
+    @property
+    def milliseconds(self) -> float:
+        """Of the plan that was chosen."""
+        return next(c.milliseconds for c in self.candidates if c.plan == self.plan)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -86,29 +88,38 @@ class Tuning:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Tuning:
-        """The inverse of `to_dict`."""
-        candidates = tuple(Candidate(Plan.from_dict(c["plan"]), c["milliseconds"]) for c in values["candidates"])
-        return cls(**{**values, "plan": Plan.from_dict(values["plan"]), "candidates": candidates})
+    def from_dict(cls, values: Any) -> Tuning:
+        """The inverse of `to_dict`.
 
-
-class Graphs:
-    """ONNX files of one network in a folder, one for each type and plan, exported when first asked for."""
-
-    def __init__(self, network: SegmentationNetwork, contract: IOContract, folder: Path) -> None:
-        self.network = network
-        self.contract = contract
-        self.folder = folder
-        self.predicted: dict[tuple[str, Precision], Tuning] = {}  # what the cost model chose, by kind of machine
-        self._files: dict[tuple[Precision, Plan], Path] = {}
-
-    def __call__(self, kind: Precision, plan: Plan) -> Path:
-        """The file whose weights are of type `kind`."""
-        if (kind, plan) not in self._files:
-            file = self.folder / f"{len(self._files)}.onnx"
-            export_onnx(self.network, file, self.contract, kind, plan=plan)
-            self._files[kind, plan] = file
-        return self._files[kind, plan]
+        Raises:
+            ConfigError: not what `to_dict` gives, in names, types and ranges.
+        """
+        names = ("backend", "precision", "plan", "chosen_by", "complete", "candidates")
+        if not isinstance(values, dict) or values.keys() != set(names):
+            raise ConfigError(f"a tuning is a JSON object of {', '.join(names)}")
+        listed = values["candidates"]
+        if not isinstance(listed, list) or len(listed) > _MOST_CANDIDATES:
+            raise ConfigError(f"tuning: candidates must be a list of at most {_MOST_CANDIDATES}")
+        candidates = []
+        for candidate in listed:
+            if not isinstance(candidate, dict) or candidate.keys() != {"plan", "milliseconds"}:
+                raise ConfigError("tuning: a candidate has a plan and milliseconds")
+            milliseconds = candidate["milliseconds"]
+            if not isinstance(milliseconds, float) or not 0 < milliseconds < math.inf:
+                raise ConfigError("tuning: milliseconds must be a number above 0")
+            candidates.append(Candidate(Plan.from_dict(candidate["plan"]), milliseconds))
+        plan = Plan.from_dict(values["plan"])
+        backend, precision, chosen_by, complete = (values[name] for name in (*names[:2], *names[3:5]))
+        if (
+            backend not in (*_CPU, *_GPU)
+            or precision not in get_args(Precision)
+            or chosen_by not in get_args(ChosenBy)
+            or not isinstance(complete, bool)
+            or plan not in [candidate.plan for candidate in candidates]
+            or suitable(plan, backend, precision) != plan
+        ):
+            raise ConfigError("tuning: an unknown name, or a plan that is no candidate or does not suit the engine")
+        return cls(backend, precision, plan, chosen_by, complete, tuple(candidates))
 
 
 def tune(
@@ -132,13 +143,14 @@ def tune(
         size: (height, width), pixels.
         precision: of the engine.
         batch: images a run.
-        budget_s: seconds of wall clock; None for `AGLN_FAST_TUNE_SECONDS`, or 120. With 0 nothing is timed: what was
-            measured before is taken, or the cost model.
+        budget_s: seconds of wall clock to time one decision after the other in, going on from what is remembered;
+            None for `AGLN_FAST_TUNE_SECONDS`, and without that for a race of the few that a cost model takes for the
+            best, of at most 10 seconds. With 0 nothing is timed: what was measured before is taken, or the model.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, or the library's own choice.
         progress: a rich progress display that the caller has started.
 
     Raises:
-        ConfigError: an unknown target, or an impossible size or precision.
+        ConfigError: an unknown target, or an impossible size, precision or budget.
     """
     known = ["cpu", *_CPU, *_GPU]
     if target not in known:
@@ -153,7 +165,7 @@ def tune(
             tune_engine(graphs, backend, precision, budget_s=budget_s, threads=threads, progress=progress)
             for backend in backends
         ]
-    return min(tunings, key=lambda tuning: min(c.milliseconds for c in tuning.candidates if c.plan == tuning.plan))
+    return min(tunings, key=lambda tuning: tuning.milliseconds)
 
 
 def suitable(plan: Plan, backend: str, precision: Precision) -> Plan:
@@ -180,70 +192,76 @@ def tune_engine(
     if precision not in get_args(Precision):
         raise ConfigError(f"precision {precision!r}: must be one of {', '.join(get_args(Precision))}")
     budget_s = environment.tuning_seconds() if budget_s is None else budget_s
+    if budget_s is not None and not 0 <= budget_s < math.inf:
+        raise ConfigError(f"budget of {budget_s} seconds to tune in: must be at least 0")
     threads = check_threads(threads)
-    file = _cache_file(graphs, backend, precision, threads)
-    runs_here = backend in _CPU and not _obstacle(backend, precision)
-    remembered = _remembered(file) if runs_here else None
-    if remembered is not None:
-        return remembered
-    if not runs_here or budget_s == 0:
+    if backend not in _CPU or _obstacle(backend, precision):
         return _predict(graphs, backend, precision)
-    tuning = _search(
-        graphs, backend, precision, _Race(graphs, backend, precision, budget_s, threads, progress), "timing"
-    )
-    if tuning.complete:
-        _remember(file, tuning)
-    return tuning
-
-
-class _Judge:
-    """Compares plans. `candidates`: all that were compared; `exhausted`: nothing more can be compared."""
-
-    def __init__(self) -> None:
-        self.candidates: dict[Plan, Candidate] = {}
-        self.exhausted = False
-
-    def fastest(self, plans: Sequence[Plan]) -> Plan:
-        """The first of `plans`, unless another one is clearly faster."""
-        raise NotImplementedError
+    file = _memory(graphs, backend, precision, threads)
+    known = _remembered(file, backend, precision)
+    if known is not None and (known.complete or not budget_s):
+        return known
+    if budget_s == 0:
+        return _predict(graphs, backend, precision)
+    shortlist = [] if known is not None else _shortlist(graphs, backend, precision)
+    race = _Race(graphs, backend, precision, SHORT_S if budget_s is None else budget_s, threads, progress)
+    if budget_s is None:
+        race.prepare(shortlist)
+    if known is not None:
+        race.candidates |= {candidate.plan: candidate for candidate in known.candidates}
+    best = known.plan if known is not None else race.fastest(shortlist)
+    for changes in () if budget_s is None else _decisions(graphs, backend, precision, timed=True):
+        _remember(file, race, best, complete=False)
+        if race.exhausted:
+            break
+        plans = [replace(best, **change) for change in changes(best)]
+        if plans := [plan for plan in plans if plan not in race.candidates]:
+            best = race.fastest([best, *plans])
+    return _remember(file, race, best, complete=budget_s is not None and not race.exhausted)
 
 
 @dataclass(eq=False)
-class _Model(_Judge):
+class _Model:
+    """Compares plans by what they cost on a machine of known rates. `candidates`: all that were compared."""
+
     graphs: Graphs
-    kind: str
+    backend: str
     precision: Precision
     candidates: dict[Plan, Candidate] = field(default_factory=dict)
-    exhausted: bool = False
 
     def __post_init__(self) -> None:
         self._network = without_weights(self.graphs.network)
+        half = self.precision != "fp32"
+        self._element_size = 2 if half else 4
+        self._rates = cpu_rates(half) if self.backend in _CPU else _GPU_RATES["fp16" if half else "fp32"]
 
     def fastest(self, plans: Sequence[Plan]) -> Plan:
+        """The first of `plans`, unless another one is clearly faster."""
         best = plans[0]
         for plan in plans:
             if plan not in self.candidates:
-                self.candidates[plan] = Candidate(plan, 1e3 * self._seconds(plan))
+                self.candidates[plan] = Candidate(plan, 1e3 * self.seconds(plan))
             if self.candidates[best].milliseconds > _GAIN * self.candidates[plan].milliseconds:
                 best = plan
         return best
 
-    def _seconds(self, plan: Plan) -> float:
+    def seconds(self, plan: Plan) -> float:
+        """Of one run."""
         contract = self.graphs.contract
-        half = self.precision != "fp32"
-        rates = _RATES[self.kind, ("fp16" if self.kind == "gpu" else "bf16") if half else "fp32"]
         return estimate_seconds(
             rewrite(self._network, plan),
             (contract.height, contract.width),
-            rates,
+            self._rates,
             batch=contract.max_batch,
-            element_size=2 if half else 4,
+            element_size=self._element_size,
             full_size=contract.output == "logits" or not plan.low_resolution_labels,
         )
 
 
 @dataclass(eq=False)
-class _Race(_Judge):
+class _Race:
+    """Compares plans by timing them. `candidates`: all that were compared; `exhausted`: the time is over."""
+
     graphs: Graphs
     backend: str
     precision: Precision
@@ -254,33 +272,46 @@ class _Race(_Judge):
     exhausted: bool = False
 
     def __post_init__(self) -> None:
+        self._image = self.graphs.sample
         self._deadline = time.monotonic() + self.budget_s
-        contract = self.graphs.contract
-        self._image = pack(sample_frames(None, contract)[:1] * contract.max_batch, contract)
         self._task = None
         if self.progress is not None:
             self._task = self.progress.add_task(f"tune {self.backend} {self.precision}", total=self.budget_s)
 
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Export `plans` off the clock: the bundle needs one of them anyway."""
+        for plan in plans:
+            interruption.check()
+            self.graphs(_graph_type(self.precision), plan)
+        self._deadline = time.monotonic() + self.budget_s
+
     def fastest(self, plans: Sequence[Plan]) -> Plan:
-        """In turns; the race ends early where nobody can change the result any more."""
+        """The first of `plans`, unless another one is clearly faster; they run in turns.
+
+        The race ends early where nobody can change the result any more.
+        """
         with ExitStack() as stack:
             opened = [stack.enter_context(self._open(plan)) for plan in plans]
             for backend in opened:
+                interruption.check()
                 backend.run(self._image)
             times: list[list[float]] = []
             for seconds in islice(rounds([partial(backend.run, self._image) for backend in opened]), _ROUNDS):
+                interruption.check()
                 times.append(seconds)
                 self._show()
-                if len(times) >= _FEWEST_ROUNDS and (self.exhausted or _is_clear(times)):
+                if self.exhausted or _is_clear(times):
                     break
         for plan, column in zip(plans, zip(*times, strict=True), strict=True):
             self.candidates[plan] = Candidate(plan, 1e3 * statistics.median(column))
         gains = [statistics.median(column) for column in zip(*_ratios(times), strict=True)]
         winner = max(range(len(plans)), key=lambda i: gains[i])
-        return plans[winner] if gains[winner] >= _GAIN else plans[0]
+        needed = _GAIN if len(times) >= _FEWEST_ROUNDS else _CLEAR[-1]
+        return plans[winner] if gains[winner] >= needed else plans[0]
 
     def _open(self, plan: Plan) -> Backend:
-        graph = self.graphs("fp32" if self.precision == "bf16" else self.precision, plan)
+        interruption.check()
+        graph = self.graphs(_graph_type(self.precision), plan)
         record = _record(self.backend, self.precision, graph.name, plan)
         draft = Manifest(self.graphs.network.config, (), (), self.graphs.contract, ())
         return open_engine(Bundle(graph.parent, draft), record, threads=self.threads)
@@ -299,36 +330,47 @@ def _ratios(times: Sequence[Sequence[float]]) -> list[list[float]]:
 
 def _is_clear(times: Sequence[Sequence[float]]) -> bool:
     """In all rounds all were faster or slower than the first by more than the noise, and at most one was faster."""
+    lead = _CLEAR[min(len(times), len(_CLEAR)) - 1]
     columns = list(zip(*_ratios(times), strict=True))[1:]
-    faster = [min(column) > _CLEAR for column in columns]
-    slower = [max(column) < 1 / _CLEAR for column in columns]
+    faster = [min(column) > lead for column in columns]
+    slower = [max(column) < 1 / lead for column in columns]
     return all(map(or_, faster, slower)) and sum(faster) <= 1
 
 
 def _predict(graphs: Graphs, backend: str, precision: Precision) -> Tuning:
-    kind = "cpu" if backend in _CPU else "gpu"
-    if (kind, precision) not in graphs.predicted:
-        judge = _Model(graphs, kind, precision)
-        graphs.predicted[kind, precision] = _search(graphs, backend, precision, judge, "cost model")
-    return replace(graphs.predicted[kind, precision], backend=backend)
+    """What the cost model chooses: from a plan that is good everywhere, one decision after the other."""
+    machine = "cpu" if backend in _CPU else "gpu"
+    if (machine, precision) in graphs.predicted:
+        return replace(graphs.predicted[machine, precision], backend=backend)
+    model = _Model(graphs, backend, precision)
+    best = model.fastest([_start(backend), NO_PLAN])
+    for changes in _decisions(graphs, backend, precision, timed=False):
+        best = model.fastest([best, *(replace(best, **change) for change in changes(best))])
+    tuning = Tuning(backend, precision, best, "cost model", True, tuple(model.candidates.values()))
+    graphs.predicted[machine, precision] = tuning
+    return tuning
 
 
-def _search(graphs: Graphs, backend: str, precision: Precision, judge: _Judge, chosen_by: ChosenBy) -> Tuning:
-    """From a plan that is good everywhere, one decision after the other; what is faster stays.
+def _shortlist(graphs: Graphs, backend: str, precision: Precision) -> list[Plan]:
+    """The few plans to race: the model's best, its best of another kind, and, if there is time, the safe start.
 
-    A race starts from what the cost model chose, so that one that runs out of time has lost little.
+    What the model knows least about is Winograd's transforms, and whether resizes as products pay: plans are of one
+    kind if they agree in these.
     """
-    first = [_start(backend), NO_PLAN]
-    if chosen_by == "timing":
-        first.insert(0, _predict(graphs, backend, precision).plan)
-    best = judge.fastest(list(dict.fromkeys(first)))
-    complete = True
-    for alternatives in _decisions(graphs, backend, precision, timed=chosen_by == "timing"):
-        if judge.exhausted:
-            complete = False
-            break
-        best = judge.fastest([best, *(replace(best, **change) for change in alternatives(best))])
-    return Tuning(backend, precision, best, chosen_by, complete, tuple(judge.candidates.values()))
+    tuning = _predict(graphs, backend, precision)
+    ranked = sorted(tuning.candidates, key=lambda candidate: candidate.milliseconds)
+    kinds: dict[object, Plan] = {_kind(tuning.plan): tuning.plan}
+    for candidate in ranked:
+        kinds.setdefault(_kind(candidate.plan), candidate.plan)
+    plans = list(kinds.values())[:2]
+    # Each is opened, warmed up, and timed at least once: about four runs.
+    if 4 * (len(plans) + 1) * tuning.milliseconds < 1e3 * SHORT_S:
+        plans.append(_start(backend))
+    return list(dict.fromkeys(plans))
+
+
+def _kind(plan: Plan) -> object:
+    return bool(plan.winograd), "none" not in plan.mix_before_upsample[:1]
 
 
 def _start(backend: str) -> Plan:
@@ -336,16 +378,22 @@ def _start(backend: str) -> Plan:
     return replace(ALGEBRA, pixel_major_attention=backend in _CPU)
 
 
-def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: bool) -> Iterator[Any]:
+Changes = Callable[[Plan], list[dict[str, Any]]]
+
+
+def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: bool) -> Iterator[Changes]:
     """For each decision a function from the best plan so far to the changes that may improve it; the largest first.
 
-    Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does.
+    Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does. So
+    is the plain graph, in case an engine does better by itself.
     `suitable` says what else is not for every engine.
     """
     network = plan_network(graphs.network)
     fusions = list(network.fusions())
+    if timed:
+        yield lambda best: [vars(NO_PLAN)]
 
-    def switch(name: str) -> Any:
+    def switch(name: str) -> Changes:
         return lambda best: [{name: not getattr(best, name)}]
 
     groups = [] if network.decoder is None else range(len(network.decoder.lateral))
@@ -383,52 +431,36 @@ def _obstacle(backend: str, precision: Precision) -> str | None:
     return backend_class(backend).obstacle(_record(backend, precision, "", NO_PLAN))
 
 
-def _cache_file(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> Path:
+def _graph_type(precision: Precision) -> Precision:
+    """Of the ONNX file: OpenVINO computes in bf16 from the one in fp32."""
+    return "fp32" if precision == "bf16" else precision
+
+
+def _memory(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> Path:
     """Named by everything that the choice depends on: of the weights only which branches they switch off."""
-    terms = [(f.terms.refines, f.terms.distributes) for f in plan_network(graphs.network).fusions()]
     facts = {
-        "format": _CACHE_FORMAT,
+        "format": _MEMORY_FORMAT,
         "model": graphs.network.config.to_json(),
-        "terms": terms,
+        "terms": [(f.terms.refines, f.terms.distributes) for f in plan_network(graphs.network).fusions()],
         "contract": graphs.contract.to_dict(),
         "engine": [backend, precision, threads],
-        "machine": [platform.machine(), _processor(), os.cpu_count()],
-        "versions": [_version(name) for name in ("agln-fast", "torch", "onnx", backend)],
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return environment.cache_folder() / "tuning" / f"{digest[:32]}.json"
+    return memory.place("tuning", facts, ("agln-fast", "torch", "onnx", backend))
 
 
-def _processor() -> str:
+def _remember(file: Path, race: _Race, best: Plan, *, complete: bool) -> Tuning:
+    """What is known so far, for this run and for the next one."""
+    candidates = tuple(race.candidates.values())
+    tuning = Tuning(race.backend, race.precision, best, "timing", complete, candidates)
+    memory.remember(file, tuning.to_dict())
+    return tuning
+
+
+def _remembered(file: Path, backend: str, precision: Precision) -> Tuning | None:
+    """What was measured before; a file that cannot be used, or is another engine's, is as good as none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _remembered(file: Path) -> Tuning | None:
-    """What was measured before; a file that cannot be used is as good as none."""
-    try:
-        return Tuning.from_dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, KeyError, ConfigError):
+        tuning = Tuning.from_dict(memory.recall(file))
+    except ConfigError:
         return None
-
-
-def _remember(file: Path, tuning: Tuning) -> None:
-    """Written whole or not at all; a folder that cannot be written costs only the time to tune again."""
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(tuning.to_dict(), indent=1) + "\n")
-        unfinished.replace(file)
-    except OSError:
-        with suppress(OSError):
-            unfinished.unlink()
+    fits = (tuning.backend, tuning.precision, tuning.chosen_by) == (backend, precision, "timing")
+    return tuning if fits else None

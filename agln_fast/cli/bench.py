@@ -84,7 +84,7 @@ def bench(
         device=device,
         threads=threads,
         plan=plan_choice,
-        tune_s=None if full else 0,
+        tune_s=registry.TUNE_S if full else 0,
     )
     cases = [Case(name, pixels, batch, num_classes) for name in chosen]
     with progress_bar() as progress:

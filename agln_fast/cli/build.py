@@ -12,7 +12,7 @@ from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json, progress_bar
 from agln_fast.cli.files import read_plan, read_text
-from agln_fast.errors import ConfigError
+from agln_fast.errors import ConfigError, VerificationError
 
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle
@@ -26,7 +26,7 @@ def build(
     size: Annotated[str, typer.Option(help="Height x width of the engine's input.")] = "512x512",
     precision: Annotated[list[str], typer.Option(help="fp32, fp16, bf16, int8 or auto; may be repeated.")] = ["auto"],  # noqa: B006
     target: Annotated[list[str], typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
-    plan: Annotated[str, typer.Option(help="Rewrites: auto (timed here), none, or a JSON file.")] = "auto",
+    plan: Annotated[str, typer.Option(help="Rewrites: auto (a cost model and a race), none, or a JSON file.")] = "auto",
     batch: Annotated[str, typer.Option(help="Images a run: N, or SMALLEST..LARGEST.")] = "1",
     kind: Annotated[str, typer.Option("--output", help="What the engine returns: labels or logits.")] = "labels",
     layout: Annotated[
@@ -47,11 +47,17 @@ def build(
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache, read and updated.")] = None,
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads for the verification.")] = None,
+    tune: Annotated[
+        float | None, typer.Option(min=0, help="Seconds for each engine to choose its plan in; default a short race.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for races and the verification.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Deliver nothing if one engine disagrees.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: Json = False,
 ) -> None:
     """Build engines from a checkpoint, compare each with the fp32 network, and write the bundle.
+
+    An engine that disagrees is left out; the others are delivered, and the exit code is 8.
 
     Example: agln-fast build agln_r50.pth -o street.agln --target cpu --target tensorrt-rtx --precision fp16
     """
@@ -77,6 +83,7 @@ def build(
         "timing_cache": timing_cache,
         "samples": samples,
         "min_agreement": min_agreement,
+        "tune_s": tune,
         "threads": threads,
         "overwrite": force,
     }
@@ -90,12 +97,14 @@ def build(
     from agln_fast.export.build import build as build_bundle
 
     with progress_bar() as progress:
-        bundle = build_bundle(checkpoint, output, config=model, progress=progress, **options)
+        bundle = build_bundle(checkpoint, output, config=model, strict=strict, progress=progress, **options)
     if json:
         print_json({"bundle": str(bundle.path), **bundle.manifest.to_dict()})
-        return
-    print_engines(bundle)
-    out.print(f"wrote {bundle.path}", highlight=False, markup=False)
+    else:
+        print_engines(bundle)
+        out.print(f"wrote {bundle.path}", highlight=False, markup=False)
+    if bundle.manifest.left_out:
+        raise VerificationError(f"left out of {bundle.path}: {'; '.join(bundle.manifest.left_out.values())}")
 
 
 def _colour(name: str, text: str) -> tuple[float, ...]:

@@ -1,9 +1,8 @@
-"""What a planned network costs on a machine that is not there: arithmetic and memory traffic, without running it."""
+"""What a planned network costs on a machine of known rates: arithmetic and memory traffic, without running it."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +13,9 @@ from torch.utils.flop_counter import flop_registry
 
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.network import PlannedNetwork
+from agln_fast.plan.rates import Rates
 
-__all__ = ["Rates", "estimate_seconds", "without_weights"]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a machine achieves: floating-point operations a second (an addition is one), and bytes a second."""
-
-    flops: float
-    bytes: float
+__all__ = ["estimate_seconds", "without_weights"]
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -46,7 +38,9 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         moved = self._element_size * sum(tensor.numel() for tensor in tensors)
-        self.seconds += max(flops / self._rates.flops, moved / self._rates.bytes)
+        convolves = func.overloadpacket is torch.ops.aten.convolution
+        rate = self._rates.convolution if convolves else self._rates.product
+        self.seconds += max(flops / rate, moved / self._rates.bytes)
         return result
 
 

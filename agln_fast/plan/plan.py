@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from agln_fast.errors import ConfigError, did_you_mean
 
-__all__ = ["ALGEBRA", "NOT_MIXED", "NO_PLAN", "STAGES", "MixForm", "Plan"]
+__all__ = ["ALGEBRA", "NOT_MIXED", "NO_PLAN", "STAGES", "MixForm", "Plan", "PlanChoice"]
 
 MixForm = Literal["none", "rows", "full"]
 STAGES = 4
@@ -114,3 +114,6 @@ ALGEBRA = Plan(
     negate_energy=True,
     drop_dead_branches=True,
 )
+
+PlanChoice = Literal["auto", "none"] | Plan
+"""What a user may ask for: the fastest plan for each engine, no rewrites, or one plan for all engines."""

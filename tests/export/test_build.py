@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pathlib
 import platform
+import re
 import time
 from dataclasses import replace
 
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
 import agln_fast
 from agln_fast.bundle import Verification
@@ -27,6 +31,7 @@ from agln_fast.errors import (
     VerificationError,
 )
 from agln_fast.export import build as build_module
+from agln_fast.export import graphs as graphs_module
 from agln_fast.runtime.verify import make_reference, sample_images, verify_engine
 
 
@@ -106,14 +111,16 @@ def test_logits_and_batches_are_verified_too(small_network, tmp_path):
 
 
 def test_precision_auto_is_fp32_and_bf16_where_the_cpu_has_it(monkeypatch):
-    plan = build_module._plan_engines
+    plan = build_module._wanted
     names = [(w.backend, w.precision, w.graph) for w in plan({"cpu": ["auto"], "tensorrt-rtx": ["auto"]})]
     assert ("tensorrt-rtx", "fp16", "fp16") in names
     assert ("onnxruntime", "fp32", "fp32") in names
     monkeypatch.setattr(build_module.OpenVinoBackend, "obstacle", classmethod(lambda cls, engine: None))
-    assert ("openvino", "bf16", "fp32") in [(w.backend, w.precision, w.graph) for w in plan({"cpu": ["auto"]})]
+    names = [(w.backend, w.precision, w.graph) for w in plan({"cpu": ["auto"]})]
+    assert ("openvino", "bf16", "fp32") in names
+    assert "int8" not in [precision for _, precision, _ in names]
     monkeypatch.setattr(build_module.OpenVinoBackend, "obstacle", classmethod(lambda cls, engine: "no"))
-    assert not [w for w in plan({"cpu": ["auto"]}) if w.precision == "bf16"]
+    assert not [w for w in plan({"cpu": ["auto"]}) if w.precision in ("bf16", "int8")]
 
 
 def test_samples_of_the_user_are_used(small_network, tmp_path):
@@ -168,11 +175,12 @@ def test_a_bad_checkpoint_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_engine_that_disagrees_fails_the_build(small_network, tmp_path, monkeypatch):
-    real = build_module.export_onnx
+@pytest.fixture
+def swapped(monkeypatch):
+    """A conversion bug: the classes of every ONNX file come out in another order."""
+    real = graphs_module.export_onnx
 
-    def swapped(network, *args, **kwargs):
-        """A conversion bug: the classes come out in another order."""
+    def export(network, *args, **kwargs):
         classifier = network.classifier[4]
         order = torch.tensor([1, 0, 2, 3, 4])
         with torch.no_grad():
@@ -183,12 +191,61 @@ def test_an_engine_that_disagrees_fails_the_build(small_network, tmp_path, monke
             classifier.weight.copy_(classifier.weight[order])
             classifier.bias.copy_(classifier.bias[order])
 
-    monkeypatch.setattr(build_module, "export_onnx", swapped)
+    monkeypatch.setattr(graphs_module, "export_onnx", export)
+
+
+def test_engines_that_all_disagree_are_no_bundle(swapped, small_network, tmp_path):
     with pytest.raises(VerificationError, match=r"agrees with the fp32 reference on \d+\.\d+% .* below the minimum"):
-        agln_fast.build(small_network(), tmp_path / "x", size=(64, 64))
+        agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), precision="fp32")
     assert not list(tmp_path.iterdir())
-    built = agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), min_agreement=0.0)
+    built = agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), precision="fp32", min_agreement=0.0)
     assert built.engine("onnxruntime-fp32").verification.agreement < 0.999
+    assert not built.manifest.left_out
+
+
+@pytest.fixture
+def one_disagrees(monkeypatch):
+    """OpenVINO's engines give the next class."""
+    from agln_fast.backends.openvino import OpenVinoBackend
+
+    real = OpenVinoBackend.run
+    monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)
+
+
+@pytest.mark.openvino
+def test_one_engine_that_disagrees_is_left_out(one_disagrees, small_network, tmp_path):
+    network = small_network()
+    built = agln_fast.build(network, tmp_path / "x", size=(64, 64), precision="fp32")
+    assert [engine.name for engine in built.manifest.engines] == ["onnxruntime-fp32", "fused-fp32", "torch-fp32"]
+    assert list(built.manifest.left_out) == ["openvino-fp32"]
+    assert "below the minimum" in built.manifest.left_out["openvino-fp32"]
+    assert {"model.onnx", "weights.safetensors"} < set(built.manifest.files)  # ONNX Runtime's, too
+    with pytest.raises(VerificationError, match="openvino-fp32"):
+        agln_fast.build(network, tmp_path / "y", size=(64, 64), precision="fp32", strict=True)
+    assert not (tmp_path / "y.agln").exists()
+
+
+@pytest.mark.openvino
+def test_files_that_only_a_left_out_engine_has_are_not_delivered(one_disagrees, small_network, tmp_path):
+    built = agln_fast.build(
+        small_network(), tmp_path / "x", size=(64, 64), precision=("fp32", "int8"), targets=("cpu",)
+    )
+    assert set(built.manifest.left_out) == {"openvino-fp32", "openvino-int8"}
+    assert set(built.manifest.files) == {"model.onnx", "weights.safetensors", "report.md"}
+
+
+def test_each_step_is_announced_with_its_number_and_time(small_network, tmp_path, capsys):
+    console = Console(file=io.StringIO(), width=200)
+    with Progress(console=console, disable=True) as progress:
+        agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), precision="fp32", progress=progress)
+    lines = console.file.getvalue().splitlines()
+    numbers = [re.match(r"\[(\d+)/(\d+)\] ", line).groups() for line in lines]
+    assert [int(number) for number, _ in numbers] == list(range(1, len(lines) + 1))
+    assert {int(total) for _, total in numbers} == {len(lines)}
+    for engine in ("openvino-fp32", "onnxruntime-fp32"):
+        assert any(re.search(rf"choose the plan of {engine}, about \d+ s$", line) for line in lines)
+        assert any(re.search(rf"compare {engine} with the reference, about \d+ s$", line) for line in lines)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_existing_bundle_is_replaced_only_on_demand(small_network, tmp_path):

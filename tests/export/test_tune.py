@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -15,10 +16,12 @@ from agln_fast.backends import open_engine
 from agln_fast.contract import IOContract
 from agln_fast.errors import ConfigError
 from agln_fast.export import tune as module
-from agln_fast.export.tune import Candidate, Graphs, Tuning, tune, tune_engine
+from agln_fast.export.graphs import Graphs
+from agln_fast.export.tune import Candidate, Tuning, tune, tune_engine
 from agln_fast.plan import winograd as winograd_module
-from agln_fast.plan.cost import Rates, estimate_seconds
-from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
+from agln_fast.plan.cost import estimate_seconds
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, NOT_MIXED, Plan
+from agln_fast.plan.rates import Rates
 from agln_fast.plan.rewrite import rewrite
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import sample_frames
@@ -37,6 +40,7 @@ EVERYTHING = replace(
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("AGLN_FAST_TUNE_SECONDS")
     return tmp_path / "cache" / "tuning"
 
 
@@ -49,6 +53,9 @@ class _Clock(module._Race):
     """A race in which plans take the milliseconds that `times` gives them, and 10 otherwise."""
 
     times: dict[str, float] = {}  # noqa: RUF012
+
+    def prepare(self, plans):
+        pass
 
     def fastest(self, plans):
         for plan in plans:
@@ -104,8 +111,25 @@ def test_a_race_is_won_by_a_clear_lead_only(graphs, monkeypatch):
         ([[1.0, 0.9, 0.8], [1.0, 0.9, 0.8]], False),
         ([[1.0, 0.9, 1.2], [1.0, 0.9, 1.2]], True),
         ([[1.0, 1.01], [1.0, 1.01]], False),
+        ([[1.0, 1.1]], False),
+        ([[1.0, 1.2]], True),
+        ([[1.0, 1.05]] * 2, False),
+        ([[1.0, 1.05]] * 3, True),
+        ([[1.0]], True),
     ],
-    ids=["slower", "now slower, now faster", "faster", "two are faster", "one is faster", "alike"],
+    ids=[
+        "slower",
+        "now slower, now faster",
+        "faster",
+        "two are faster",
+        "one is faster",
+        "alike",
+        "one round, a little",
+        "one round, by far",
+        "two rounds, less than by far",
+        "three rounds",
+        "nobody else",
+    ],
 )
 def test_when_a_race_may_end(times, clear):
     assert module._is_clear(times) == clear
@@ -148,30 +172,88 @@ class _Idle:
         return image
 
 
+def test_without_a_budget_the_few_best_of_the_model_are_raced(graphs, cache, monkeypatch):
+    raced: list[list[Plan]] = []
+    monkeypatch.setattr(module, "_Race", _noting(raced))
+    monkeypatch.setattr(_Clock, "times", {})
+    tuning = tune_engine(graphs, "onnxruntime", "fp32")
+    predicted = module._predict(graphs, "onnxruntime", "fp32")
+    assert len(raced) == 1
+    assert raced[0][0] == predicted.plan
+    assert 2 <= len(raced[0]) == len(set(raced[0])) <= 3
+    assert replace(ALGEBRA, pixel_major_attention=True) in raced[0]
+    assert (tuning.chosen_by, tuning.complete) == ("timing", False)
+    assert {candidate.plan for candidate in tuning.candidates} == set(raced[0])
+
+
+def test_slow_networks_have_two_candidates(graphs, monkeypatch):
+    """Each takes about four runs; 10 seconds are for two of them where one run takes a second."""
+    monkeypatch.setattr(
+        module._Model, "seconds", lambda self, plan: 1.0 - 0.1 * (plan.mix_before_upsample != NOT_MIXED)
+    )
+    plans = module._shortlist(graphs, "onnxruntime", "fp32")
+    assert len(plans) == 2
+    assert len({module._kind(plan) for plan in plans}) == 2
+
+
+def _noting(raced):
+    class Noting(_Clock):
+        def fastest(self, plans):
+            raced.append(list(plans))
+            return super().fastest(plans)
+
+    return Noting
+
+
+def test_more_time_goes_on_from_what_is_remembered(graphs, cache, monkeypatch):
+    """What lost before is not run again."""
+    raced: list[list[Plan]] = []
+    monkeypatch.setattr(module, "_Race", _noting(raced))
+    monkeypatch.setattr(_Clock, "times", {"(full, rows": -3.0})
+    first = tune_engine(graphs, "onnxruntime", "fp32")
+    before = {candidate.plan for candidate in first.candidates}
+    raced.clear()
+    second = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    assert second.complete
+    assert second.plan.mix_before_upsample[:2] == ("full", "rows")
+    assert raced[0][0] == first.plan
+    assert not before & {plan for plans in raced for plan in plans[1:]}
+    raced.clear()
+    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60) == second
+    assert not raced
+
+
+def test_what_was_found_when_the_time_ended_is_remembered(graphs, cache, monkeypatch):
+    class Short(_Clock):
+        def fastest(self, plans):
+            self.exhausted = len(self.candidates) > 4
+            return super().fastest(plans)
+
+    monkeypatch.setattr(module, "_Race", Short)
+    monkeypatch.setattr(_Clock, "times", {"mix": -1.0})
+    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    assert not tuning.complete
+    assert tune_engine(graphs, "onnxruntime", "fp32") == tuning
+
+
 def test_the_budget_ends_the_search(graphs, cache):
-    """After one race: of what the cost model takes for the best, of what leaves work out, and of the plain graph."""
-    predicted = tune_engine(graphs, "onnxruntime", "fp32", budget_s=0, threads=1).plan
+    """After one race."""
     tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=1e-3, threads=1)
     assert not tuning.complete
-    assert [candidate.plan for candidate in tuning.candidates] == [
-        predicted,
-        replace(ALGEBRA, pixel_major_attention=True),
-        NO_PLAN,
-    ]
-    assert not cache.exists()
+    assert 2 <= len(tuning.candidates) <= 3
 
 
 def test_what_was_measured_is_remembered(graphs, cache, monkeypatch, small_network):
     monkeypatch.setattr(module, "_Race", _Clock)
     monkeypatch.setattr(_Clock, "times", {"pixel_major": -1.0})
     first = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
-    monkeypatch.setattr(module, "_search", None)
-    for budget_s in (60, 0):  # without a budget nothing is timed, but what is known is used
+    monkeypatch.setattr(module, "_Race", None)
+    for budget_s in (60, 0, None):  # with 0 nothing is timed, but what is known is used
         assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=budget_s) == first
     assert Tuning.from_dict(json.loads(json.dumps(first.to_dict()))) == first
     monkeypatch.undo()
     keys = {
-        module._cache_file(Graphs(network, contract, Path()), backend, "fp32", threads)
+        module._memory(Graphs(network, contract, Path()), backend, "fp32", threads)
         for network in (graphs.network, _without_gamma(small_network()))
         for contract in (graphs.contract, IOContract(64, 64))
         for backend in ("onnxruntime", "openvino")
@@ -188,13 +270,50 @@ def _without_gamma(network):
     return network
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"plan": {}}'])
-def test_a_damaged_memory_is_ignored(text, graphs, cache, monkeypatch):
+def _damaged(change):
+    def damage(text: str) -> str:
+        values = json.loads(text)
+        change(values)
+        return json.dumps(values)
+
+    return damage
+
+
+DAMAGE = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[:-20],
+    "a list": lambda text: "[]",
+    "deep": lambda text: 100_000 * "[",
+    "long": lambda text: text + 2**20 * " ",
+    "not text": lambda text: "\ud800",
+    "other names": _damaged(lambda v: v.update(plan={})),
+    "one more name": _damaged(lambda v: v.update(more=1)),
+    "unknown judge": _damaged(lambda v: v.update(chosen_by="timinf")),
+    "not measured": _damaged(lambda v: v.update(chosen_by="cost model")),
+    "another engine": _damaged(lambda v: v.update(backend="openvino")),
+    "another precision": _damaged(lambda v: v.update(precision="bf16")),
+    "complete is text": _damaged(lambda v: v.update(complete="no")),
+    "no candidates": _damaged(lambda v: v.update(candidates=[])),
+    "a million candidates": _damaged(lambda v: v.update(candidates=1001 * v["candidates"][:1])),
+    "a candidate is a number": _damaged(lambda v: v["candidates"].append(3)),
+    "NaN": _damaged(lambda v: v["candidates"][0].update(milliseconds=float("nan"))),
+    "text for a number": _damaged(lambda v: v["candidates"][0].update(milliseconds="3")),
+    "negative": _damaged(lambda v: v["candidates"][0].update(milliseconds=-3.0)),
+    "nested forms": _damaged(lambda v: v["plan"].update(mix_before_upsample=[["full"], [1], {}])),
+    "a plan that nobody raced": _damaged(lambda v: v["plan"].update(winograd=3)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_memory_is_ignored(damage, graphs, cache, monkeypatch):
     monkeypatch.setattr(module, "_Race", _Clock)
-    file = module._cache_file(graphs, "onnxruntime", "fp32", None)
-    file.parent.mkdir(parents=True)
-    file.write_text(text)
-    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60, threads=None).chosen_by == "timing"
+    monkeypatch.setattr(_Clock, "times", {})
+    tuning = tune_engine(graphs, "onnxruntime", "fp32")
+    (file,) = cache.iterdir()
+    file.write_text(DAMAGE[damage](file.read_text()), errors="surrogatepass")
+    assert module._remembered(file, "onnxruntime", "fp32") is None
+    assert tune_engine(graphs, "onnxruntime", "fp32") == tuning
+    assert module._remembered(file, "onnxruntime", "fp32") == tuning
 
 
 def test_a_memory_that_cannot_be_written_is_no_error(graphs, tmp_path, monkeypatch):
@@ -226,7 +345,7 @@ def test_the_cost_model_counts_by_hand(small_network):
         options = {"batch": 1, "element_size": 4, "full_size": False, **changes}
         return estimate_seconds(planned, (128, 128), rates, **options)
 
-    arithmetic, traffic = Rates(1.0, 1e30), Rates(1e30, 1.0)
+    arithmetic, traffic = Rates(1.0, 1.0, 1e30), Rates(1e30, 1e30, 1.0)
     direct = 9 * 32 * 16 * 32**2
     full = 9 * 32 * 16 * 4**2 + 32 * 12**2 * 32 + 32 * 12 * 32**2
     assert seconds(plain, arithmetic) - seconds(mixed, arithmetic) == pytest.approx(2 * (direct - full))
@@ -308,19 +427,30 @@ def test_logits_stay_at_full_size(small_network, tmp_path):
 
 
 def test_each_plan_has_a_graph_of_its_own(small_network, tmp_path, monkeypatch):
+    """The files of the race are those of the bundle: each is exported once."""
     from agln_fast.export import build as build_module
+    from agln_fast.export import graphs as graphs_module
 
-    def choose(network, contract, wanted, *_):
-        plans = {"onnxruntime": ALGEBRA, "openvino": EVERYTHING}
-        return {(w.backend, w.precision): (plans.get(w.backend, NO_PLAN), "timing") for w in wanted}
+    plans = {"onnxruntime": ALGEBRA, "openvino": EVERYTHING}
 
-    monkeypatch.setattr(build_module, "_choose_plans", choose)
+    def choose(graphs, backend, precision, **_):
+        graphs(precision, NO_PLAN)  # one that lost
+        graphs(precision, plans[backend])
+        return Tuning(backend, precision, plans[backend], "timing", True, ())
+
+    exports = []
+    export = graphs_module.export_onnx
+    monkeypatch.setattr(graphs_module, "export_onnx", lambda *given: exports.append(given[-1]) or export(*given))
+    monkeypatch.setattr(build_module, "tune_engine", choose)
     built = agln_fast.build(small_network(), tmp_path / "m", size=(64, 96), precision="fp32")
     files = {engine.backend: engine.file for engine in built.manifest.engines}
     assert files["openvino"] == "model.onnx"
     assert files["onnxruntime"] == "model.onnxruntime-fp32.onnx"
     assert files["torch"] == files["fused"] == "weights.safetensors"
-    assert {engine.plan_chosen_by for engine in built.manifest.engines} == {"timing"}
+    assert {engine.plan_chosen_by for engine in built.manifest.engines} == {"timing", "fixed"}
+    assert set(built.manifest.files) == {*files.values(), "report.md"}
+    assert len(exports) == len(set(exports)) == 3
+    assert "agln_fast.model" in {p.key for p in onnx.load(built.path / "model.onnx").metadata_props}
 
 
 @pytest.mark.parametrize("plan", ["fast", 3])

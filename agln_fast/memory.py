@@ -1,0 +1,67 @@
+"""What was measured on this machine, remembered from one run to the next: JSON files in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from agln_fast import environment
+
+__all__ = ["place", "recall", "remember"]
+
+_LARGEST = 2**20  # bytes: what is larger is none of ours
+
+
+def place(kind: str, facts: dict[str, Any], packages: tuple[str, ...]) -> Path:
+    """The file for what depends on `facts`, on this machine's processor and on the versions of `packages`."""
+    facts = {
+        **facts,
+        "machine": [platform.machine(), _processor(), os.cpu_count()],
+        "versions": [_version(package) for package in packages],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return environment.cache_folder() / kind / f"{digest[:32]}.json"
+
+
+def recall(file: Path) -> Any:
+    """What `remember` wrote, or None: a file that cannot be used is as good as none. The caller checks the values."""
+    try:
+        with file.open("rb") as stream:
+            text = stream.read(_LARGEST + 1)
+        return None if len(text) > _LARGEST else json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def remember(file: Path, values: Any) -> None:
+    """Write plain JSON types, whole or not at all; where nothing can be written, nothing is remembered."""
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(values, indent=1) + "\n")
+        unfinished.replace(file)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def _processor() -> list[str]:
+    """Its name and its instruction sets: virtual machines give many processors one name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return [platform.processor()]
+    return [next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags")]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
