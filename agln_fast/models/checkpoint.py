@@ -5,6 +5,7 @@ Nothing is ever unpickled: `.pth` files are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -18,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from agln_fast.errors import CheckpointError, ConfigError, did_you_mean
@@ -33,6 +34,7 @@ __all__ = [
     "list_checkpoints",
     "load_backbone",
     "load_checkpoint",
+    "load_weights",
     "save_checkpoint",
 ]
 
@@ -92,26 +94,45 @@ def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = N
             (missing, unexpected, misshapen entries are counted and the first ones named), or holds NaN or Inf.
     """
     path = find_checkpoint(path)
-    state, metadata = _read(path)
-    released = any(name.startswith("head.") for name in state)
-    state = {_our_name(name): tensor for name, tensor in state.items()}
+    return _network(*_read(path), str(path), config)
+
+
+def load_weights(data: bytes, name: str) -> SegmentationNetwork:
+    """Load a network as `load_checkpoint` does, from the bytes of a `.safetensors` file.
+
+    Args:
+        data: the whole file; nothing of the network refers to it afterwards.
+        name: what errors call it, e.g. its path.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    return _network(*_from_safetensors(data, name), name, None)
+
+
+def _network(
+    state: StateDict, metadata: Mapping[str, str], name: str, config: ModelConfig | None
+) -> SegmentationNetwork:
+    """The network that `state` belongs to, with its weights; `name` is what errors call the file."""
+    released = any(key.startswith("head.") for key in state)
+    state = {_our_name(key): tensor for key, tensor in state.items()}
     if config is None and _METADATA_KEY in metadata:
         try:
             config = ModelConfig.from_json(metadata[_METADATA_KEY])
         except ConfigError as error:
-            raise CheckpointError(f"{path}: its metadata holds no usable config: {error}") from None
+            raise CheckpointError(f"{name}: its metadata holds no usable config: {error}") from None
     if config is None:
         try:
             config, remarks = infer_config(state)
         except ConfigError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            raise CheckpointError(f"{name}: {error}") from None
         # The network of the release has both halves of the LRM: under its names nothing is in doubt.
         for remark in remarks if not released else ():
-            _log.warning("%s: %s", path, remark)
+            _log.warning("%s: %s", name, remark)
     # On the meta device nothing is allocated before the shapes are known to be those of the file.
     with torch.device("meta"):
         network = SegmentationNetwork(config)
-    _fill(network, state, path, f"{config.architecture} with {config.encoder}")
+    _fill(network, state, name, f"{config.architecture} with {config.encoder}")
     return network.eval()
 
 
@@ -179,7 +200,7 @@ def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     state, _ = _read(path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     training = model.encoder.training
-    _fill(model.encoder, state, path, f"the encoder {model.config.encoder}", assign=False)
+    _fill(model.encoder, state, str(path), f"the encoder {model.config.encoder}", assign=False)
     model.encoder.train(training)
 
 
@@ -269,18 +290,29 @@ def _read(path: Path) -> tuple[StateDict, dict[str, str]]:
         raise CheckpointError(f"{path}: no such file")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
-    metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        else:
-            content = _unpickle(path)
-    except (OSError, SafetensorError) as error:
+            return _from_safetensors(path.read_bytes(), str(path))
+        content = _unpickle(path)
+    except OSError as error:
         raise CheckpointError(f"{path}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
+    return _checked(content, str(path)), {}
+
+
+def _from_safetensors(data: bytes, name: str) -> tuple[StateDict, dict[str, str]]:
+    """All tensors of a safetensors file, in memory of their own, and its metadata."""
+    try:
+        content = load(data)
+    except (SafetensorError, LookupError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
+    header_bytes = int.from_bytes(data[:8], "little")
+    return _checked(content, name), json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
+
+
+def _checked(content: Any, path: str) -> StateDict:
+    """`content`, if it is a state dict of dense tensors, without the prefix "module."."""
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: not a checkpoint: it holds no state dict")
     for name, value in content.items():
@@ -291,7 +323,7 @@ def _read(path: Path) -> tuple[StateDict, dict[str, str]]:
             raise CheckpointError(f"{path}: entry {name!r} is not a dense tensor of real numbers")
         if value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise CheckpointError(f"{path}: entry {name!r} claims shape {tuple(value.shape)}, but the file holds less")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, metadata
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def _unpickle(path: Path) -> Any:
@@ -335,7 +367,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _fill(module: nn.Module | ResNet, state: StateDict, path: Path, what: str, *, assign: bool = True) -> None:
+def _fill(module: nn.Module | ResNet, state: StateDict, path: str, what: str, *, assign: bool = True) -> None:
     """Give `module` the tensors of `state` as float32, after checking names, shapes and values."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     counters = [name for name in expected if name.endswith("num_batches_tracked")]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import agln_fast
 from agln_fast.bench.weights import random_network, released_state_dict
 from agln_fast.errors import CheckpointError, ConfigError
-from agln_fast.models.checkpoint import _width, infer_config
+from agln_fast.models.checkpoint import _width, infer_config, load_weights
 from agln_fast.models.config import ModelConfig
 
 
@@ -118,6 +118,19 @@ def test_own_format_keeps_config_and_weights(small_network, tmp_path):
     assert (tmp_path / "own.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # as the umask says
     loaded(image.clone())  # and it still trains
     assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_bytes_of_a_file_load_as_the_file_does(small_network, tmp_path):
+    network = small_network("agln_minus_sg_resnet18")
+    agln_fast.save_checkpoint(network, tmp_path / "own.safetensors")
+    data = (tmp_path / "own.safetensors").read_bytes()
+    loaded = load_weights(data, "weights of a bundle")
+    assert loaded.config == network.config
+    assert not loaded.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    with pytest.raises(CheckpointError, match=r"^weights of a bundle: truncated"):
+        load_weights(data[:-1], "weights of a bundle")
 
 
 @pytest.mark.parametrize("preset", ["agln_release_resnet18", "fpn_resnet18"])
