@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import platform
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,13 +21,11 @@ from rich.progress import Progress
 
 from agln_fast.backends import open_engine
 from agln_fast.backends.openvino import OpenVinoBackend
-from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, open_bundle, seal
+from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, bundle_path, open_bundle, seal
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
 from agln_fast.data.scenes import Scenes
 from agln_fast.errors import (
-    AglnError,
-    BuildError,
     ConfigError,
     MissingPackageError,
     VerificationError,
@@ -41,6 +37,7 @@ from agln_fast.export.quantize import quantize_onnx
 from agln_fast.export.report import write_report
 from agln_fast.export.tensorrt import Flavour, build_tensorrt_engine, resolve_capabilities
 from agln_fast.export.tune import Graphs, suitable, tune_engine
+from agln_fast.files import whole_folder
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
@@ -136,7 +133,7 @@ def build(
         for flavour in get_args(Flavour)
         if flavour in targets
     }
-    destination = _destination(Path(path), overwrite)
+    destination = bundle_path(Path(path), overwrite)
     steps = _Steps(progress)
 
     steps.start("checkpoint")
@@ -156,7 +153,7 @@ def build(
         "agln_fast.palette": " ".join("#{:02x}{:02x}{:02x}".format(*colour) for colour in names.palette),
         "agln_fast.created_with": " ".join(f"{name}={number}" for name, number in created_with.items()),
     }
-    with _whole_or_nothing(destination) as folder:
+    with whole_folder(destination) as folder:
         save_checkpoint(network, folder / "weights.safetensors")
         plans = _choose_plans(network, contract, wanted, plan, threads, progress, steps)
         graphs: dict[tuple[Precision, Plan], Path] = {}
@@ -425,48 +422,6 @@ def _class_set(classes: str | Sequence[str] | None, num_classes: int) -> ClassSe
     if len(names) != num_classes:
         raise ConfigError(f"classes: {len(names)} names for a network of {num_classes} classes")
     return named or ClassSet("custom", "custom", names, default_class_set(num_classes).palette)
-
-
-def _destination(path: Path, overwrite: bool) -> Path:
-    path = path if path.suffix == ".agln" else path.with_name(path.name + ".agln")
-    if path.exists():
-        if not overwrite:
-            raise ConfigError(
-                f"{path}: exists already; choose another name, or replace it with --force (overwrite=True)"
-            )
-        if not (path / "manifest.json").is_file():
-            raise ConfigError(f"{path}: exists and is no bundle, so it is not replaced; choose another name")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; create it first")
-    return path
-
-
-@contextmanager
-def _whole_or_nothing(destination: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `destination` at the end, or vanishes when anything fails."""
-    folder: Path | None = None
-    replaced: Path | None = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.absolute().parent))
-        yield folder
-        folder.chmod(0o755)
-        if destination.exists():
-            replaced = folder.with_name(folder.name + ".old")
-            destination.rename(replaced)
-        folder.rename(destination)
-    except AglnError as error:
-        # The temporary folder is gone when the message is read.
-        error.args = (str(error).replace(str(folder), str(destination)),)
-        raise
-    except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
-        raise BuildError(f"{destination}: cannot be written ({error}); {hint}") from None
-    finally:
-        if replaced is not None and replaced.exists() and not destination.exists():
-            replaced.rename(destination)
-        for leftover in (folder, replaced):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _Steps:

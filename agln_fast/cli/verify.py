@@ -24,9 +24,9 @@ def verify(
     """Check every file's hash, run every engine that can run here, and compare its labels with the fp32 network."""
     from dataclasses import asdict, replace
 
+    from agln_fast.backends.torch import network_of
     from agln_fast.bundle import Bundle, Verification, open_bundle
     from agln_fast.cli.build import print_engines
-    from agln_fast.models.checkpoint import load_checkpoint
     from agln_fast.runtime.verify import check_minimum, make_reference, sample_frames, verify_engine
 
     check_minimum(min_agreement)
@@ -35,7 +35,7 @@ def verify(
     engines = []
     with progress_bar() as progress:
         task = progress.add_task("reference", total=len(opened.manifest.engines))
-        network = load_checkpoint(opened.path / "weights.safetensors")
+        network = network_of(opened, "weights.safetensors")
         references = make_reference(network, opened, sample_frames(samples, opened.manifest.contract))
         for engine in opened.manifest.engines:
             progress.update(task, description=engine.name)
