@@ -47,7 +47,7 @@ _SUMS = "SHA256SUMS"
 _REBUILD = "build it again with `agln-fast build`"
 _LARGEST_MANIFEST = 2**24  # bytes; 32,767 classes take 3 MB
 _DEEPEST = 8  # lists and objects in each other
-_LONGEST = 400  # characters of a message
+_LONGEST = 400  # characters of what others wrote, in a message
 _ATTEMPTS, _PAUSE_S = 50, 0.01
 # Control characters, which terminals obey; line separators; halves of surrogate pairs, which no encoding can write.
 _UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -245,9 +245,9 @@ def _parts(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _shown(what: object) -> str:
+def _shown(what: object, longest: int = _LONGEST) -> str:
     text = printable(str(what))
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return text if len(text) <= longest else text[:longest] + "…"
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def _open(path: Path) -> Bundle | None:
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        if not path.exists() and is_returning(path):
+        if path.is_dir() or (not path.exists() and is_returning(path)):
             time.sleep(_PAUSE_S)
             return None
         what = "not a folder" if path.exists() else "no such bundle"
@@ -364,7 +364,7 @@ def _open(path: Path) -> Bundle | None:
         if not _is_at(path, folder):
             return None
         if isinstance(error, BundleError):
-            raise BundleError(f"{path}: {error}") from None
+            raise BundleError(f"{path}: {_shown(error, 3 * _LONGEST)}") from None
         raise
     finally:
         os.close(folder)

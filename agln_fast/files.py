@@ -145,11 +145,18 @@ def _remove(name: Path, target: Path | None) -> None:
 def _flush(folder: Path) -> None:
     """Put a folder and all that is in it on the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have nothing to do for a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
@@ -161,11 +168,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
         os.rename(target, old)
         os.rename(folder, target)
         os.rename(old, folder)
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    _sync(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

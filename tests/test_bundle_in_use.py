@@ -146,6 +146,25 @@ def test_a_bundle_that_is_replaced_while_it_is_opened_is_opened_again(made, monk
     assert open_bundle(made.path).manifest.classes[0] == "new 0"
 
 
+def test_a_bundle_that_is_back_before_it_is_missed_is_opened(made, monkeypatch):
+    """As a replacement in two steps that ends between two looks."""
+    path, away, opened, open_it = made.path, made.path.with_name("away"), [], os.open
+
+    def away_for_a_moment(name, *rest, **options):
+        if name != path or opened:
+            return open_it(name, *rest, **options)
+        opened.append(name)
+        path.rename(away)
+        try:
+            return open_it(name, *rest, **options)
+        finally:
+            away.rename(path)
+
+    monkeypatch.setattr(os, "open", away_for_a_moment)
+    assert open_bundle(path).manifest == made.manifest
+    assert opened
+
+
 def test_giving_up_is_said(made, monkeypatch):
     monkeypatch.setattr(bundle_module, "_open", lambda path: None)
     with pytest.raises(BundleError, match="is replaced again and again while it is opened"):

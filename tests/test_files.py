@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 
@@ -149,6 +150,19 @@ def test_file_systems_without_locks_will_do(tmp_path, monkeypatch):
         _write(folder, "first")
         _write(other, "second")
     assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(("code", "raised"), [(errno.EINVAL, None), (errno.EIO, BuildError)], ids=["idle", "failed"])
+def test_what_is_not_on_the_disk_is_not_put_in_place(code, raised, tmp_path, monkeypatch):
+    """But where there is nothing to do for a folder that is no failure."""
+
+    def refuse(descriptor):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(raised) if raised else nullcontext(), whole_folder(tmp_path / "x") as folder:
+        _write(folder, "text")
+    assert os.listdir(tmp_path) == ([] if raised else ["x"])
 
 
 def test_scratch_folders_vanish_and_are_for_their_user_alone(tmp_path, monkeypatch):
