@@ -27,7 +27,7 @@ CRAFTED = 1000
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 1, 3, 257, 2**31, 2**63, 10**400, 0.5, 128.0, -0.0, 1e-320, 1e308),
     *(float("nan"), float("inf"), -float("inf")),
-    *("", "0", "a\x1b[2Jb", "a\nb", "\ud800", "\u202e", "\x00", "ä" * 300, "x" * 100_000),
+    *("", "0", "a\x1b[2Jb", "a\nb", "\ud800", "\u202e", "\x00", "[/x]", "[red]", "ä" * 300, "x" * 100_000),
     *(
         "../x",
         "/etc/passwd",
@@ -153,6 +153,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an escape sequence": (_class("\x1b[31m"), r"the text '\\x1b\[31m', which cannot be shown"),
     "half a character": (_class("\ud800"), r"\\ud800"),
     "a name that is a space": (_class(" "), "class name ' ' cannot be printed"),
+    "markup": (lambda v: v["engines"][0].update(name="[/x]"), r"\$\.engines\[0\]\.name: '\[/x\]' does not match"),
     "an engine twice": (lambda v: v["engines"].append(v["engines"][0]), "names an engine twice"),
     "agreement above one": (lambda v: v["engines"][0]["verification"].update(agreement=1.5), r"verification"),
     "a hash of the hashes": (lambda v: v["files"].update({"SHA256SUMS": "0" * 64}), r"\$\.files"),

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from agln_fast.backends.base import Array, Backend
+from agln_fast.backends.base import Array, Backend, Port, check_ports
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BackendError, MissingPackageError
 
@@ -165,6 +165,8 @@ class _Engine(Backend):
         with torch.cuda.device(self._torch_device):
             self._runtime = library.Runtime(self._log)
             self._engine = self._deserialize(library, engine, bundle.path / engine.file, bundle.read(engine.file))
+            modes = library.TensorIOMode
+            check_ports(bundle, engine, self._ports(modes.INPUT), self._ports(modes.OUTPUT))
             self._context = self._create_context(library)
             if self._context is None:
                 raise BackendError(f"engine {engine.name!r}: no execution context: {self._log.last_error}")
@@ -180,6 +182,15 @@ class _Engine(Backend):
         if engine is None:
             raise BackendError(f"engine {record.name!r}: {library.__name__} refuses {file}: {self._log.last_error}")
         return engine
+
+    def _ports(self, mode: Any) -> list[Port]:
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        return [self._port(name) for name in names if self._engine.get_tensor_mode(name) == mode]
+
+    def _port(self, name: str) -> Port:
+        kind = self._engine.get_tensor_dtype(name).name
+        shape = [None if side < 0 else int(side) for side in self._engine.get_tensor_shape(name)]
+        return Port(name, str(_TORCH_TYPES.get(kind, kind)).removeprefix("torch."), shape)
 
     def _create_context(self, library: Any) -> Any:
         return self._engine.create_execution_context()
