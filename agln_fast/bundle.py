@@ -36,7 +36,6 @@ __all__ = [
     "Manifest",
     "PlanChosenBy",
     "Verification",
-    "bundle_path",
     "open_bundle",
     "seal",
 ]
@@ -290,28 +289,6 @@ class Bundle:
         if hashes and hashlib.sha256(data).hexdigest() != hashes[name]:
             raise BundleChangedError(f"{self.path}: {name} was changed since the bundle was opened; open it again")
         return data
-
-
-def bundle_path(path: Path, overwrite: bool) -> Path:
-    """Where the bundle `path` shall be written: with the suffix ".agln".
-
-    Raises:
-        ConfigError: it is no name, there is no folder for it, or something is there already that shall not be
-            overwritten, or is no bundle.
-    """
-    if not path.name:
-        raise ConfigError(f"{path}: is no name for a bundle; give one such as {path / 'street.agln'}")
-    path = path if path.suffix == ".agln" else path.with_name(path.name + ".agln")
-    if path.exists():
-        if not overwrite:
-            raise ConfigError(
-                f"{path}: exists already; choose another name, or replace it with --force (overwrite=True)"
-            )
-        if not (path / _MANIFEST).is_file():
-            raise ConfigError(f"{path}: exists and is no bundle, so it is not replaced; choose another name")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; create it first")
-    return path
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:

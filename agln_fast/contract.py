@@ -1,18 +1,30 @@
-"""What goes into an engine and what comes out: the one description that export, backends and runtime share."""
+"""What goes into an engine and what comes out: the one description that export, backends and runtime share.
+
+It is data, and loads without PyTorch.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-import torch
-from torch import Tensor, nn
+from agln_fast.errors import ConfigError, did_you_mean
 
-from agln_fast.errors import ConfigError
-
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "DeployedNetwork", "IOContract", "Layout", "Output", "Precision", "Resize"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "IOContract",
+    "Layout",
+    "Output",
+    "Precision",
+    "Resize",
+    "check_precision",
+    "parse_batch",
+    "parse_size",
+]
 
 Layout = Literal["uint8_nhwc", "float_nchw"]
 Output = Literal["labels", "logits"]
@@ -97,37 +109,46 @@ def _is_number(value: Any) -> bool:
     return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
-class DeployedNetwork(nn.Module):
-    """A segmentation network behind an `IOContract`: this very module is what engines are exported from.
+def parse_size(size: tuple[int, int] | str) -> tuple[int, int]:
+    """(height, width) in pixels from itself or from "HxW".
 
-    Input and output are those of the contract. The network runs in the dtype of its own parameters; normalisation is
-    done in float32 before, and the output is converted after.
+    Raises:
+        ConfigError: neither.
     """
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", size.strip().lower())
+        if match is None:
+            raise ConfigError(f"size {size!r}: give height x width in pixels, such as 512x512")
+        return int(match[1]), int(match[2])
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise ConfigError(f"size {size!r}: needs two whole numbers, height and width")
+    return size[0], size[1]
 
-    mean: Tensor
-    std: Tensor
 
-    def __init__(self, network: nn.Module, contract: IOContract, num_classes: int) -> None:
-        """`network` maps (B, 3, H, W) to logits (B, K, H, W) with K = `num_classes`; it is not copied."""
-        super().__init__()
-        self.network = network
-        self.contract = contract
-        self.labels_dtype = torch.uint8 if num_classes <= 256 else torch.int32
-        device = next(network.parameters()).device
-        self.register_buffer("mean", torch.tensor(contract.mean, device=device).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(contract.std, device=device).view(1, 3, 1, 1), persistent=False)
+def parse_batch(batch: int | tuple[int, int] | str) -> tuple[int, int]:
+    """(smallest, largest) images a run from a number, from itself, or from "N" or "SMALLEST..LARGEST".
 
-    def forward(self, image: Tensor) -> Tensor:
-        """`image` as the contract says -> `labels` or `logits`."""
-        logits: Tensor = self.network(self.normalise(image))
-        if self.contract.output == "logits":
-            return logits.float()
-        # TensorRT converts only floating-point tensors to uint8; the detour is exact up to 2^24.
-        return logits.argmax(1).float().to(self.labels_dtype)
+    Raises:
+        ConfigError: none of these.
+    """
+    if isinstance(batch, str):
+        match = re.fullmatch(r"(\d{1,9})(?:\.\.(\d{1,9}))?", batch.strip())
+        if match is None:
+            raise ConfigError(f"batch {batch!r}: give a number, or a range such as 1..8")
+        return int(match[1]), int(match[2] or match[1])
+    ends = (batch, batch) if isinstance(batch, int) else batch
+    if not isinstance(ends, tuple | list) or len(ends) != 2 or any(type(end) is not int for end in ends):
+        raise ConfigError(f"batch {batch!r}: give a number of images, or the smallest and the largest")
+    return ends[0], ends[1]
 
-    def normalise(self, image: Tensor) -> Tensor:
-        """`image` as the contract says -> what the network takes, (B, 3, H, W) in the dtype of its parameters."""
-        if self.contract.layout == "uint8_nhwc":
-            # Converted before it is transposed: TensorRT transposes no uint8.
-            image = (image.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-        return image.to(next(self.network.parameters()).dtype)
+
+def check_precision(name: str, *also: str) -> Precision:
+    """`name` itself, which is a `Precision`, or one of `also`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    known = [*get_args(Precision), *also]
+    if name not in known:
+        raise ConfigError(f"unknown precision {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    return cast(Precision, name)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from agln_fast.backends import backend_class
-from agln_fast.backends.tensorrt import Flavour, compute_capability, library_version
+from agln_fast.backends.tensorrt import compute_capability
+from agln_fast.backends.tensorrt_library import Flavour, library_version
 from agln_fast.bench.workshop import HALVES, EngineRecipe, Recipe, TorchRecipe, Workshop
 from agln_fast.bundle import EngineRecord
 from agln_fast.contract import Precision

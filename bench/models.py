@@ -32,7 +32,8 @@ from agln_fast.bench.report import DEVICE_LOST, Report, describe, device_is_lost
 from agln_fast.bench.tables import model_table
 from agln_fast.bench.timing import capture, elapsed_ms
 from agln_fast.bench.weights import random_network
-from agln_fast.contract import DeployedNetwork, IOContract
+from agln_fast.contract import IOContract
+from agln_fast.deployment import DeployedNetwork
 from agln_fast.models.checkpoint import list_checkpoints, load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.convolution import choose_convolutions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,8 @@ from rich.progress import Progress
 
 from agln_fast.backends import open_engine
 from agln_fast.backends.openvino import OpenVinoBackend
-from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, bundle_path, open_bundle, seal
+from agln_fast.backends.tensorrt_library import Flavour
+from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, open_bundle, seal
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
 from agln_fast.data.scenes import Scenes
@@ -29,13 +29,13 @@ from agln_fast.errors import (
     ConfigError,
     MissingPackageError,
     VerificationError,
-    did_you_mean,
 )
 from agln_fast.evaluation.evaluate import compare
 from agln_fast.export.onnx import export_onnx
+from agln_fast.export.options import check_options
 from agln_fast.export.quantize import quantize_onnx
 from agln_fast.export.report import write_report
-from agln_fast.export.tensorrt import Flavour, build_tensorrt_engine, resolve_capabilities
+from agln_fast.export.tensorrt import build_tensorrt_engine, resolve_capabilities
 from agln_fast.export.tune import Graphs, suitable, tune_engine
 from agln_fast.files import whole_folder
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
@@ -43,14 +43,13 @@ from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.runtime.segmenter import Segmenter
-from agln_fast.runtime.verify import check_minimum, make_reference, sample_frames, sample_images, verify_engine
+from agln_fast.runtime.verify import make_reference, sample_frames, sample_images, verify_engine
 
-__all__ = ["TARGETS", "build", "parse_size"]
+__all__ = ["build"]
 
 _CALIBRATION = 128  # pictures
 _LARGEST_LOSS = 0.5  # points of mIoU
 _PACKAGES = {"fused": "torch"}
-TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
 
 
 def build(
@@ -67,7 +66,7 @@ def build(
     resize: Resize = "stretch",
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
-    classes: str | Sequence[str] | None = None,
+    classes: str | Sequence[str] | ClassSet | None = None,
     config: ModelConfig | None = None,
     compute_capabilities: Sequence[str] = (),
     workspace_bytes: int | None = None,
@@ -87,12 +86,12 @@ def build(
         precision: "fp32", "fp16", "bf16", "int8", "auto", or several. "auto" is fp16 on GPUs; on the CPU it is fp32,
             bf16 where the CPU has it, and int8 where NNCF is installed and it costs at most half a point of mIoU on
             Scenes, which takes a network of Scenes' classes. `load` takes the fastest.
-        targets: of TARGETS; "cuda" is the fused runtime on any CUDA device.
+        targets: of `agln_fast.export.options.TARGETS`; "cuda" is the fused runtime on any CUDA device.
         plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`),
             "none", or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
         batch: images a run, or (smallest, largest).
         layout, output, resize, mean, std: see `IOContract`.
-        classes: a class set's name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
+        classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
         config: what the network is, where the checkpoint cannot tell.
         compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
         workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
@@ -106,34 +105,34 @@ def build(
     Raises:
         CheckpointError, ConfigError, BuildError, VerificationError, MissingPackageError: nothing is left behind.
     """
-    contract = IOContract(
-        *parse_size(size),
-        *_batch_range(batch),
+    options = check_options(
+        path,
+        size=size,
+        precision=precision,
+        targets=targets,
+        plan=plan,
+        batch=batch,
         layout=layout,
         output=output,
         resize=resize,
         mean=mean,
         std=std,
+        classes=classes,
+        compute_capabilities=compute_capabilities,
+        workspace_bytes=workspace_bytes,
+        timing_cache=timing_cache,
+        samples=samples,
+        min_agreement=min_agreement,
+        threads=threads,
+        overwrite=overwrite,
     )
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    wanted = _plan_engines(targets, precision)
-    if compute_capabilities and "tensorrt-rtx" not in targets:
-        raise ConfigError(
-            "compute capabilities are for target tensorrt-rtx; the others build for the GPU that is there"
-        )
-    if timing_cache is not None and "tensorrt" not in targets:
-        raise ConfigError("timing cache: only target tensorrt has one")
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise ConfigError(f"workspace of {workspace_bytes} bytes: must be at least 1")
-    check_minimum(min_agreement)
-    if not isinstance(plan, Plan) and plan not in ("auto", "none"):
-        raise ConfigError(f"plan {plan!r}: give 'auto', 'none', or an agln_fast.Plan")
+    contract, destination = options.contract, options.destination
+    wanted = _plan_engines(options.targets, options.precisions)
     capabilities = {
         flavour: resolve_capabilities(flavour, compute_capabilities if flavour == "tensorrt-rtx" else ())
         for flavour in get_args(Flavour)
-        if flavour in targets
+        if flavour in options.targets
     }
-    destination = bundle_path(Path(path), overwrite)
     steps = _Steps(progress)
 
     steps.start("checkpoint")
@@ -246,29 +245,6 @@ def build(
     return open_bundle(destination)
 
 
-def parse_size(size: tuple[int, int] | str) -> tuple[int, int]:
-    """(height, width) in pixels from itself or from "HxW".
-
-    Raises:
-        ConfigError: neither.
-    """
-    if isinstance(size, str):
-        match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", size.strip().lower())
-        if match is None:
-            raise ConfigError(f"size {size!r}: give height x width in pixels, such as 512x512")
-        return int(match[1]), int(match[2])
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
-        raise ConfigError(f"size {size!r}: needs two whole numbers, height and width")
-    return size[0], size[1]
-
-
-def _batch_range(batch: int | tuple[int, int]) -> tuple[int, int]:
-    ends = (batch, batch) if isinstance(batch, int) else batch
-    if not isinstance(ends, tuple | list) or len(ends) != 2 or any(type(end) is not int for end in ends):
-        raise ConfigError(f"batch {batch!r}: give a number of images, or the smallest and the largest")
-    return ends[0], ends[1]
-
-
 @dataclass(frozen=True)
 class _Wanted:
     """An engine to build: `graph` is the type of the ONNX file it is made of, None for the weights themselves.
@@ -288,19 +264,10 @@ class _Wanted:
         )
 
 
-def _plan_engines(targets: Sequence[str], precision: str | Sequence[str]) -> list[_Wanted]:
+def _plan_engines(targets: Sequence[str], precisions: Sequence[str]) -> list[_Wanted]:
     """Every engine that `targets` and `precision` ask for; the reference weights can always be run by torch."""
-    precisions = [precision] if isinstance(precision, str) else list(precision)
-    for kind in precisions:
-        known = [*get_args(Precision), "auto"]
-        if kind not in known:
-            raise ConfigError(f"unknown precision {kind!r}{did_you_mean(kind, known)}; known: {', '.join(known)}")
-    if not targets or not precisions:
-        raise ConfigError(f"give at least one precision, and one target of {', '.join(TARGETS)}")
     wanted = []
     for target in targets:
-        if target not in TARGETS:
-            raise ConfigError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
         for kind in cast(list[Precision], _resolve(target, precisions)):
             if target == "cuda":
                 wanted.append(_Wanted("fused", kind, target, None))
@@ -317,7 +284,7 @@ def _plan_engines(targets: Sequence[str], precision: str | Sequence[str]) -> lis
     return list({(engine.backend, engine.precision): engine for engine in wanted}.values())
 
 
-def _resolve(target: str, precisions: list[str]) -> list[str]:
+def _resolve(target: str, precisions: Sequence[str]) -> list[str]:
     automatic = ["fp16"]
     if target == "cpu":
         lower = [
@@ -414,14 +381,16 @@ def _installed(package: str) -> dict[str, str]:
         return {}
 
 
-def _class_set(classes: str | Sequence[str] | None, num_classes: int) -> ClassSet:
+def _class_set(classes: str | Sequence[str] | ClassSet | None, num_classes: int) -> ClassSet:
     if classes is None:
         return default_class_set(num_classes)
-    named = class_set(classes) if isinstance(classes, str) else None
-    names = tuple(classes) if named is None else named.classes
+    known = class_set(classes) if isinstance(classes, str) else classes
+    names = known.classes if isinstance(known, ClassSet) else tuple(known)
     if len(names) != num_classes:
         raise ConfigError(f"classes: {len(names)} names for a network of {num_classes} classes")
-    return named or ClassSet("custom", "custom", names, default_class_set(num_classes).palette)
+    if isinstance(known, ClassSet):
+        return known
+    return ClassSet("custom", "custom", names, default_class_set(num_classes).palette)
 
 
 class _Steps:

@@ -17,11 +17,13 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import nn
 
-from agln_fast.contract import DeployedNetwork, IOContract, Precision
+from agln_fast.contract import IOContract, Precision
+from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BuildError, ConfigError
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.low_resolution_labels import LowResolutionLogits
-from agln_fast.plan.plan import NO_PLAN, Plan, rewrite
+from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.plan.rewrite import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,12 +93,9 @@ def export_onnx(
         assert program is not None
         if plan != NO_PLAN:
             _fold_constants(program.model)
+        program.model.metadata_props.update({"agln_fast.contract": json.dumps(contract.to_dict()), **(metadata or {})})
         program.save(path, external_data=False)
-        model = onnx.load(path)
-        properties = {"agln_fast.contract": json.dumps(contract.to_dict()), **(metadata or {})}
-        onnx.helper.set_model_props(model, properties)
-        onnx.checker.check_model(model, full_check=True)
-        onnx.save(model, path)
+        onnx.checker.check_model(path, full_check=True)
     except (RuntimeError, ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         path.unlink(missing_ok=True)
         raise BuildError(f"ONNX export failed: {_reason(error)}") from error

@@ -19,15 +19,15 @@ from typing import Any, get_args
 
 from rich.progress import Progress, TaskID
 
-from agln_fast.backends.tensorrt import RTX_CAPABILITIES, Flavour, compute_capability, import_library, shared_logger
+from agln_fast.backends.tensorrt import compute_capability, shared_logger
+from agln_fast.backends.tensorrt_library import Flavour, import_library
 from agln_fast.contract import Output, Precision
 from agln_fast.errors import BuildError, ConfigError, did_you_mean
+from agln_fast.export.options import check_rtx_capabilities
 
-__all__ = ["RTX_CAPABILITIES", "Flavour", "TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
+__all__ = ["TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
 
 _PRECISIONS: dict[str, Precision] = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
-_RTX_SUPPORTED = ("sm75", *RTX_CAPABILITIES, "sm121")
-_DATA_CENTRE = ("sm90", "sm100", "sm103")
 
 # TensorRT-RTX keeps its compiled programs in the plan as text: a declaration of each tensor, then the operations.
 _PROGRAM = b"header {\n"
@@ -157,12 +157,9 @@ def resolve_capabilities(flavour: Flavour, asked: Sequence[str] = ()) -> tuple[s
     if flavour == "tensorrt":
         import_library(flavour)
         return _capability_here(asked)
-    for capability in asked:
-        if capability in _DATA_CENTRE:
-            raise ConfigError(f"compute capability {capability!r}: tensorrt-rtx does not serve it, tensorrt does")
-        _check_choice("compute capability", capability, _RTX_SUPPORTED)
+    capabilities = check_rtx_capabilities(asked)
     import_library(flavour)
-    return tuple(dict.fromkeys(asked)) or RTX_CAPABILITIES
+    return capabilities
 
 
 def _check_choice(what: str, value: str, known: Sequence[str]) -> None:

@@ -29,10 +29,9 @@ from agln_fast.errors import ConfigError, did_you_mean
 from agln_fast.export.onnx import export_onnx
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.cost import Rates, estimate_seconds, without_weights
-from agln_fast.plan.mix_before_upsample import MixForm
 from agln_fast.plan.network import plan_network
-from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
-from agln_fast.plan.winograd import STAGES
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan
+from agln_fast.plan.rewrite import rewrite
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import sample_frames

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, DeployedNetwork, IOContract
+from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract
+from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import ConfigError
 
 

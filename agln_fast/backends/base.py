@@ -9,11 +9,9 @@ from typing import ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BundleError
-from agln_fast.plan.low_resolution_labels import labels_from
 
 __all__ = ["Array", "Backend", "Port", "as_promised", "check_ports"]
 
@@ -26,6 +24,11 @@ def as_promised(output: Array, bundle: Bundle, engine: EngineRecord) -> Array:
     contract = bundle.manifest.contract
     if contract.output == "logits" or not engine.plan.low_resolution_labels:
         return output
+    # Imported here: what may run is asked before PyTorch is loaded.
+    import torch
+
+    from agln_fast.plan.low_resolution_labels import labels_from
+
     labels = labels_from(torch.from_numpy(output), (contract.height, contract.width))
     return cast(Array, labels.numpy().astype(np.uint8 if output.shape[1] <= 256 else np.int32))
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from agln_fast.backends.base import Array, Backend, Port, as_promised, check_ports
 from agln_fast.backends.denormals import denormals_as_zero
-from agln_fast.backends.onnx_file import parse_graph
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BackendError, MissingPackageError
 
@@ -47,6 +46,8 @@ class OpenVinoBackend(Backend):
         if obstacle:
             raise BackendError(obstacle)
         import openvino
+
+        from agln_fast.backends.onnx_file import parse_graph
 
         self.device = "cpu"
         self._bundle, self._engine = bundle, engine

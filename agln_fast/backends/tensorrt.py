@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections import deque
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from agln_fast.backends.base import Array, Backend, Port, check_ports
+from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library
 from agln_fast.bundle import Bundle, EngineRecord
-from agln_fast.errors import BackendError, MissingPackageError
+from agln_fast.errors import BackendError
 
 __all__ = [
-    "RTX_CAPABILITIES",
-    "Flavour",
     "TensorRTBackend",
     "TensorRTRTXBackend",
     "compute_capability",
-    "import_library",
-    "library_version",
     "shared_logger",
 ]
 
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
-
-RTX_CAPABILITIES = ("sm80", "sm86", "sm89", "sm120")
-"""What TensorRT-RTX engines are built for. TensorRT-RTX does not serve sm90 and sm100; TensorRT does."""
-
-_HINTS: dict[Flavour, str] = {
-    "tensorrt": "its full libraries come only from NVIDIA's own package index: where that is out of reach, "
-    "a plain pip install fails",
-    "tensorrt-rtx": "",
-}
 _TORCH_TYPES = {"UINT8": torch.uint8, "INT32": torch.int32, "FLOAT": torch.float32}
-
-
-def import_library(flavour: Flavour) -> Any:
-    """Import and return the Python package of `flavour`.
-
-    Raises:
-        MissingPackageError: it is not installed.
-        BackendError: it is installed and does not load.
-    """
-    name = flavour.replace("-", "_")
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            raise MissingPackageError(name, flavour, _HINTS[flavour]) from None
-        reason = " ".join(str(error).split())
-        raise BackendError(f'package "{name}" is installed but does not load: {reason}') from error
-
-
-def library_version(flavour: Flavour) -> str | None:
-    """The version of the library of `flavour`, e.g. "1.7.1.116"; None where it cannot be imported."""
-    try:
-        return str(import_library(flavour).__version__)
-    except BackendError:
-        return None
 
 
 def compute_capability(device: int | None = None) -> str | None:

@@ -50,7 +50,7 @@ def bench(
     from agln_fast.bench.machine import machine
     from agln_fast.bench.measure import Case, Options, measure
     from agln_fast.bench.results_file import Results, load_results, save_results, write_csv
-    from agln_fast.export.build import parse_size
+    from agln_fast.contract import parse_size
     from agln_fast.plan.plan import Plan
 
     old = None if compare is None else load_results(compare)

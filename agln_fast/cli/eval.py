@@ -64,10 +64,10 @@ def evaluate(
 
     Example: agln-fast eval street.agln --backend openvino --compare street.agln --compare-backend torch
     """
+    from agln_fast.contract import parse_size
     from agln_fast.data.registry import open_dataset
     from agln_fast.evaluation.evaluate import compare as compare_engines
     from agln_fast.evaluation.evaluate import evaluate as evaluate_engine
-    from agln_fast.export.build import parse_size
 
     if flips is not None and other is None:
         raise ConfigError("--flips shows where two engines disagree: name the second one with --compare")

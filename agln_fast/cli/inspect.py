@@ -29,7 +29,7 @@ def inspect(
     """
     from agln_fast.bundle import open_bundle
     from agln_fast.cli.build import print_engines
-    from agln_fast.export.build import parse_size
+    from agln_fast.contract import parse_size
     from agln_fast.models.checkpoint import list_checkpoints, load_checkpoint
     from agln_fast.models.complexity import complexity
     from agln_fast.models.config import list_models, preset

@@ -21,8 +21,8 @@ def scenes(
     json: Json = False,
 ) -> None:
     """Draw scenes with their labels; the label maps have the classes' palette."""
+    from agln_fast.contract import parse_size
     from agln_fast.data.scenes import Scenes, write_scenes
-    from agln_fast.export.build import parse_size
 
     dataset = Scenes(split, size=parse_size(size), length=number, seed=seed)
     with progress_bar() as progress:

@@ -27,7 +27,8 @@ def verify(
     from agln_fast.backends.torch import network_of
     from agln_fast.bundle import Bundle, Verification, open_bundle
     from agln_fast.cli.build import print_engines
-    from agln_fast.runtime.verify import check_minimum, make_reference, sample_frames, verify_engine
+    from agln_fast.runtime.agreement import check_minimum
+    from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
 
     check_minimum(min_agreement)
     opened = open_bundle(bundle)

@@ -47,7 +47,7 @@ def visualize(
     pixels = load_image(image)
     frame = pixels
     if size != "native":
-        from agln_fast.export.build import parse_size
+        from agln_fast.contract import parse_size
 
         frame, _ = fit(pixels, IOContract(*parse_size(size)))
     truth = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from agln_fast.errors import ConfigError
 from agln_fast.models.blocks import resize
 from agln_fast.plan.network import PlannedNetwork, upsample_matrix
+from agln_fast.plan.plan import MixForm
 
-__all__ = ["MixForm", "MixedConvolution", "mix_before_upsample"]
-
-MixForm = Literal["none", "rows", "full"]
+__all__ = ["MixedConvolution", "mix_before_upsample"]
 
 
 class MixedConvolution(nn.Module):

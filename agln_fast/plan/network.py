@@ -297,8 +297,10 @@ class PlannedNetwork(nn.Module):
         return logits
 
     def copy(self) -> Self:
-        """A network of its own, to rewrite."""
-        return copy.deepcopy(self)
+        """A network of its own, to rewrite. It has the same weights in the same memory: no rewrite changes one in place."""
+        memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.parameters()}
+        memo |= {id(buffer): buffer.detach() for buffer in self.buffers()}
+        return copy.deepcopy(self, memo)
 
     def aggregations(self) -> Iterator[Aggregation]:
         """Every SAB."""

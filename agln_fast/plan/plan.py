@@ -1,42 +1,20 @@
-"""A plan: which rewrites are applied before a network is compiled."""
+"""A plan: which rewrites are applied before a network is compiled. It is data, and loads without PyTorch."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
-
-import torch
+from typing import Any, Literal, get_args
 
 from agln_fast.errors import ConfigError, did_you_mean
-from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.distribute_before_upsample import distribute_before_upsample
-from agln_fast.plan.drop_attention_bias import drop_attention_bias
-from agln_fast.plan.drop_dead_branches import drop_dead_branches
-from agln_fast.plan.energy_before_upsample import energy_before_upsample
-from agln_fast.plan.fold_batchnorm import fold_batchnorm
-from agln_fast.plan.mix_before_upsample import MixForm, mix_before_upsample
-from agln_fast.plan.negate_energy import negate_energy
-from agln_fast.plan.network import PlannedNetwork, plan_network
-from agln_fast.plan.pixel_major_attention import pixel_major_attention
-from agln_fast.plan.pool_before_projection import pool_before_projection
-from agln_fast.plan.project_descriptors import project_descriptors
-from agln_fast.plan.winograd import STAGES, winograd
 
-__all__ = ["ALGEBRA", "NO_PLAN", "Plan", "rewrite"]
+__all__ = ["ALGEBRA", "NOT_MIXED", "NO_PLAN", "STAGES", "MixForm", "Plan"]
 
-_NOT_MIXED: tuple[MixForm, ...] = ("none", "none", "none")
-_REWRITES = (
-    fold_batchnorm,
-    pool_before_projection,
-    drop_attention_bias,
-    project_descriptors,
-    negate_energy,
-    drop_dead_branches,
-    distribute_before_upsample,
-    energy_before_upsample,
-    pixel_major_attention,
-)
+MixForm = Literal["none", "rows", "full"]
+STAGES = 4
+"""How many stages of a network Winograd's convolutions may serve."""
+
+NOT_MIXED: tuple[MixForm, ...] = ("none", "none", "none")
 
 
 @dataclass(frozen=True)
@@ -59,7 +37,7 @@ class Plan:
     distribute_before_upsample: bool = False
     energy_before_upsample: bool = False
     pixel_major_attention: bool = False
-    mix_before_upsample: tuple[MixForm, ...] = _NOT_MIXED
+    mix_before_upsample: tuple[MixForm, ...] = NOT_MIXED
     winograd: int = 0
     low_resolution_labels: bool = False
 
@@ -67,10 +45,10 @@ class Plan:
         known, forms = get_args(MixForm), self.mix_before_upsample
         if (
             not isinstance(forms, list | tuple)
-            or len(forms) != len(_NOT_MIXED)
+            or len(forms) != len(NOT_MIXED)
             or not all(isinstance(form, str) and form in known for form in forms)
         ):
-            raise ConfigError(f"mix_before_upsample {forms!r}: give a list of {len(_NOT_MIXED)} of {', '.join(known)}")
+            raise ConfigError(f"mix_before_upsample {forms!r}: give a list of {len(NOT_MIXED)} of {', '.join(known)}")
         forms = tuple(forms)
         object.__setattr__(self, "mix_before_upsample", forms)
         for field in fields(self):
@@ -79,12 +57,12 @@ class Plan:
                 raise ConfigError(f"{field.name} {value!r}: must be true or false")
         if type(self.winograd) is not int or not 0 <= self.winograd <= STAGES:
             raise ConfigError(f"winograd {self.winograd!r}: give a number of stages, 0 to {STAGES}")
-        if forms != _NOT_MIXED and not self.fold_batchnorm:
+        if forms != NOT_MIXED and not self.fold_batchnorm:
             raise ConfigError("mix_before_upsample needs fold_batchnorm: it splits the folded convolution")
 
     def __str__(self) -> str:
         names = [field.name for field in fields(self) if getattr(self, field.name) is True]
-        if self.mix_before_upsample != _NOT_MIXED:
+        if self.mix_before_upsample != NOT_MIXED:
             names.append(f"mix_before_upsample({', '.join(self.mix_before_upsample)})")
         if self.winograd:
             names.append(f"winograd({self.winograd})")
@@ -137,23 +115,3 @@ ALGEBRA = Plan(
     negate_energy=True,
     drop_dead_branches=True,
 )
-
-
-@torch.no_grad()
-def rewrite(model: SegmentationNetwork, plan: Plan) -> PlannedNetwork:
-    """A network that computes the same function as `model`, rewritten as `plan` says; `model` is not changed.
-
-    Weights are composed in the model's dtype: give it in float32 or better, and round the result.
-
-    Raises:
-        ConfigError: not a `SegmentationNetwork`, or an α, β or γ of NaN or Inf.
-    """
-    network = plan_network(model)
-    for step in _REWRITES:
-        if getattr(plan, step.__name__):
-            network = step(network)
-    if plan.mix_before_upsample != _NOT_MIXED:
-        network = mix_before_upsample(network, plan.mix_before_upsample)
-    if plan.winograd:
-        network = winograd(network, plan.winograd)
-    return network

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from agln_fast.errors import ConfigError
 from agln_fast.plan.network import PlannedNetwork
+from agln_fast.plan.plan import STAGES
 
-__all__ = ["STAGES", "WinogradConv2d", "winograd"]
+__all__ = ["WinogradConv2d", "winograd"]
 
-STAGES = 4
 _FINEST = 4  # the finest stage is 1/4 of the image, the next one 1/8, …
 _TILE, _TAPS = 4, 3
 _MOST_STRIPS = 16  # of a layer: each one is a dozen nodes of the graph
@@ -55,8 +55,9 @@ class WinogradConv2d(nn.Module):
         super().__init__()
         weight = convolution.weight.detach()
         a, g, b = (torch.from_numpy(matrix) for matrix in _toom_cook(_POINTS))
-        g = g.to(weight.device)
-        transformed = torch.einsum("ik,ockl,jl->ijco", g, weight.double(), g).flatten(0, 1).to(weight.dtype)
+        out, channels = weight.shape[:2]
+        taps = weight.double().permute(2, 3, 1, 0).reshape(_TAPS**2, -1)
+        transformed = (torch.kron(g, g).to(weight.device) @ taps).to(weight.dtype).view(-1, channels, out)
         self.weight = nn.Parameter(transformed, requires_grad=False)  # (36, C, out)
         self.bias = convolution.bias
         self.a, self.b = nn.Buffer(a.to(weight)), nn.Buffer(b.to(weight))  # (4, 6), (6, 6)

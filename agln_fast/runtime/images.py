@@ -8,20 +8,23 @@ from __future__ import annotations
 import glob
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from agln_fast import environment
 from agln_fast.contract import IOContract
 from agln_fast.errors import ConfigError, ImageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ImageArray",
@@ -36,7 +39,7 @@ __all__ = [
 ]
 
 ImageArray: TypeAlias = npt.NDArray[np.uint8]
-ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
+ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor"
 
 # Not all that Pillow knows: opening EPS would start Ghostscript, and several others are containers without a decoder.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -65,10 +68,10 @@ def load_image(source: ImageSource, *, max_pixels: int | None = None) -> ImageAr
         return _from_pil(source, "PIL image", max_pixels)
     if isinstance(source, np.ndarray):
         return _from_numpy(source, max_pixels)
-    if isinstance(source, torch.Tensor):
+    if _is_tensor(source):
         return _from_torch(source, max_pixels)
     try:
-        path = Path(source)
+        path = Path(cast("str | os.PathLike[str]", source))
     except TypeError as error:
         needed = "a path, a PIL image, a NumPy array (H, W, 3) or a torch tensor (3, H, W)"
         raise ImageError(f"{type(source).__name__} is no image: needs {needed}") from error
@@ -82,7 +85,7 @@ def as_image_list(sources: ImageSource | Sequence[ImageSource]) -> tuple[list[Im
     """
     if isinstance(sources, (list, tuple)):
         return [single for item in sources for single in as_image_list(item)[0]], False
-    if isinstance(sources, (np.ndarray, torch.Tensor)) and sources.ndim == 4:
+    if (isinstance(sources, np.ndarray) or _is_tensor(sources)) and sources.ndim == 4:
         return list(sources), False
     return [cast(ImageSource, sources)], True
 
@@ -239,7 +242,14 @@ def _from_numpy(array: npt.NDArray[Any], max_pixels: int) -> ImageArray:
     return _rgb(array)
 
 
+def _is_tensor(source: object) -> TypeGuard[torch.Tensor]:
+    # Whoever has a tensor has loaded PyTorch, which takes seconds; `isinstance(source, ())` is false.
+    return isinstance(source, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
 def _from_torch(tensor: torch.Tensor, max_pixels: int) -> ImageArray:
+    import torch
+
     name = f"tensor {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         raise ImageError(f"{name}: must be (1, H, W) or (3, H, W); a NumPy array may be (H, W, 3)")

@@ -16,25 +16,21 @@ import torch
 
 from agln_fast.backends import backend_class, open_engine
 from agln_fast.bundle import Bundle, EngineRecord, Verification
-from agln_fast.contract import DeployedNetwork, IOContract
+from agln_fast.contract import IOContract
 from agln_fast.data.scenes import Scenes
-from agln_fast.errors import BackendError, ConfigError, VerificationError
+from agln_fast.deployment import DeployedNetwork
+from agln_fast.errors import BackendError, VerificationError
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.runtime.agreement import MINIMUM_AGREEMENT
 from agln_fast.runtime.images import fit, list_images, load_image, pack
 
 __all__ = [
-    "MINIMUM_AGREEMENT",
     "Reference",
-    "check_minimum",
     "make_reference",
     "sample_frames",
     "sample_images",
     "verify_engine",
 ]
-
-# fp32 engines differ from the reference by rounding only: plain share of equal labels. Half precision may flip labels
-# where two classes are all but tied: share weighted by the margin between them. int8 flips more of them.
-MINIMUM_AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.99, "int8": 0.97}
 
 _SAMPLES = 4
 _LARGEST_DRAWN = 512  # pixels; larger scenes would take longer to draw than to segment
@@ -53,16 +49,6 @@ class Reference:
     logits: _Batch | None
     labels: _Batch
     margin: _Batch
-
-
-def check_minimum(min_agreement: float | None) -> None:
-    """Refuse an agreement outside 0..1 before any work is done.
-
-    Raises:
-        ConfigError: it is.
-    """
-    if min_agreement is not None and not 0 <= min_agreement <= 1:
-        raise ConfigError(f"min_agreement {min_agreement}: must be from 0 to 1")
 
 
 def sample_images(

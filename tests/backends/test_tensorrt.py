@@ -13,15 +13,8 @@ import onnx.parser
 import pytest
 import torch
 
-from agln_fast.backends.tensorrt import (
-    RTX_CAPABILITIES,
-    TensorRTBackend,
-    TensorRTRTXBackend,
-    compute_capability,
-    import_library,
-    library_version,
-    shared_logger,
-)
+from agln_fast.backends.tensorrt import TensorRTBackend, TensorRTRTXBackend, compute_capability, shared_logger
+from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES, import_library, library_version
 from agln_fast.bundle import Bundle, EngineRecord, Manifest
 from agln_fast.contract import IOContract
 from agln_fast.errors import BackendError, BundleError, MissingPackageError

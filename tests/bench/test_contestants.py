@@ -17,7 +17,8 @@ from agln_fast.bench.contestants import CONTESTANTS, contestant
 from agln_fast.bench.measure import Entry
 from agln_fast.bench.networks import by_reason, choose_device, choose_entries
 from agln_fast.bench.workshop import Workshop
-from agln_fast.contract import DeployedNetwork, IOContract
+from agln_fast.contract import IOContract
+from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.export.build import build
 from agln_fast.plan.network import PlannedNetwork

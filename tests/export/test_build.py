@@ -15,6 +15,7 @@ from PIL import Image
 
 import agln_fast
 from agln_fast.bundle import Verification
+from agln_fast.contract import parse_size
 from agln_fast.errors import (
     AglnError,
     BackendError,
@@ -25,7 +26,6 @@ from agln_fast.errors import (
     VerificationError,
 )
 from agln_fast.export import build as build_module
-from agln_fast.export.build import parse_size
 from agln_fast.runtime.verify import make_reference, sample_images, verify_engine
 
 

@@ -18,7 +18,8 @@ from agln_fast.export import tune as module
 from agln_fast.export.tune import Candidate, Graphs, Tuning, tune, tune_engine
 from agln_fast.plan import winograd as winograd_module
 from agln_fast.plan.cost import Rates, estimate_seconds
-from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
+from agln_fast.plan.rewrite import rewrite
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import sample_frames
 

@@ -17,10 +17,11 @@ from agln_fast.errors import ConfigError
 from agln_fast.models.blocks import resize
 from agln_fast.models.networks import SegmentationNetwork, create_model
 from agln_fast.plan.fold_batchnorm import fold_batchnorm
-from agln_fast.plan.mix_before_upsample import MixedConvolution, MixForm, mix_before_upsample
+from agln_fast.plan.mix_before_upsample import MixedConvolution, mix_before_upsample
 from agln_fast.plan.network import PlannedNetwork, plan_network, upsample_matrix
-from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan, rewrite
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, MixForm, Plan
 from agln_fast.plan.pool_before_projection import pool_before_projection
+from agln_fast.plan.rewrite import rewrite
 from agln_fast.plan.winograd import WinogradConv2d, winograd
 
 SWITCHES = [field.name for field in fields(Plan) if field.type == "bool" and field.name != "low_resolution_labels"]
@@ -131,7 +132,7 @@ def _called(planned: PlannedNetwork, image: Tensor) -> set[str]:
 
 def test_rewrites_commute() -> None:
     """Each in first place, then the others; mixing comes last, because it splits the folded convolution."""
-    from agln_fast.plan import plan as module
+    from agln_fast.plan import rewrite as module
 
     model, x = network("release"), torch.randn(1, 3, 65, 39, dtype=torch.float64)
     steps = module._REWRITES

@@ -1,0 +1,140 @@
+"""The options of a build, checked before anything is loaded: no module here needs PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from agln_fast.backends import check_threads
+from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES
+from agln_fast.contract import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    IOContract,
+    Layout,
+    Output,
+    Resize,
+    check_precision,
+    parse_batch,
+    parse_size,
+)
+from agln_fast.data.classes import ClassSet, class_set
+from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.plan.plan import Plan
+from agln_fast.runtime.agreement import check_minimum
+from agln_fast.runtime.images import list_images
+
+__all__ = ["TARGETS", "BuildOptions", "check_options", "check_rtx_capabilities"]
+
+TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
+
+_RTX_SUPPORTED = ("sm75", *RTX_CAPABILITIES, "sm121")
+_DATA_CENTRE = ("sm90", "sm100", "sm103")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What was asked of a build, in one form; `precisions` are those of `Precision`, or "auto"."""
+
+    contract: IOContract
+    targets: tuple[str, ...]
+    precisions: tuple[str, ...]
+    destination: Path
+
+
+def check_options(
+    path: str | os.PathLike[str],
+    *,
+    size: tuple[int, int] | str = (512, 512),
+    precision: str | Sequence[str] = "auto",
+    targets: str | Sequence[str] = ("cpu",),
+    plan: Literal["auto", "none"] | Plan = "auto",
+    batch: int | tuple[int, int] | str = 1,
+    layout: Layout = "uint8_nhwc",
+    output: Output = "labels",
+    resize: Resize = "stretch",
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    classes: str | Sequence[str] | ClassSet | None = None,
+    compute_capabilities: Sequence[str] = (),
+    workspace_bytes: int | None = None,
+    timing_cache: Path | None = None,
+    samples: str | os.PathLike[str] | None = None,
+    min_agreement: float | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> BuildOptions:
+    """Check every option of `agln_fast.build` (where they are explained) that can be judged without the network.
+
+    Raises:
+        ConfigError: a name or a value that makes no sense, or a destination that cannot be written.
+        ImageError: no image at `samples`.
+    """
+    contract = IOContract(
+        *parse_size(size), *parse_batch(batch), layout=layout, output=output, resize=resize, mean=mean, std=std
+    )
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    precisions = (precision,) if isinstance(precision, str) else tuple(precision)
+    for kind in precisions:
+        check_precision(kind, "auto")
+    if not targets or not precisions:
+        raise ConfigError(f"give at least one precision, and one target of {', '.join(TARGETS)}")
+    for target in targets:
+        if target not in TARGETS:
+            raise ConfigError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
+    if compute_capabilities and "tensorrt-rtx" not in targets:
+        raise ConfigError(
+            "compute capabilities are for target tensorrt-rtx; the others build for the GPU that is there"
+        )
+    check_rtx_capabilities(compute_capabilities)
+    if timing_cache is not None and "tensorrt" not in targets:
+        raise ConfigError("timing cache: only target tensorrt has one")
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ConfigError(f"workspace of {workspace_bytes} bytes: must be at least 1")
+    check_minimum(min_agreement)
+    check_threads(threads)
+    if not isinstance(plan, Plan) and plan not in ("auto", "none"):
+        raise ConfigError(f"plan {plan!r}: give 'auto', 'none', or an agln_fast.Plan")
+    if isinstance(classes, str):
+        class_set(classes)
+    if samples is not None:
+        list_images(os.fspath(samples))
+    return BuildOptions(contract, targets, precisions, _destination(Path(path), overwrite))
+
+
+def check_rtx_capabilities(asked: Sequence[str]) -> tuple[str, ...]:
+    """The compute capabilities that an engine of tensorrt-rtx is built for; none asked for means `RTX_CAPABILITIES`.
+
+    Raises:
+        ConfigError: an unknown one, or one that tensorrt-rtx does not serve.
+    """
+    for capability in asked:
+        if capability in _DATA_CENTRE:
+            raise ConfigError(f"compute capability {capability!r}: tensorrt-rtx does not serve it, tensorrt does")
+        if capability not in _RTX_SUPPORTED:
+            known = ", ".join(_RTX_SUPPORTED)
+            hint = did_you_mean(capability, _RTX_SUPPORTED)
+            raise ConfigError(f"compute capability {capability!r}: must be one of {known}{hint}")
+    return tuple(dict.fromkeys(asked)) or RTX_CAPABILITIES
+
+
+def _destination(path: Path, overwrite: bool) -> Path:
+    if not path.name:
+        raise ConfigError(f"{path}: is no name for a bundle; give one such as {path / 'street.agln'}")
+    path = path if path.suffix == ".agln" else path.with_name(path.name + ".agln")
+    if path.exists():
+        if not overwrite:
+            raise ConfigError(
+                f"{path}: exists already; choose another name, or replace it with --force (overwrite=True)"
+            )
+        if not (path / "manifest.json").is_file():
+            raise ConfigError(f"{path}: exists and is no bundle, so it is not replaced; choose another name")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: there is no folder {folder}; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path}: the folder {folder} cannot be written; check its permissions, or choose another")
+    return path
