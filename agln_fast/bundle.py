@@ -1,21 +1,32 @@
 """The bundle: a folder NAME.agln with weights, engines and the manifest that describes them.
 
 `SHA256SUMS` lists every file of the bundle (`sha256sum -c` reads it), so a change of any byte is noticed on opening.
+Afterwards files are read by `Bundle.read` alone, which gives no bytes but those that the manifest in memory describes.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shlex
+import stat
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NoReturn
 
 from agln_fast.contract import IOContract
-from agln_fast.errors import AglnError, BundleError, ConfigError, did_you_mean
+from agln_fast.data.classes import ClassSet
+from agln_fast.errors import BundleChangedError, BundleError, ConfigError, did_you_mean, printable
+from agln_fast.files import is_returning
 from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import NO_PLAN, Plan
 
@@ -37,6 +48,12 @@ SCHEMA_VERSION = 2
 _MANIFEST = "manifest.json"
 _SUMS = "SHA256SUMS"
 _REBUILD = "build it again with `agln-fast build`"
+_LARGEST_MANIFEST = 2**24  # bytes; 32,767 classes take 3 MB
+_DEEPEST = 8  # lists and objects in each other
+_LONGEST = 400  # characters of what others wrote, in a message
+_ATTEMPTS, _PAUSE_S = 50, 0.01
+# Control characters, which terminals obey; line separators; halves of surrogate pairs, which no encoding can write.
+_UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,12 @@ class EngineRecord:
     plan: Plan = NO_PLAN
     plan_chosen_by: PlanChosenBy = "fixed"
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that it is opened from: `file`, and the weights beside it if that is a graph of OpenVINO's."""
+        graph = PurePosixPath(self.file)
+        return (self.file, graph.with_suffix(".bin").as_posix()) if graph.suffix == ".xml" else (self.file,)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -123,60 +146,120 @@ class Manifest:
         """The inverse of `to_dict`. `path` is that of the bundle, for messages.
 
         Raises:
-            BundleError: another schema version, or it breaks the schema (the message names the place).
+            BundleError: another schema version, a value that breaks the schema (the message names the place), or values
+                that do not go together.
         """
+        _check_plain(values)
         found = check_schema(values)
         if found != SCHEMA_VERSION:
             raise BundleError(
                 f"manifest has the older schema {found}, this agln-fast reads {SCHEMA_VERSION}; "
                 f"rebuild it from its own weights: agln-fast rebuild {shlex.quote(os.fspath(path))}"
             )
-        # Imported here: networks in memory are run without it, on machines that have not got it.
-        from jsonschema import Draft202012Validator
-        from jsonschema.exceptions import best_match
-
-        schema = json.loads(resources.files("agln_fast.data").joinpath("manifest.schema.json").read_text())
-        error = best_match(Draft202012Validator(schema).iter_errors(values))
-        if error is not None:
-            raise BundleError(f"manifest breaks its schema at {error.json_path}: {error.message[:200]}; {_REBUILD}")
-        names = [engine["name"] for engine in values["engines"]]
-        if len(set(names)) != len(names) or len(set(values["classes"])) != len(values["classes"]):
-            raise BundleError(f"manifest names an engine or a class twice; {_REBUILD}")
-        if not len(values["classes"]) == len(values["palette"]) == values["model"]["num_classes"]:
-            raise BundleError(f"manifest has not one class name and one colour for each output; {_REBUILD}")
-        engines = tuple(
-            EngineRecord(
-                **{
-                    **engine,
-                    "compute_capabilities": tuple(engine["compute_capabilities"]),
-                    "verification": engine["verification"] and Verification(**engine["verification"]),
-                    "plan": _plan(engine),
-                }
+        _check_schema(values)
+        try:
+            manifest = cls(
+                model=ModelConfig.from_dict(values["model"]),
+                classes=tuple(values["classes"]),
+                palette=tuple((r, g, b) for r, g, b in values["palette"]),
+                contract=IOContract.from_dict(values["contract"]),
+                engines=tuple(_engine(engine) for engine in values["engines"]),
+                left_out=values["left_out"],
+                created_with=values["created_with"],
+                files=values["files"],
             )
-            for engine in values["engines"]
-        )
-        return cls(
-            model=ModelConfig.from_dict(values["model"]),
-            classes=tuple(values["classes"]),
-            palette=tuple((r, g, b) for r, g, b in values["palette"]),
-            contract=IOContract.from_dict(values["contract"]),
-            engines=engines,
-            left_out=values["left_out"],
-            created_with=values["created_with"],
-            files=values["files"],
-        )
+            ClassSet("bundle", "", manifest.classes, manifest.palette)
+        except ConfigError as error:
+            raise BundleError(f"manifest: {_shown(error)}; {_REBUILD}") from None
+        outputs = manifest.model.num_classes
+        if len(manifest.classes) != outputs:
+            raise BundleError(f"manifest names {len(manifest.classes)} classes for {outputs} outputs; {_REBUILD}")
+        names = [engine.name for engine in manifest.engines]
+        if len(set(names)) != len(names):
+            raise BundleError(f"manifest names an engine twice; {_REBUILD}")
+        return manifest
 
 
-def _plan(engine: dict[str, Any]) -> Plan:
+def _check_schema(values: dict[str, Any]) -> None:
+    """What holds for each value by itself.
+
+    Raises:
+        BundleError: the message names the place.
+    """
+    # Imported here: networks in memory are run without it, on machines that have not got it.
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator().iter_errors(values))
+    if error is not None:
+        where = f"{_shown(error.json_path)}: {_shown(error.message)}"
+        raise BundleError(f"manifest breaks its schema at {where}; {_REBUILD}")
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    # By themselves schemas take 128.0 for an integer, and NaN for a number within any range.
+    types = Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {
+            "integer": lambda _, value: type(value) is int,
+            "number": lambda _, value: type(value) is int or (type(value) is float and math.isfinite(value)),
+        }
+    )
+    schema = json.loads(resources.files("agln_fast.data").joinpath("manifest.schema.json").read_text())
+    validator: Any = extend(Draft202012Validator, type_checker=types)  # type: ignore[no-untyped-call]
+    return validator(schema)
+
+
+def _engine(values: dict[str, Any]) -> EngineRecord:
     try:
-        return Plan.from_dict(engine["plan"])
+        plan = Plan.from_dict(values["plan"])
     except ConfigError as error:
-        raise BundleError(f"manifest: engine {engine['name']}: {error}; {_REBUILD}") from None
+        raise ConfigError(f"engine {values['name']}: {error}") from None
+    return EngineRecord(
+        **{
+            **values,
+            "compute_capabilities": tuple(values["compute_capabilities"]),
+            "verification": values["verification"] and Verification(**values["verification"]),
+            "plan": plan,
+        }
+    )
+
+
+def _check_plain(values: Any) -> None:
+    """Whether all text can be shown, and nothing is so deep that looking at it needs much of the stack.
+
+    Raises:
+        BundleError: no.
+    """
+    level = [values]
+    for _ in range(_DEEPEST):
+        level = [inner for value in level for inner in _parts(value)]
+        for text in level:
+            if isinstance(text, str) and _UNSHOWABLE.search(text):
+                raise BundleError(f"manifest holds the text '{_shown(text)}', which cannot be shown; {_REBUILD}")
+    if level:
+        raise BundleError(f"manifest has lists and objects too deep in each other; {_REBUILD}")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else ()
+
+
+def _shown(what: object, longest: int = _LONGEST) -> str:
+    text = printable(str(what))
+    return text if len(text) <= longest else text[:longest] + "…"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, and its manifest. Every file's hash has been checked."""
+    """An opened bundle: its folder, and its manifest. Every file's hash was checked when it was opened.
+
+    A manifest without hashes makes it a draft, which a build is still writing: its files are taken as they are.
+    """
 
     path: Path
     manifest: Manifest
@@ -210,12 +293,36 @@ class Bundle:
             raise BundleError(f"{self.path}: no {wanted}{did_you_mean(backend, known)}; it has {', '.join(known)}")
         return engines
 
+    def read(self, name: str) -> bytes:
+        """The file `name`, read once: the bytes returned are those whose hash was compared with the manifest's.
+
+        Raises:
+            BundleError: the manifest does not list it.
+            BundleChangedError: it is not there any more, or not what it was when the bundle was opened.
+        """
+        hashes = self.manifest.files
+        if hashes and name not in hashes:
+            raise BundleError(f"{self.path}: the manifest gives no hash for {name}; {_REBUILD}")
+        try:
+            with _regular(self.path / name) as file:
+                data = file.read()
+        except OSError as error:
+            raise BundleChangedError(f"{self.path / name}: cannot be read any more ({error}); open it again") from None
+        if hashes and hashlib.sha256(data).hexdigest() != hashes[name]:
+            raise BundleChangedError(f"{self.path}: {name} was changed since the bundle was opened; open it again")
+        return data
+
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Write `manifest.json`, with the sha256 of every file of `folder` in it, and `SHA256SUMS`; return the manifest."""
+    """Write `manifest.json`, with the sha256 of every file of `folder` in it, and `SHA256SUMS`; return the manifest.
+
+    Raises:
+        BundleError: it would not open again, and nothing is written.
+    """
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    manifest = replace(manifest, files=files)
-    (folder / _MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
+    values = replace(manifest, files=files).to_dict()
+    manifest = Manifest.from_dict(_values(_json(values)))
+    (folder / _MANIFEST).write_bytes(_json(values))
     (folder / _SUMS).write_text(_sums({**files, _MANIFEST: sha256(folder / _MANIFEST)}))
     return manifest
 
@@ -223,36 +330,138 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open a bundle and check every byte of it against its hashes.
 
+    Where it is replaced meanwhile, it is the old one or the new one, never a part of each.
+
     Raises:
-        BundleError: no such folder, not a bundle, a missing or changed file, another schema version.
+        BundleError: no such folder, not a bundle, a missing, changed or unlisted file, another schema version, or a
+            value in the manifest that makes no sense.
+    """
+    path = Path(path)
+    for _ in range(_ATTEMPTS):
+        try:
+            bundle = _open(path)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error}); check its permissions") from None
+        if bundle is not None:
+            return bundle
+    raise BundleError(f"{path}: is replaced again and again while it is opened; wait for the builds to end")
+
+
+def _open(path: Path) -> Bundle | None:
+    """None where it is worth to try again, because the folder was replaced in the meantime."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if path.is_dir() or (not path.exists() and is_returning(path)):
+            time.sleep(_PAUSE_S)
+            return None
+        what = "not a folder" if path.exists() else "no such bundle"
+        raise BundleError(f"{path}: {what}; a bundle is the folder NAME.agln that `agln-fast build` writes") from None
+    try:
+        return Bundle(path, _check(folder, path))
+    except (BundleError, OSError) as error:
+        if not _is_at(path, folder):
+            return None
+        if isinstance(error, BundleError):
+            raise BundleError(f"{path}: {_shown(error, 3 * _LONGEST)}") from None
+        raise
+    finally:
+        os.close(folder)
+
+
+def _is_at(path: Path, folder: int) -> bool:
+    """Whether `path` is the name of the folder that was opened."""
+    try:
+        return os.path.samestat(os.fstat(folder), path.stat())
+    except OSError:
+        return False
+
+
+def _check(folder: int, path: Path) -> Manifest:
+    """The manifest of the bundle in a folder's descriptor, through which all is read: its name may be another's by now.
+
+    `path` is only named in messages.
+
+    Raises:
+        BundleError: the message does not name the folder.
+    """
+    names = set(_walk(folder))
+    for name in (_MANIFEST, _SUMS):
+        if name not in names:
+            raise BundleError(f"not a bundle, or a damaged one: there is no {name}; {_REBUILD}")
+    with _regular(_MANIFEST, folder) as file:
+        text = file.read(_LARGEST_MANIFEST + 1)
+    manifest = Manifest.from_dict(_values(text), path)
+    needed = [name for engine in manifest.engines for name in engine.files if name not in manifest.files]
+    if needed:
+        raise BundleError(f"the manifest gives no hash for {needed[0]}; {_REBUILD}")
+    actual = {_MANIFEST: hashlib.sha256(text).hexdigest()}
+    for name, expected in manifest.files.items():
+        try:
+            actual[name] = sha256(name, folder)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(f"{name} is missing; copy the bundle again or {_REBUILD}") from None
+        if actual[name] != expected:
+            raise BundleError(f"{name} was changed after the build; copy the bundle again or {_REBUILD}")
+    sums = _sums(actual).encode()
+    with _regular(_SUMS, folder) as file:
+        if file.read(len(sums) + 1) != sums:
+            raise BundleError(f"manifest.json or {_SUMS} was changed after the build; copy it again or {_REBUILD}")
+    unlisted = sorted(names - {*manifest.files, _MANIFEST, _SUMS})
+    if unlisted:
+        raise BundleError(f"{_shown(unlisted[0])} is not in the manifest; move it out of the bundle's folder")
+    return manifest
+
+
+def _values(text: bytes) -> Any:
+    """The inverse of `_json`.
+
+    Raises:
+        BundleError: it is no such text.
     """
     try:
-        return _open(Path(path))
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error}); check its permissions") from None
+        if len(text) > _LARGEST_MANIFEST:
+            raise ValueError(f"more than {_LARGEST_MANIFEST} bytes")
+        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{_MANIFEST} is damaged ({_shown(error)}); {_REBUILD}") from None
 
 
-def _open(path: Path) -> Bundle:
-    values = read_manifest(path)
-    _require(path, _SUMS)
-    try:
-        manifest = Manifest.from_dict(values, path)
-    except AglnError as error:
-        raise BundleError(f"{path}: {error}") from None
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
-    unlisted = [engine.file for engine in manifest.engines if engine.file not in manifest.files]
-    if unlisted:
-        raise BundleError(f"{path}: the manifest gives no hash for {unlisted[0]}; {_REBUILD}")
-    actual = {_MANIFEST: sha256(path / _MANIFEST)}
-    for name, expected in manifest.files.items():
-        if not (path / name).is_file():
-            raise BundleError(f"{path}: {name} is missing; copy the bundle again or {_REBUILD}")
-        actual[name] = sha256(path / name)
-        if actual[name] != expected:
-            raise BundleError(f"{path}: {name} was changed after the build; copy the bundle again or {_REBUILD}")
-    if (path / _SUMS).read_bytes() != _sums(actual).encode():
-        raise BundleError(f"{path}: manifest.json or {_SUMS} was changed after the build; copy it again or {_REBUILD}")
-    return Bundle(path, manifest)
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return values
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text[:80])
+
+
+def _walk(folder: int) -> Iterator[str]:
+    """Every file in the folder and those in it. What has a hidden name is not ours, and read by nobody: file managers
+    and network file systems put such there."""
+    for where, folders, files, _ in os.fwalk(dir_fd=folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (PurePosixPath(where, name).as_posix() for name in files if not name.startswith("."))
+
+
+def _regular(name: str | Path, folder: int | None = None) -> BufferedReader:
+    """Open a file to read it, in the folder of that descriptor; pipes and devices, which may block, are not opened."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(name))
+    return open(descriptor, "rb")
 
 
 def read_manifest(path: Path) -> Any:
@@ -265,16 +474,15 @@ def read_manifest(path: Path) -> Any:
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such bundle"
         raise BundleError(f"{path}: {what}; a bundle is the folder NAME.agln that `agln-fast build` writes")
-    _require(path, _MANIFEST)
     try:
-        return json.loads((path / _MANIFEST).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: manifest.json is damaged ({error}); {_REBUILD}") from None
-
-
-def _require(path: Path, name: str) -> None:
-    if not (path / name).is_file():
-        raise BundleError(f"{path}: not a bundle, or a damaged one: there is no {name}; {_REBUILD}")
+        with _regular(path / _MANIFEST) as file:
+            values = _values(file.read(_LARGEST_MANIFEST + 1))
+        _check_plain(values)
+        return values
+    except FileNotFoundError:
+        raise BundleError(f"{path}: not a bundle, or a damaged one: there is no {_MANIFEST}; {_REBUILD}") from None
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from None
 
 
 def check_schema(values: Any) -> int:
@@ -298,7 +506,7 @@ def _sums(hashes: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as file:
+def sha256(name: str | Path, folder: int | None = None) -> str:
+    """Of a file's bytes, in hexadecimal digits; in the folder of that descriptor."""
+    with _regular(name, folder) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,9 @@ It is data, and loads without PyTorch.
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -32,6 +34,8 @@ Resize = Literal["stretch", "pad", "slide"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _MINIMUM_SIDE, _MAXIMUM_SIDE = 32, 16384
+_LARGEST_BATCH, _MOST_PIXELS = 4096, _MAXIMUM_SIDE**2
+_SMALLEST_STD, _LARGEST_STD = 1e-4, 1e4
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,16 @@ class IOContract:
 
     def __post_init__(self) -> None:
         for side in (self.height, self.width):
-            if not _MINIMUM_SIDE <= side <= _MAXIMUM_SIDE:
+            if type(side) is not int or not _MINIMUM_SIDE <= side <= _MAXIMUM_SIDE:
                 size = f"{self.height}x{self.width}"
                 raise ConfigError(f"size {size}: each side must be from {_MINIMUM_SIDE} to {_MAXIMUM_SIDE} pixels")
-        if not 1 <= self.min_batch <= self.max_batch:
-            raise ConfigError(f"batch {self.min_batch}..{self.max_batch}: needs 1 <= smallest <= largest")
+        batch = f"batch {self.min_batch}..{self.max_batch}"
+        if any(type(end) is not int for end in (self.min_batch, self.max_batch)):
+            raise ConfigError(f"{batch}: needs whole numbers")
+        if not 1 <= self.min_batch <= self.max_batch <= _LARGEST_BATCH:
+            raise ConfigError(f"{batch}: needs 1 <= smallest <= largest <= {_LARGEST_BATCH}")
+        if self.max_batch * self.height * self.width > _MOST_PIXELS:
+            raise ConfigError(f"{batch} of {self.height}x{self.width}: more than {_MOST_PIXELS} pixels a run")
         for name, value, allowed in (
             ("layout", self.layout, get_args(Layout)),
             ("output", self.output, get_args(Output)),
@@ -67,8 +76,14 @@ class IOContract:
         ):
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ConfigError("mean and std need three numbers each, std above 0")
+        # Images are padded with the mean colour: it must be one.
+        for name, colour, least, most in (
+            ("mean", self.mean, 0, 1),
+            ("std", self.std, _SMALLEST_STD, _LARGEST_STD),
+        ):
+            if len(colour) != 3 or not all(_is_number(value) and least <= value <= most for value in colour):
+                asked = f"three numbers from {least:g} to {most:g}, for values in 0..1"
+                raise ConfigError(f"{name} needs {asked}; got {reprlib.repr(colour)}")
         if self.resize == "slide" and self.output == "labels":
             raise ConfigError("resize policy 'slide' averages overlapping windows: it needs output 'logits'")
 
@@ -88,6 +103,10 @@ class IOContract:
     def from_dict(cls, values: dict[str, Any]) -> IOContract:
         """The inverse of `to_dict`."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
 def parse_size(size: tuple[int, int] | str) -> tuple[int, int]:

@@ -5,6 +5,7 @@
     ├── CheckpointError           3   a weights file that cannot be used
     ├── ImageError                4   an input image that cannot be used
     ├── BundleError               5   a bundle that is damaged, foreign or of another version
+    │   └── BundleChangedError    5   ... because its files are not those any more that were opened
     ├── BackendError              6   an engine that cannot run on this machine
     │   └── MissingPackageError   6   ... because a package is not installed
     ├── BuildError                7   an export or an engine build that failed
@@ -23,6 +24,7 @@ __all__ = [
     "AglnError",
     "BackendError",
     "BuildError",
+    "BundleChangedError",
     "BundleError",
     "CheckpointError",
     "ConfigError",
@@ -32,6 +34,7 @@ __all__ = [
     "TrainingError",
     "VerificationError",
     "did_you_mean",
+    "printable",
 ]
 
 
@@ -63,6 +66,10 @@ class BundleError(AglnError):
     """A bundle that is missing, damaged, foreign, or of another schema version."""
 
     exit_code = 5
+
+
+class BundleChangedError(BundleError):
+    """A bundle whose files were changed, replaced or removed after it was opened; opening it again may help."""
 
 
 class BackendError(AglnError):
@@ -109,3 +116,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x', 'y'?"` for the known names closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
+def printable(text: str) -> str:
+    """`text` as it can be shown in one line: what cannot be printed, such as an escape sequence, is written escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

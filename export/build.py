@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import platform
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -30,8 +28,6 @@ from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, 
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
 from agln_fast.data.scenes import Scenes
 from agln_fast.errors import (
-    AglnError,
-    BuildError,
     ConfigError,
     MissingPackageError,
     VerificationError,
@@ -44,6 +40,7 @@ from agln_fast.export.report import write_report
 from agln_fast.export.steps import Steps, about
 from agln_fast.export.tensorrt import build_tensorrt_engine, resolve_capabilities
 from agln_fast.export.tune import SHORT_S, Tuning, suitable, tune_engine
+from agln_fast.files import whole_folder
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import ModelConfig
@@ -176,7 +173,7 @@ def build(
         "agln_fast.created_with": " ".join(f"{name}={number}" for name, number in created_with.items()),
     }
     manifest = Manifest(network.config, names.classes, names.palette, contract, (), {}, created_with)
-    with _whole_or_nothing(destination) as folder:
+    with whole_folder(destination) as folder:
         frames = sample_frames(samples, contract)
         cost = complexity(network.config, contract.height, contract.width)[-1]
         steps.start(_REFERENCE, about(len(frames) * (cost.convolution + cost.matmul) / _CPU_MACS))
@@ -207,8 +204,8 @@ def build(
         asked = {engine.name for engine in wanted if engine.graph is not None or engine.target == "cuda"}
         if left_out and (strict or asked <= left_out.keys()):
             raise VerificationError("; ".join(left_out.values()))
-        used = {name for engine in engines for name in _files(engine)}
-        for name in {name for record in records for name in _files(record)} - used:
+        used = {name for engine in engines for name in engine.files}
+        for name in {name for record in records for name in record.files} - used:
             (folder / name).unlink()
         manifest = replace(manifest, engines=tuple(engines), left_out=left_out)
         steps.start(_WRITE)
@@ -400,11 +397,6 @@ class _Work:
         return 15 + 2 * _CALIBRATION * self.seconds if engine.precision == "int8" else 0.0
 
 
-def _files(record: EngineRecord) -> list[str]:
-    """What an engine is stored in: OpenVINO's graphs have their weights beside them."""
-    return [record.file, *([f"{record.file.removesuffix('.xml')}.bin"] if record.file.endswith(".xml") else [])]
-
-
 def calibration_frames(contract: IOContract) -> list[npt.NDArray[np.uint8]]:
     """Scenes of the train split, (height, width, 3), to quantise by."""
     return sample_images(_CALIBRATION, contract.height, contract.width, split="train")
@@ -458,31 +450,3 @@ def _class_set(classes: str | Sequence[str] | ClassSet | None, num_classes: int)
     if isinstance(known, ClassSet):
         return known
     return ClassSet("custom", "custom", names, default_class_set(num_classes).palette)
-
-
-@contextmanager
-def _whole_or_nothing(destination: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `destination` at the end, or vanishes when anything fails."""
-    folder: Path | None = None
-    replaced: Path | None = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.absolute().parent))
-        yield folder
-        folder.chmod(0o755)
-        if destination.exists():
-            replaced = folder.with_name(folder.name + ".old")
-            destination.rename(replaced)
-        folder.rename(destination)
-    except AglnError as error:
-        # The temporary folder is gone when the message is read.
-        error.args = (str(error).replace(str(folder), str(destination)),)
-        raise
-    except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
-        raise BuildError(f"{destination}: cannot be written ({error}); {hint}") from None
-    finally:
-        if replaced is not None and replaced.exists() and not destination.exists():
-            replaced.rename(destination)
-        for leftover in (folder, replaced):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)

@@ -133,6 +133,8 @@ def check_rtx_capabilities(asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def _destination(path: Path, overwrite: bool) -> Path:
+    if not path.name:
+        raise ConfigError(f"{path}: is no name for a bundle; give one such as {path / 'street.agln'}")
     path = path if path.suffix == ".agln" else path.with_name(path.name + ".agln")
     if path.exists():
         if not overwrite:

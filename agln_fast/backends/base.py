@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from types import TracebackType
-from typing import ClassVar, Self, cast
+from typing import ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.errors import BundleError
 
-__all__ = ["Array", "Backend", "as_promised"]
+__all__ = ["Array", "Backend", "Port", "as_promised", "check_ports"]
 
 Array = npt.NDArray[np.generic]
 
@@ -29,6 +31,47 @@ def as_promised(output: Array, bundle: Bundle, engine: EngineRecord) -> Array:
 
     labels = labels_from(torch.from_numpy(output), (contract.height, contract.width))
     return cast(Array, labels.numpy().astype(np.uint8 if output.shape[1] <= 256 else np.int32))
+
+
+class Port(NamedTuple):
+    """An input or output of an engine's file, as its library tells: a side that is no number may be any."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int | str | None]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} ({', '.join(str(side) for side in self.shape)})"
+
+    def serves(self, wanted: Port) -> bool:
+        """Whether it takes or gives all that `wanted` stands for."""
+        if self[:2] != wanted[:2] or len(self.shape) != len(wanted.shape):
+            return False
+        sides = zip(self.shape, wanted.shape, strict=True)
+        return all(has == side or side is None or not isinstance(has, int) for has, side in sides)
+
+
+def check_ports(bundle: Bundle, engine: EngineRecord, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
+    """Compare what an engine's file takes and gives with what the manifest says of it.
+
+    Raises:
+        BundleError: they differ.
+    """
+    contract, classes = bundle.manifest.contract, bundle.manifest.model.num_classes
+    batch, size = contract.input_shape[0], (contract.height, contract.width)
+    image = Port("image", "uint8" if contract.layout == "uint8_nhwc" else "float32", contract.input_shape)
+    if contract.output == "logits":
+        result = Port("logits", "float32", (batch, classes, *size))
+    elif engine.plan.low_resolution_labels:
+        result = Port("logits", "float32", (batch, classes, None, None))
+    else:
+        result = Port("labels", "uint8" if classes <= 256 else "int32", (batch, *size))
+    for verb, found, wanted in (("takes", inputs, image), ("gives", outputs, result)):
+        if len(found) != 1 or not found[0].serves(wanted):
+            told = ", ".join(map(str, found))
+            raise BundleError(
+                f"{bundle.path / engine.file}: {verb} {told}, and the manifest says {wanted}; build the bundle again"
+            )
 
 
 class Backend(ABC):

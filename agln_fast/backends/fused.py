@@ -11,13 +11,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from agln_fast.backends.torch import NetworkBackend, exact_float32
+from agln_fast.backends.torch import NetworkBackend, exact_float32, network_of
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError
 from agln_fast.kernels.label_upsample import label_upsample
-from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.convolution import choose_convolutions
 from agln_fast.plan.fuse import fuse
@@ -160,6 +159,5 @@ class FusedBackend(FusedNetworkBackend):
     """Runs the bundle's weights, fused and in the engine's precision."""
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        network = load_checkpoint(bundle.path / engine.file)
-        precision = cast(Precision, engine.precision)
+        network, precision = network_of(bundle, engine.file), cast(Precision, engine.precision)
         super().__init__(network, bundle.manifest.contract, precision=precision, device=device, threads=threads)

@@ -4,43 +4,19 @@ from __future__ import annotations
 
 import platform
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import onnx
-
-from agln_fast.backends.base import Array, Backend, as_promised
+from agln_fast.backends.base import Array, Backend, Port, as_promised, check_ports
 from agln_fast.backends.denormals import denormals_as_zero
+from agln_fast.backends.onnx_file import PRECISIONS, graph_precision, parse_graph
 from agln_fast.bundle import Bundle, EngineRecord
-from agln_fast.contract import Precision
 from agln_fast.errors import BackendError
 from agln_fast.telemetry import import_quietly
 
-__all__ = ["OnnxRuntimeBackend", "graph_precision"]
+__all__ = ["OnnxRuntimeBackend"]
 
-_PRECISIONS: dict[int, Precision] = {
-    onnx.TensorProto.FLOAT: "fp32",
-    onnx.TensorProto.FLOAT16: "fp16",
-    onnx.TensorProto.BFLOAT16: "bf16",
-}
+_TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def graph_precision(path: Path) -> Precision:
-    """The one type that the weights of all convolutions of an ONNX file have.
-
-    Raises:
-        BackendError: not an ONNX file, no convolution in it, or convolutions of several types.
-    """
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # protobuf raises several unrelated types
-        raise BackendError(f"{path}: not an ONNX file ({type(error).__name__})") from None
-    types = {initializer.name: initializer.data_type for initializer in graph.initializer}
-    found = {types.get(node.input[1]) for node in graph.node if node.op_type == "Conv"}
-    if len(found) != 1 or (kind := found.pop()) not in _PRECISIONS:
-        raise BackendError(f"{path}: its convolutions are not of one floating-point type")
-    return _PRECISIONS[cast(int, kind)]
 
 
 def _obstacle_to_fp16() -> str | None:
@@ -59,7 +35,7 @@ class OnnxRuntimeBackend(Backend):
         if find_spec("onnxruntime") is None:
             return "package onnxruntime is not installed: pip install onnxruntime"
         onnxruntime = import_quietly("onnxruntime")
-        if engine.precision not in _PRECISIONS.values():
+        if engine.precision not in PRECISIONS.values():
             return f"onnxruntime has no {engine.precision} engines, which are for OpenVINO: take fp32 or fp16"
         if engine.precision == "fp16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             return _obstacle_to_fp16()
@@ -78,8 +54,8 @@ class OnnxRuntimeBackend(Backend):
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise BackendError(f"onnxruntime cannot use device {self.device!r}: it has {', '.join(available)}")
-        path = bundle.path / engine.file
-        self.precision = graph_precision(path)
+        path, data = str(bundle.path / engine.file), bundle.read(engine.file)
+        self.precision = graph_precision(parse_graph(data, path), path)
         if kind == "cpu" and self.precision == "fp16" and (obstacle := _obstacle_to_fp16()):
             raise BackendError(obstacle)
         options = onnxruntime.SessionOptions()
@@ -93,11 +69,17 @@ class OnnxRuntimeBackend(Backend):
         providers: list[Any] = [(provider, {"device_id": index or "0"}) if kind == "cuda" else provider]
         try:
             with denormals_as_zero():
-                session = onnxruntime.InferenceSession(path, options, providers=providers)
+                session = onnxruntime.InferenceSession(data, options, providers=providers)
+            session._model_bytes = None  # it would keep them as long as it lives, to start again elsewhere
         except Exception as error:  # its exceptions have no common base
             raise BackendError(f"onnxruntime cannot open {path}: {str(error).splitlines()[0]}") from None
         if session.get_providers()[0] != provider:
             raise BackendError(f"onnxruntime could not start {provider} and would run on {session.get_providers()[0]}")
+        ports = (
+            [Port(port.name, _TYPES.get(port.type, port.type), port.shape) for port in listed]
+            for listed in (session.get_inputs(), session.get_outputs())
+        )
+        check_ports(bundle, engine, *ports)
         self._session: Any = session
         self._input = session.get_inputs()[0].name
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from agln_fast.backends.base import Array, Backend, as_promised
+from agln_fast.backends.base import Array, Backend, Port, as_promised, check_ports
 from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BackendError, MissingPackageError
@@ -20,6 +20,7 @@ __all__ = ["OpenVinoBackend"]
 
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _CAPABILITIES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
+_TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
 _INTEGERS = ("i8", "u8")
 
 
@@ -45,10 +46,14 @@ class OpenVinoBackend(Backend):
         obstacle = self.obstacle(engine)
         if obstacle:
             raise BackendError(obstacle)
+        from agln_fast.backends.onnx_file import parse_graph
+
         openvino = import_quietly("openvino")
         self.device = "cpu"
         self._bundle, self._engine = bundle, engine
-        path = bundle.path / engine.file
+        path, parts = str(bundle.path / engine.file), [bundle.read(name) for name in engine.files]
+        if len(parts) == 1:
+            parse_graph(parts[0], path)
         rest = "bf16" if "BF16" in _capabilities(openvino) else "fp32"
         hint = _HINTS[rest if engine.precision == "int8" else engine.precision]
         settings: dict[str, Any] = {
@@ -60,7 +65,8 @@ class OpenVinoBackend(Backend):
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
             with denormals_as_zero():
-                compiled = openvino.Core().compile_model(path, "CPU", settings)
+                core = openvino.Core()
+                compiled = core.compile_model(core.read_model(*parts), "CPU", settings)
         except RuntimeError as error:
             raise BackendError(f"openvino cannot open {path}: {str(error).splitlines()[-1]}") from None
         built = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
@@ -71,6 +77,8 @@ class OpenVinoBackend(Backend):
                 f"openvino would run the convolutions of {path} in {built}, not in int8: "
                 "the file is not quantised, or not for this CPU; build it again with `agln-fast rebuild`"
             )
+        ports = (list(map(_port, listed)) for listed in (compiled.inputs, compiled.outputs))
+        check_ports(bundle, engine, *ports)
         self.precision = engine.precision
         self._request: Any = compiled.create_infer_request()
 
@@ -87,6 +95,12 @@ class OpenVinoBackend(Backend):
 def _capabilities(openvino: Any) -> list[str]:
     """What the CPU computes in, e.g. ["FP32", "BF16", "INT8"]."""
     return cast(list[str], openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def _port(port: Any) -> Port:
+    kind = port.element_type.get_type_name()
+    shape = [side.get_length() if side.is_static else None for side in port.partial_shape]
+    return Port(min(port.names, default=""), _TYPES.get(kind, kind), shape)
 
 
 def _mostly_int8(compiled: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from agln_fast.backends.base import Array, Backend
+from agln_fast.backends.base import Array, Backend, Port, check_ports
 from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BackendError
@@ -126,7 +126,9 @@ class _Engine(Backend):
         self._output = contract.output
         with torch.cuda.device(self._torch_device):
             self._runtime = library.Runtime(self._log)
-            self._engine = self._deserialize(library, engine, bundle.path / engine.file)
+            self._engine = self._deserialize(library, engine, bundle.path / engine.file, bundle.read(engine.file))
+            modes = library.TensorIOMode
+            check_ports(bundle, engine, self._ports(modes.INPUT), self._ports(modes.OUTPUT))
             self._context = self._create_context(library)
             if self._context is None:
                 raise BackendError(f"engine {engine.name!r}: no execution context: {self._log.last_error}")
@@ -137,11 +139,20 @@ class _Engine(Backend):
             self._context.set_input_shape("image", image_shape)
             self._allocate(self._output, tuple(self._context.get_tensor_shape(self._output)))
 
-    def _deserialize(self, library: Any, record: EngineRecord, file: Path) -> Any:
-        engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+    def _deserialize(self, library: Any, record: EngineRecord, file: Path, data: bytes) -> Any:
+        engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(f"engine {record.name!r}: {library.__name__} refuses {file}: {self._log.last_error}")
         return engine
+
+    def _ports(self, mode: Any) -> list[Port]:
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        return [self._port(name) for name in names if self._engine.get_tensor_mode(name) == mode]
+
+    def _port(self, name: str) -> Port:
+        kind = self._engine.get_tensor_dtype(name).name
+        shape = [None if side < 0 else int(side) for side in self._engine.get_tensor_shape(name)]
+        return Port(name, str(_TORCH_TYPES.get(kind, kind)).removeprefix("torch."), shape)
 
     def _create_context(self, library: Any) -> Any:
         return self._engine.create_execution_context()
@@ -194,10 +205,8 @@ class TensorRTRTXBackend(_Engine):
     name = "tensorrt-rtx"
     flavour = "tensorrt-rtx"
 
-    def _deserialize(self, library: Any, record: EngineRecord, file: Path) -> Any:
-        with file.open("rb") as stream:
-            header = stream.read(self._runtime.engine_header_size)
-        validity, diagnostics = self._runtime.get_engine_validity(header)
+    def _deserialize(self, library: Any, record: EngineRecord, file: Path, data: bytes) -> Any:
+        validity, diagnostics = self._runtime.get_engine_validity(data[: self._runtime.engine_header_size])
         if validity == library.EngineValidity.INVALID:
             known = library.EngineInvalidityDiagnostics.__members__.items()
             reasons = [name.lower().replace("_", " ") for name, bit in known if diagnostics & int(bit)]
@@ -205,7 +214,7 @@ class TensorRTRTXBackend(_Engine):
                 f"engine {record.name!r}: tensorrt_rtx refuses {file} "
                 f"({', '.join(reasons) or self._log.last_error}): {_REBUILD}"
             )
-        return super()._deserialize(library, record, file)
+        return super()._deserialize(library, record, file, data)
 
     def _create_context(self, library: Any) -> Any:
         config = self._engine.create_runtime_config()

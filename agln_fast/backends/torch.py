@@ -14,11 +14,11 @@ from agln_fast.backends.base import Array, Backend
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
-from agln_fast.errors import BackendError
-from agln_fast.models.checkpoint import load_checkpoint
+from agln_fast.errors import BackendError, BundleError
+from agln_fast.models.checkpoint import load_weights
 from agln_fast.models.networks import SegmentationNetwork
 
-__all__ = ["NetworkBackend", "TorchBackend", "exact_float32"]
+__all__ = ["NetworkBackend", "TorchBackend", "exact_float32", "network_of"]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _NO_INT8 = "{} has no int8, which is for OpenVINO: take fp32, bf16 or fp16"
@@ -145,9 +145,23 @@ class NetworkBackend(Backend):
         self._network = None
 
 
+def network_of(bundle: Bundle, file: str) -> SegmentationNetwork:
+    """The network whose weights are the file of that name in the bundle.
+
+    Raises:
+        BundleError: it is not the one that the manifest describes, or not as it was when the bundle was opened.
+        CheckpointError: the file holds no weights.
+    """
+    name = str(bundle.path / file)
+    network = load_weights(bundle.read(file), name)
+    if network.config != bundle.manifest.model:
+        raise BundleError(f"{name}: holds the weights of another network than the manifest says; build it again")
+    return network
+
+
 class TorchBackend(NetworkBackend):
-    """Runs the bundle's fp32 weights."""
+    """Runs the bundle's weights as they are, without rewrites."""
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        network = load_checkpoint(bundle.path / engine.file)
-        super().__init__(network, bundle.manifest.contract, device=device, threads=threads)
+        network, precision = network_of(bundle, engine.file), cast(Precision, engine.precision)
+        super().__init__(network, bundle.manifest.contract, precision=precision, device=device, threads=threads)

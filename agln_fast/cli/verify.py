@@ -36,14 +36,14 @@ def verify(
     opened = open_matching(bundle, "auto", None, device, threads)
 
     # From here on PyTorch is needed, which takes seconds to load.
-    from agln_fast.models.checkpoint import load_checkpoint
+    from agln_fast.backends.torch import network_of
     from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
 
     failures: list[VerificationError] = []
     engines = []
     with progress_bar("engines") as progress:
         task = progress.add_task("reference", total=len(opened.manifest.engines))
-        network = load_checkpoint(opened.path / "weights.safetensors")
+        network = network_of(opened, "weights.safetensors")
         references = make_reference(network, opened, sample_frames(samples, opened.manifest.contract))
         for engine in opened.manifest.engines:
             progress.update(task, description=engine.name)

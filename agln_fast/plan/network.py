@@ -297,7 +297,7 @@ class PlannedNetwork(nn.Module):
         return logits
 
     def copy(self) -> Self:
-        """A network of its own, to rewrite, with the same weights in the same memory: no rewrite changes one in place."""
+        """A network of its own, to rewrite, with the weights in the same memory: no rewrite changes one in place."""
         memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.parameters()}
         memo |= {id(buffer): buffer.detach() for buffer in self.buffers()}
         return copy.deepcopy(self, memo)

@@ -42,12 +42,15 @@ class Plan:
     low_resolution_labels: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mix_before_upsample", tuple(self.mix_before_upsample))
-        forms = self.mix_before_upsample
-        if len(forms) != len(NOT_MIXED) or not set(forms) <= set(get_args(MixForm)):
-            raise ConfigError(
-                f"mix_before_upsample {list(forms)}: give {len(NOT_MIXED)} of {', '.join(get_args(MixForm))}"
-            )
+        known, forms = get_args(MixForm), self.mix_before_upsample
+        if (
+            not isinstance(forms, list | tuple)
+            or len(forms) != len(NOT_MIXED)
+            or not all(isinstance(form, str) and form in known for form in forms)
+        ):
+            raise ConfigError(f"mix_before_upsample {forms!r}: give a list of {len(NOT_MIXED)} of {', '.join(known)}")
+        forms = tuple(forms)
+        object.__setattr__(self, "mix_before_upsample", forms)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "bool" and not isinstance(value, bool):
@@ -86,8 +89,6 @@ class Plan:
         for name in values:
             if name not in known:
                 raise ConfigError(f"unknown rewrite {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-        if not isinstance(values.get("mix_before_upsample", []), list | tuple):
-            raise ConfigError("mix_before_upsample: give a list of forms")
         return cls(**values)
 
     @classmethod

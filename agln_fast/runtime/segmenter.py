@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -31,7 +32,7 @@ from agln_fast.backends.torch import NetworkBackend
 from agln_fast.bundle import Bundle, EngineRecord, open_bundle
 from agln_fast.contract import IOContract, Resize, check_precision
 from agln_fast.data.classes import ClassSet, default_class_set
-from agln_fast.errors import BackendError, ConfigError
+from agln_fast.errors import BackendError, BundleChangedError, ConfigError
 from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
@@ -43,6 +44,7 @@ from agln_fast.runtime.sliding import slide
 
 __all__ = ["Segmenter", "load", "load_network", "runnable_engines"]
 
+_ATTEMPTS = 50  # to load a bundle that is replaced in the midst of it
 _NETWORK_BACKENDS = {"torch": NetworkBackend, "fused": FusedNetworkBackend}
 
 
@@ -63,17 +65,29 @@ def load(
         device: "cpu", "cuda", "cuda:1"; None for each engine's own.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, and without it the library's own choice.
 
+    A bundle that is replaced meanwhile is the old one or the new one, whole; an opened bundle must be on the disk as it
+    was when it was opened.
+
     Raises:
         BundleError: it is damaged, or has no such engine.
+        BundleChangedError: an opened bundle is not the one any more that lies there.
         BackendError: no engine that fits can run here; the message says why, for each.
         ConfigError: an unknown backend or precision.
     """
-    if not isinstance(bundle, Bundle):
-        bundle = open_bundle(bundle)
     if backend != "auto":
         check_backend(backend)
     if precision is not None:
         check_precision(precision)
+    if isinstance(bundle, Bundle):
+        return _open(bundle, backend, precision, device, threads)
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(BundleChangedError):
+            return _open(open_bundle(bundle), backend, precision, device, threads)
+    return _open(open_bundle(bundle), backend, precision, device, threads)
+
+
+def _open(bundle: Bundle, backend: str, precision: str | None, device: str | None, threads: int | None) -> Segmenter:
+    """The preferred engine of those that fit and can run."""
     engines = sorted(bundle.matching(backend, precision), key=partial(_preference, device=device))
     reasons = []
     for engine in engines:

@@ -155,7 +155,7 @@ def verify_engine(
         raise VerificationError(f"{engine.name}: {error}") from None
     # The last batch may be the one of the largest size, which takes its own time.
     differs = len(references[-1].image) != len(references[0].image)
-    agreement, weighted_agreement = equal / total, weighted / weight if weight > 0 else 1.0
+    agreement, weighted_agreement = equal / total, min(1.0, weighted / weight) if weight > 0 else 1.0
     judged = agreement if engine.precision == "fp32" else weighted_agreement
     minimum = MINIMUM_AGREEMENT[engine.precision] if minimum is None else minimum
     if judged < minimum:

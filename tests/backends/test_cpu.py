@@ -9,18 +9,26 @@ from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 import agln_fast
 from agln_fast.backends import BACKENDS, backend_class, open_engine
 from agln_fast.backends.denormals import denormals_are_zero, denormals_as_zero
 from agln_fast.backends.fused import FusedNetworkBackend
+from agln_fast.backends.onnx_file import parse_graph
 from agln_fast.backends.torch import NetworkBackend
-from agln_fast.errors import BackendError, ConfigError
+from agln_fast.bundle import Bundle
+from agln_fast.errors import BackendError, BundleError, ConfigError
 from agln_fast.export.onnx import export_onnx
 from agln_fast.export.quantize import quantize_onnx
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
+
+
+def _draft(bundle, folder):
+    """The bundle with other files, of which nobody knows the hashes."""
+    return Bundle(folder, replace(bundle.manifest, files={}))
 
 
 def test_every_backend_has_its_name():
@@ -50,9 +58,9 @@ def test_onnxruntime_precision_is_read_from_the_file(bundle, small_network, tmp_
     record = replace(bundle.engine("onnxruntime-fp32"), file="half.onnx")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     with pytest.raises(BackendError, match="would compute in fp32"):
-        open_engine(replace(bundle, path=tmp_path), record)
+        open_engine(_draft(bundle, tmp_path), record)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with open_engine(replace(bundle, path=tmp_path), record) as backend:
+    with open_engine(_draft(bundle, tmp_path), record) as backend:
         assert backend.precision == "fp16"
 
 
@@ -65,7 +73,7 @@ def test_absurd_thread_counts_are_refused(threads, bundle):
 def test_onnxruntime_refuses_what_it_cannot_open(bundle, tmp_path):
     (tmp_path / "model.onnx").write_bytes((bundle.path / "model.onnx").read_bytes()[:1000])
     with pytest.raises(BackendError, match=r"model\.onnx"):
-        open_engine(replace(bundle, path=tmp_path), bundle.engine("onnxruntime-fp32"))
+        open_engine(_draft(bundle, tmp_path), bundle.engine("onnxruntime-fp32"))
 
 
 @pytest.mark.openvino
@@ -116,6 +124,59 @@ def test_openvino_gets_its_threads_and_its_precision(bundle, monkeypatch):
     assert seen["CPU_DENORMALS_OPTIMIZATION"] is True
 
 
+OTHER_CONTRACTS = {
+    "height": {"height": 128},
+    "batch": {"min_batch": 2, "max_batch": 2},
+    "range": {"max_batch": 4},
+    "output": {"output": "logits"},
+    "layout": {"layout": "float_nchw"},
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CONTRACTS)
+@pytest.mark.parametrize("name", ["onnxruntime-fp32", pytest.param("openvino-fp32", marks=pytest.mark.openvino)])
+def test_an_engine_is_what_the_manifest_says(name, case, bundle):
+    """Otherwise every run would fail inside the library, or masks would be misread."""
+    manifest = replace(bundle.manifest, contract=replace(bundle.manifest.contract, **OTHER_CONTRACTS[case]))
+    with pytest.raises(BundleError, match=r"model\.onnx: (takes image|gives labels) .*, and the manifest says"):
+        open_engine(Bundle(bundle.path, manifest), bundle.engine(name))
+
+
+@pytest.mark.parametrize("name", ["torch-fp32", "fused-fp32"])
+def test_weights_are_of_the_network_that_the_manifest_says(name, bundle):
+    manifest = replace(bundle.manifest, model=replace(bundle.manifest.model, num_classes=6))
+    with pytest.raises(BundleError, match=r"weights\.safetensors: holds the weights of another network"):
+        open_engine(Bundle(bundle.path, manifest), bundle.engine(name))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-fp32", pytest.param("openvino-fp32", marks=pytest.mark.openvino)])
+def test_graphs_with_weights_elsewhere_are_refused(name, bundle, tmp_path):
+    """Nobody has checked the hash of a file that only the graph refers to."""
+    model = onnx.load(bundle.path / "model.onnx")
+    onnx.save_model(
+        model, tmp_path / "model.onnx", save_as_external_data=True, location="elsewhere.bin", size_threshold=0
+    )
+    assert (tmp_path / "elsewhere.bin").stat().st_size > 0
+    with pytest.raises(BundleError, match="refused: some of its weights lie in another file"):
+        open_engine(_draft(bundle, tmp_path), bundle.engine(name))
+
+
+def test_weights_elsewhere_are_found_in_every_part_of_a_graph():
+    tensor = onnx.TensorProto(name="w", data_location=onnx.TensorProto.EXTERNAL)
+    inner = onnx.helper.make_graph([], "inner", [], [], initializer=[tensor])
+    node = onnx.helper.make_node("If", ["condition"], ["result"], then_branch=inner, else_branch=inner)
+    constant = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
+    outer = onnx.helper.make_graph([node], "outer", [], [])
+    function = onnx.helper.make_function("own", "f", [], ["c"], [constant], [])
+    for model in (
+        onnx.helper.make_model(outer),
+        onnx.helper.make_model(onnx.helper.make_graph([constant], "g", [], [])),
+        onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []), functions=[function]),
+    ):
+        with pytest.raises(BundleError, match="x: refused"):
+            parse_graph(model.SerializeToString(), "x")
+
+
 @pytest.fixture(scope="module")
 def int8(bundle, tmp_path_factory):
     """A folder with the bundle's graph as it is and quantised, opened as a bundle, and the engine's record."""
@@ -126,7 +187,7 @@ def int8(bundle, tmp_path_factory):
         folder / "model.onnx", folder / "model.int8.xml", [IMAGE[0], 255 - IMAGE[0]], bundle.manifest.contract
     )
     record = replace(bundle.engine("openvino-fp32"), name="openvino-int8", precision="int8", file="model.int8.xml")
-    return replace(bundle, path=folder), record
+    return _draft(bundle, folder), record
 
 
 def _without(capability, monkeypatch):

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 from agln_fast.backends.tensorrt import TensorRTBackend, TensorRTRTXBackend, compute_capability, shared_logger
 from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES, import_library, library_version
-from agln_fast.bundle import EngineRecord
+from agln_fast.bundle import Bundle, EngineRecord, Manifest
 from agln_fast.contract import IOContract
-from agln_fast.errors import BackendError, MissingPackageError
+from agln_fast.errors import BackendError, BundleError, MissingPackageError
+from agln_fast.models.config import ModelConfig
 
 BACKENDS = pytest.mark.parametrize("backend", [TensorRTBackend, TensorRTRTXBackend], ids=lambda backend: backend.name)
 
@@ -86,6 +88,25 @@ def test_opening_says_why_not(backend: Any, machine: SimpleNamespace, device: st
     machine.capability = (12, 0)
     with pytest.raises(BackendError, match=message):
         backend(SimpleNamespace(), record(backend), device=device, threads=None)
+
+
+def test_ports_are_what_the_engine_says() -> None:
+    """A batch that may vary is -1 there."""
+    ports = {
+        "image": ("INPUT", "UINT8", (-1, 32, 48, 3)),
+        "labels": ("OUTPUT", "INT32", (-1, 32, 48)),
+        "extra": ("OUTPUT", "HALF", (1,)),
+    }
+    backend = object.__new__(TensorRTRTXBackend)
+    backend._engine = SimpleNamespace(
+        num_io_tensors=len(ports),
+        get_tensor_name=lambda index: list(ports)[index],
+        get_tensor_mode=lambda name: ports[name][0],
+        get_tensor_dtype=lambda name: SimpleNamespace(name=ports[name][1]),
+        get_tensor_shape=lambda name: ports[name][2],
+    )
+    assert backend._ports("INPUT") == [("image", "uint8", [None, 32, 48, 3])]
+    assert backend._ports("OUTPUT") == [("labels", "int32", [None, 32, 48]), ("extra", "HALF", [1])]
 
 
 def test_library_version(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +194,11 @@ def test_runs_as_onnxruntime_does(backend: Any, tmp_path: Path) -> None:
         batch=(1, 2, 4),
     )
     contract = IOContract(height=32, width=48, min_batch=1, max_batch=4)
-    bundle: Any = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(contract=contract))
+    bundle = Bundle(tmp_path, Manifest(ModelConfig("fpn", "resnet18", 5), (), (), contract, ()))
     engine = record(backend, library.__version__, (capability,))
+    other = Bundle(tmp_path, replace(bundle.manifest, contract=replace(contract, output="logits")))
+    with pytest.raises(BundleError, match=r"gives labels uint8 .* and the manifest says logits"):
+        backend(other, engine, device="cuda:0", threads=None)
     session = InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
     with backend(bundle, engine, device="cuda:0", threads=None) as opened:
         assert opened.device == "cuda:0"

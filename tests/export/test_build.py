@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import pathlib
 import platform
 import re
 import time
@@ -325,20 +324,20 @@ def test_latency_is_measured(bundle, monkeypatch):
     assert check.latency_ms >= 300
 
 
-def test_a_bundle_that_cannot_be_put_in_place_brings_the_old_one_back(small_network, tmp_path, monkeypatch):
-    agln_fast.build(small_network(), tmp_path / "x", size=(64, 64))
-    rename = pathlib.Path.rename
+def test_a_bundle_follows_the_umask(small_network, tmp_path):
+    before = os.umask(0o027)
+    try:
+        built = agln_fast.build(small_network("fpn_resnet18"), tmp_path / "x", size=(64, 64), plan="none")
+    finally:
+        os.umask(before)
+    assert built.path.stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in built.path.iterdir()} == {0o640}
 
-    def fail_at_the_last_step(self, target):
-        if self.name.startswith(".x.agln.") and not self.name.endswith(".old"):
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
 
-    monkeypatch.setattr(pathlib.Path, "rename", fail_at_the_last_step)
-    with pytest.raises(BuildError, match="Input/output error"):
-        agln_fast.build(small_network(), tmp_path / "x", size=(64, 96), overwrite=True)
-    assert os.listdir(tmp_path) == ["x.agln"]
-    assert agln_fast.open_bundle(tmp_path / "x.agln").manifest.contract.width == 64
+def test_what_cannot_be_the_name_of_a_bundle_is_told(small_network):
+    for path in ("", ".", "/"):
+        with pytest.raises(ConfigError, match="is no name for a bundle; give one such as"):
+            agln_fast.build(small_network(), path, size=(64, 64))
 
 
 @pytest.mark.tensorrt_rtx

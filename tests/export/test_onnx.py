@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from agln_fast.backends.onnxruntime import graph_precision
+from agln_fast.backends.onnx_file import graph_precision, parse_graph
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError, BuildError
@@ -96,7 +96,8 @@ def test_metadata_says_what_it_is(small_network, tmp_path):
 def test_types_are_those_asked_for(precision, small_network, tmp_path):
     """Every convolution has the type; everything that feeds a softmax is float32."""
     export_onnx(small_network(), tmp_path / "m.onnx", UINT8, precision)
-    assert graph_precision(tmp_path / "m.onnx") == precision
+    data = (tmp_path / "m.onnx").read_bytes()
+    assert graph_precision(parse_graph(data, "m.onnx"), "m.onnx") == precision
     model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx"), data_prop=True)
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     softmaxes = [node for node in model.graph.node if node.op_type == "Softmax"]
@@ -161,12 +162,10 @@ def test_a_refused_export_leaves_nothing(small_network, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_precision_of_foreign_files(tmp_path):
-    (tmp_path / "x.onnx").write_bytes(b"nothing of the kind")
-    with pytest.raises(BackendError, match=r"not an ONNX file|not of one floating-point type"):
-        graph_precision(tmp_path / "x.onnx")
-    with pytest.raises(BackendError, match="not an ONNX file"):
-        graph_precision(tmp_path / "missing.onnx")
+def test_precision_of_foreign_files():
+    for foreign in (b"nothing of the kind", b""):
+        with pytest.raises(BackendError, match=r"^x: not an ONNX file|^x: .* not of one floating-point type"):
+            graph_precision(parse_graph(foreign, "x"), "x")
 
 
 def test_more_than_256_classes_give_wider_labels(small_network, tmp_path):

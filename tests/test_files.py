@@ -1,0 +1,259 @@
+"""Folders that appear whole or not at all, whatever is killed and wherever; and nothing is left of dead processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+
+import pytest
+
+from agln_fast import files
+from agln_fast.errors import BuildError, BundleError
+from agln_fast.files import is_returning, scratch_folder, whole_folder
+
+BOTH = pytest.mark.parametrize("swap", [True, False], ids=["one step", "two steps, where the kernel has none"])
+
+
+@pytest.fixture
+def two_steps(swap, monkeypatch):
+    if not swap:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+
+
+def _write(folder, text):
+    (folder / "a").write_text(text)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "b").write_text(text)
+
+
+def _text(folder):
+    """The version of a folder, which is the same in all its files."""
+    first, second = (folder / "a").read_text(), (folder / "inner" / "b").read_text()
+    assert first == second
+    return first
+
+
+@BOTH
+def test_a_folder_appears_and_is_replaced(two_steps, tmp_path):
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "x") as folder:
+            _write(folder, text)
+            assert text == "first" or _text(tmp_path / "x") == "first"
+        assert _text(tmp_path / "x") == text
+        assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with whole_folder(tmp_path / "link") as folder:
+        _write(folder, "new")
+    assert (tmp_path / "link").is_symlink()
+    assert _text(tmp_path / "real") == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def _fail(destination, error):
+    """`error`, in whose text {} is the unfinished folder, while `destination` is written."""
+    with whole_folder(destination) as folder:
+        _write(folder, "second")
+        error.args = tuple(arg.format(folder) if isinstance(arg, str) else arg for arg in error.args)
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (BundleError("{}/a is wrong"), BundleError, "^/.*/x/a is wrong$"),
+        (OSError(errno.ENOSPC, "full"), BuildError, "/x: cannot be written .*; free some space"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+    ids=["an error of ours", "a full disk", "an interrupt"],
+)
+def test_nothing_is_left_of_what_fails(error, raised, message, tmp_path):
+    with whole_folder(tmp_path / "x") as folder:
+        _write(folder, "first")
+    with pytest.raises(raised, match=message):
+        _fail(tmp_path / "x", error)
+    assert os.listdir(tmp_path) == ["x"]
+    assert _text(tmp_path / "x") == "first"
+
+
+@pytest.mark.parametrize(
+    ("swap", "call", "remains"),
+    [(True, 0, "first"), (False, 0, "first"), (False, 1, "first"), (False, 2, "second")],
+    ids=["the only step", "old one moved away", "new one put in its place", "old one given up"],
+)
+def test_a_folder_stays_whole_where_a_step_of_the_replacement_fails(swap, call, remains, tmp_path, monkeypatch):
+    with whole_folder(tmp_path / "x") as folder:
+        _write(folder, "first")
+    outcomes, rename = [True] * call + [False] + [True] * 9, os.rename
+
+    def fail_once(one, other):
+        if not outcomes.pop(0):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(one, other)
+
+    monkeypatch.setattr(files, "_exchange", fail_once if swap else lambda one, other: False)
+    monkeypatch.setattr(os, "rename", rename if swap else fail_once)
+    with pytest.raises(BuildError, match="Input/output error"), whole_folder(tmp_path / "x") as folder:
+        _write(folder, "second")
+    assert os.listdir(tmp_path) == ["x"]
+    assert _text(tmp_path / "x") == remains
+
+
+def test_folders_and_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "x") as folder:
+            _write(folder, "text")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "x", tmp_path / "x" / "inner", tmp_path / "x" / "a")]
+    assert modes == [0o750, 0o750, 0o640]
+
+
+def test_what_lives_is_left_alone(tmp_path):
+    """Two builds of one name at once: the last to end stays, and none takes the other for dead."""
+    with whole_folder(tmp_path / "x") as first:
+        _write(first, "first")
+        with whole_folder(tmp_path / "x") as second:
+            _write(second, "second")
+            assert _text(first) == "first"
+        assert _text(tmp_path / "x") == "second"
+    assert _text(tmp_path / "x") == "first"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_has_another_name_is_left_alone(tmp_path):
+    """Also what has the same beginning, or a lock that is no file."""
+    others = [".x.y.0123abcd.lock", ".x.0123abcd.lock.bak", ".x.0123abc.lock", "x.0123abcd.lock"]
+    for name in others:
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / ".y.0123abcd.lock")
+    (tmp_path / ".x.89abcdef.lock").symlink_to(tmp_path / "x.0123abcd.lock")
+    with whole_folder(tmp_path / "x") as folder:
+        _write(folder, "text")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, ".y.0123abcd.lock", ".x.89abcdef.lock", "x"])
+
+
+def test_file_systems_without_locks_will_do(tmp_path, monkeypatch):
+    def none(*_args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    with whole_folder(tmp_path / "x") as folder, whole_folder(tmp_path / "x") as other:
+        _write(folder, "first")
+        _write(other, "second")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(("code", "raised"), [(errno.EINVAL, None), (errno.EIO, BuildError)], ids=["idle", "failed"])
+def test_what_is_not_on_the_disk_is_not_put_in_place(code, raised, tmp_path, monkeypatch):
+    """But where there is nothing to do for a folder that is no failure."""
+
+    def refuse(descriptor):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(raised) if raised else nullcontext(), whole_folder(tmp_path / "x") as folder:
+        _write(folder, "text")
+    assert os.listdir(tmp_path) == ([] if raised else ["x"])
+
+
+def test_scratch_folders_vanish_and_are_for_their_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_folder() as folder:
+        assert folder.parent == tmp_path
+        assert folder.stat().st_mode & 0o777 == 0o700
+        with scratch_folder() as other:
+            assert folder.exists()
+        assert not other.exists()
+    assert not os.listdir(tmp_path)
+
+
+_KILLS = """
+import os, signal, sys
+from pathlib import Path
+from agln_fast import files
+
+place, swap = Path(sys.argv[1]), sys.argv[2] == "True"
+target, here = place / "x", files.tempfile
+here.tempdir = str(place / "temporary")
+os.mkdir(here.tempdir)
+exchange, fsync = files._exchange, os.fsync
+left = None  # events until the end; None for never
+
+
+def step(*_):
+    global left
+    if left is not None:
+        left = left - 1 if left else None  # killing is an event, too
+        if left is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def swapped(one, other):
+    step()
+    done = swap and exchange(one, other)
+    step()
+    return done
+
+
+# Before every system call that Python reports, and before and after those that it does not.
+sys.addaudithook(lambda event, _: step() if event.partition(".")[0] in ("os", "open", "shutil", "fcntl") else None)
+files._exchange = swapped
+os.fsync = lambda descriptor: (step(), fsync(descriptor))
+
+
+def replace(text):
+    with files.scratch_folder() as scratch, files.whole_folder(target) as folder:
+        for path in (scratch / "a", folder / "a", folder / "b"):
+            path.write_text(text)
+
+
+def in_a_child(text, after):
+    global left
+    child = os.fork()
+    if child == 0:
+        left = after
+        replace(text)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def check(texts):
+    files.is_returning(target)
+    found = [(target / name).read_text() for name in "ab"]
+    assert found[0] in texts and found == found[:1] * 2, (found, texts)
+    return found[0]
+
+
+replace("0")
+kills = 0
+while in_a_child(str(kills + 1), kills):
+    at = check({str(kills), str(kills + 1)})
+    replace(str(kills + 1))
+    assert check({str(kills + 1)})
+    assert sorted(os.listdir(place)) == ["temporary", "x"], os.listdir(place)
+    assert not os.listdir(here.tempdir)
+    kills += 1
+print(kills)
+"""
+
+
+@BOTH
+def test_a_kill_at_any_moment_leaves_a_whole_version_and_nothing_for_long(swap, tmp_path):
+    command = [sys.executable, "-c", _KILLS, str(tmp_path), str(swap)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30  # moments
+
+
+def test_what_is_simply_missing_does_not_return(tmp_path):
+    assert not is_returning(tmp_path / "x")
+    assert not is_returning(tmp_path / "no" / "such" / "folder")
