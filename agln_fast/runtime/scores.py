@@ -6,7 +6,7 @@ All of it is NumPy in the calling thread, for the reason that `kernels.label_ups
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -47,14 +47,15 @@ def lead(scores: Scores) -> Scores:
         return np.zeros(scores.shape[1:], np.float32)
     best, second = np.maximum(scores[0], scores[1]), np.minimum(scores[0], scores[1])
     for score in scores[2:]:
-        second = np.maximum(second, np.minimum(best, score))
-        best = np.maximum(best, score)
-    return best - second
+        np.maximum(second, np.minimum(best, score), out=second)
+        np.maximum(best, score, out=best)
+    best -= second
+    return cast(Scores, best)
 
 
 def softmax(scores: Scores) -> Scores:
     """(K, ...) -> (K, ...), over the classes."""
-    exponentials = np.exp(scores - scores.max(0))
+    exponentials: Scores = np.exp(scores - scores.max(0))
     exponentials /= exponentials.sum(0)
     return exponentials
 

@@ -38,7 +38,7 @@ class Axis(NamedTuple):
     """[C] the source position at the end of each cell."""
     first: npt.NDArray[np.intp]
     """[C] the first target position in each cell."""
-    count: npt.NDArray[np.intp]
+    held: npt.NDArray[np.intp]
     """[C] how many are in it."""
 
     @classmethod
@@ -53,7 +53,7 @@ class Axis(NamedTuple):
 
     def by_count(self) -> list[tuple[int, npt.NDArray[np.intp]]]:
         """(count, the cells that hold so many target positions), without those that hold none."""
-        return [(int(count), np.flatnonzero(self.count == count)) for count in np.unique(self.count) if count]
+        return [(int(count), np.flatnonzero(self.held == count)) for count in np.unique(self.held) if count]
 
 
 def label_type(classes: int) -> str:
@@ -70,7 +70,8 @@ def best_classes(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     # The code of a class is the larger the lower it is, so that the largest code is the lowest class of the best.
     codes = np.arange(classes - 1, -1, -1, dtype=label_type(classes)).reshape(-1, *[1] * (scores.ndim - 1))
     best = np.equal(scores, scores.max(0)).view(np.uint8) * codes
-    return np.subtract(codes[0], best.max(0), dtype=codes.dtype)
+    labels: npt.NDArray[Any] = np.subtract(codes[0], best.max(0), dtype=codes.dtype)
+    return labels
 
 
 @np.errstate(invalid="ignore", over="ignore")
