@@ -118,6 +118,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
-def printable(text: str) -> str:
-    """`text` as it can be shown in one line: what cannot be printed, such as an escape sequence, is written escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def printable(text: object, longest: int = 200) -> str:
+    """Text of others as it can be shown in one line: what cannot be printed, such as an escape sequence, is escaped.
+
+    It is cut after `longest` characters.
+    """
+    shown = str(text)
+    cut, more = shown[:longest], "…" if len(shown) > longest else ""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut) + more

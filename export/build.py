@@ -27,11 +27,7 @@ from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, open_
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
 from agln_fast.data.scenes import Scenes
-from agln_fast.errors import (
-    ConfigError,
-    MissingPackageError,
-    VerificationError,
-)
+from agln_fast.errors import ConfigError, MissingPackageError, VerificationError, printable
 from agln_fast.evaluation.evaluate import compare
 from agln_fast.export.graphs import Graphs
 from agln_fast.export.options import check_options
@@ -55,6 +51,7 @@ _READ, _REFERENCE, _WRITE = "read the checkpoint", "run the fp32 reference", "wr
 _CHOOSE, _MAKE, _COMPARE = "choose the plan of {}", "make {}", "compare {} with the reference"
 _WEIGHTS = "weights.safetensors"
 _CPU_MACS = 1e11  # multiply-adds a second of two cores, to tell how long the reference takes
+_LONGEST_REASON = 1000  # characters
 _CALIBRATION = 128  # pictures
 _LARGEST_LOSS = 0.5  # points of mIoU
 _PACKAGES = {"fused": "torch"}
@@ -377,7 +374,7 @@ class _Work:
                 if record.precision == "int8" and outcome.status == "passed":
                     _check_miou(draft, record, self.threads)
             except VerificationError as error:
-                left_out[record.name] = str(error)
+                left_out[record.name] = printable(error, _LONGEST_REASON)
             else:
                 engines.append(replace(record, verification=outcome))
         return engines, left_out

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from agln_fast.bundle import Bundle, EngineRecord, Manifest
 from agln_fast.contract import IOContract, Precision
 from agln_fast.errors import ConfigError, did_you_mean
 from agln_fast.export.graphs import Graphs
+from agln_fast.files import scratch_folder
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.cost import estimate_seconds, without_weights
 from agln_fast.plan.network import plan_network
@@ -159,8 +159,8 @@ def tune(
     backends = [target] if target != "cpu" else [name for name in _CPU if not _obstacle(name, precision)]
     if not backends:
         raise ConfigError(f"no CPU engine runs in {precision} here: {_obstacle('openvino', precision)}")
-    with tempfile.TemporaryDirectory() as folder:
-        graphs = Graphs(model, contract, Path(folder))
+    with scratch_folder() as folder:
+        graphs = Graphs(model, contract, folder)
         tunings = [
             tune_engine(graphs, backend, precision, budget_s=budget_s, threads=threads, progress=progress)
             for backend in backends

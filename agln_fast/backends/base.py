@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
-from typing import ClassVar, NamedTuple, Self, cast
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from agln_fast.backends.gate import Gate, keep_after_fork
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BundleError
+from agln_fast.kernels.label_upsample.cpu import upsample_labels
 
 __all__ = ["Array", "Backend", "Port", "as_promised", "check_ports"]
 
@@ -24,13 +26,8 @@ def as_promised(output: Array, bundle: Bundle, engine: EngineRecord) -> Array:
     contract = bundle.manifest.contract
     if contract.output == "logits" or not engine.plan.low_resolution_labels:
         return output
-    # Imported here: what may run is asked before PyTorch is loaded.
-    import torch
-
-    from agln_fast.plan.low_resolution_labels import labels_from
-
-    labels = labels_from(torch.from_numpy(output), (contract.height, contract.width))
-    return cast(Array, labels.numpy().astype(np.uint8 if output.shape[1] <= 256 else np.int32))
+    labels = np.stack([upsample_labels(logits, (contract.height, contract.width)) for logits in output])
+    return labels.astype(np.uint8 if output.shape[1] <= 256 else np.int32, copy=False)
 
 
 class Port(NamedTuple):
@@ -79,11 +76,20 @@ class Backend(ABC):
 
     `device` and `precision` say what really runs, read back from the library where it can tell. A backend never falls
     back: what cannot be had raises `BackendError`.
+
+    Threads may share one, and wait for each other. It belongs to the process that opened it.
     """
 
     name: ClassVar[str]
     device: str
     precision: str
+    _gate: Gate
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        backend = super().__new__(cls)
+        backend._gate = Gate(f"{cls.name}: this backend", "open it again")
+        keep_after_fork(backend)
+        return backend
 
     @classmethod
     @abstractmethod
@@ -107,16 +113,28 @@ class Backend(ABC):
             BackendError: it cannot run here, or not on that device, or not in the engine's precision.
         """
 
-    @abstractmethod
     def run(self, image: Array) -> Array:
         """Run one batch: `image` and the result are as `bundle.manifest.contract` describes, C-contiguous.
 
         The result belongs to the caller.
+
+        Raises:
+            BackendError: the library failed, or it is closed, or was opened by the process that this one was forked of.
         """
+        with self._gate.turn():
+            return self._run(image)
+
+    def close(self) -> None:
+        """Release the engine, after the run that goes on. Closing twice is allowed; running after closing is not."""
+        self._gate.close(self._release)
 
     @abstractmethod
-    def close(self) -> None:
-        """Release the engine. Closing twice is allowed; running after closing is not."""
+    def _run(self, image: Array) -> Array:
+        """`run`, in one thread at a time and never after `_release`."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Free what the engine holds. Called once at most."""
 
     def __enter__(self) -> Self:
         return self

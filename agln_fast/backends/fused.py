@@ -108,7 +108,7 @@ class FusedNetworkBackend(NetworkBackend):
 
     On CUDA, a graph is captured for each shape of input, from a pinned image to pinned labels: both copies,
     normalisation and argmax lie inside. The shapes used last are kept. Each backend has a stream of its own, so that
-    several run side by side; threads that share one wait for each other.
+    several run side by side.
 
     Sums, energies and softmaxes are float32 in every precision. CPUs without half-precision arithmetic emulate it:
     slow, but rounded alike. The network given is not changed.
@@ -121,7 +121,6 @@ class FusedNetworkBackend(NetworkBackend):
         return "cuda" if torch.cuda.is_available() and _gpu_obstacle(torch.device("cuda")) is None else "cpu"
 
     def _deploy(self, network: SegmentationNetwork, contract: IOContract) -> FusedDeployment:
-        self._lock = threading.Lock()
         self._programs: OrderedDict[torch.Size, Callable[[Tensor], Tensor]] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
@@ -133,15 +132,14 @@ class FusedNetworkBackend(NetworkBackend):
         return FusedDeployment(fused, contract, network.config.num_classes)
 
     def _forward(self, image: Tensor) -> Tensor:
-        with self._lock, torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):
             program = self._programs.pop(image.shape, None) or self._prepare(image)
             self._programs[image.shape] = program
             return program(image)
 
     def _prepare(self, image: Tensor) -> Callable[[Tensor], Tensor]:
         """The program for images of one shape; the one used least recently goes first, so that its memory is free."""
-        network = self._opened()
-        assert isinstance(network, FusedDeployment)
+        network = cast(FusedDeployment, self._network)
         wanted = network.contract.input_shape
         if tuple(image.shape[1:]) != wanted[1:]:
             raise BackendError(f"image of shape {tuple(image.shape)}: the engine takes {wanted}")
@@ -149,10 +147,9 @@ class FusedNetworkBackend(NetworkBackend):
             self._programs.popitem(last=False)
         return exact_float32()(network) if self._stream is None else _Graph(network, image, self._pool)
 
-    def close(self) -> None:
-        with self._lock:
-            self._programs.clear()
-            self._network = None
+    def _release(self) -> None:
+        self._programs.clear()
+        super()._release()
 
 
 class FusedBackend(FusedNetworkBackend):

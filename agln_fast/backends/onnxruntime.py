@@ -83,10 +83,10 @@ class OnnxRuntimeBackend(Backend):
         self._session: Any = session
         self._input = session.get_inputs()[0].name
 
-    def run(self, image: Array) -> Array:
+    def _run(self, image: Array) -> Array:
         with denormals_as_zero():
             output = self._session.run(None, {self._input: image})[0]
         return as_promised(output, self._bundle, self._engine)
 
-    def close(self) -> None:
+    def _release(self) -> None:
         self._session = None

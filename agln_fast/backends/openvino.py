@@ -6,6 +6,7 @@ bf16 where the CPU has it, and in fp32 elsewhere.
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -23,6 +24,17 @@ _CAPABILITIES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
 _TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
 _INTEGERS = ("i8", "u8")
 
+_opened_in: int | None = None  # the process that opened the first engine
+
+
+def _obstacle_to_fork() -> str | None:
+    if _opened_in in (None, os.getpid()):
+        return None
+    return (
+        "this process was forked from one that had opened an OpenVINO engine, whose threads are not here: open the "
+        "first one after the fork, or start processes with spawn or forkserver (docs/concurrency.md)"
+    )
+
 
 class OpenVinoBackend(Backend):
     """Sets the precision hint and reads it back: OpenVINO left alone takes bf16 where the CPU has it."""
@@ -31,6 +43,8 @@ class OpenVinoBackend(Backend):
 
     @classmethod
     def obstacle(cls, engine: EngineRecord) -> str | None:
+        if reason := _obstacle_to_fork():
+            return reason
         try:
             openvino = import_quietly("openvino")
         except ImportError:
@@ -63,6 +77,8 @@ class OpenVinoBackend(Backend):
         }
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
+        global _opened_in
+        _opened_in = os.getpid()
         try:
             with denormals_as_zero():
                 core = openvino.Core()
@@ -82,13 +98,13 @@ class OpenVinoBackend(Backend):
         self.precision = engine.precision
         self._request: Any = compiled.create_infer_request()
 
-    def run(self, image: Array) -> Array:
+    def _run(self, image: Array) -> Array:
         # The request owns its output buffer and overwrites it in the next run.
         with denormals_as_zero():
             output = np.array(self._request.infer([image], share_inputs=True)[0])
         return as_promised(output, self._bundle, self._engine)
 
-    def close(self) -> None:
+    def _release(self) -> None:
         self._request = None
 
 

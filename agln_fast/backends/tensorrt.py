@@ -83,7 +83,7 @@ def _logger(interface: Any) -> Any:
 
 
 class _Engine(Backend):
-    """What both flavours share. One thread at a time may call `run`; `threads` has no meaning on a GPU."""
+    """What both flavours share. `threads` has no meaning on a GPU."""
 
     flavour: ClassVar[Flavour]
 
@@ -164,7 +164,7 @@ class _Engine(Backend):
         self._context.set_tensor_address(name, on_device.data_ptr())
         self._buffers[name] = torch.empty(shape, dtype=dtype, pin_memory=True), on_device
 
-    def run(self, image: Array) -> Array:
+    def _run(self, image: Array) -> Array:
         source = torch.from_numpy(image)
         host_image, device_image = self._buffers["image"]
         host_result, device_result = self._buffers[self._output]
@@ -184,7 +184,7 @@ class _Engine(Backend):
             self._stream.synchronize()
         return host_result[:count].numpy().copy()
 
-    def close(self) -> None:
+    def _release(self) -> None:
         # A context must go before its engine, and an engine before its runtime.
         self._context = None
         self._engine = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,15 +20,54 @@ from agln_fast.errors import BackendError, BundleError
 from agln_fast.models.checkpoint import load_weights
 from agln_fast.models.networks import SegmentationNetwork
 
-__all__ = ["NetworkBackend", "TorchBackend", "exact_float32", "network_of"]
+__all__ = ["NetworkBackend", "TorchBackend", "exact_float32", "network_of", "use_threads"]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _NO_INT8 = "{} has no int8, which is for OpenVINO: take fp32, bf16 or fp16"
 
 
+_loaded_in = os.getpid()
 _guard = threading.Lock()
 _users = 0
 _restore = ExitStack()
+
+
+def use_threads(threads: int | None) -> None:
+    """Have PyTorch compute with so many threads, in the whole process; None for as many as it does now.
+
+    In a process that was forked from one that had loaded PyTorch it is one thread: those of PyTorch's pool stayed
+    behind, and the first operation that has work for them would wait for ever. It warns where that is fewer than
+    before.
+
+    Raises:
+        BackendError: more than one there.
+    """
+    if os.getpid() == _loaded_in:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return
+    way_out = "load in a process started with spawn or forkserver (docs/concurrency.md)"
+    if threads not in (None, 1):
+        raise BackendError(
+            f"threads {threads}: after a fork PyTorch computes with one thread; take threads=1, or {way_out}"
+        )
+    if threads is None and torch.get_num_threads() > 1:
+        message = f"PyTorch computes with one thread in this forked process; for more, {way_out}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    torch.set_num_threads(1)
+
+
+def _forget_other_threads() -> None:
+    """In a forked process: whoever held the guard, or was in `exact_float32`, is not here to leave it."""
+    global _guard, _users
+    _guard = threading.Lock()
+    if _users:
+        _users = 0
+        _restore.close()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 @contextmanager
@@ -70,6 +111,10 @@ class NetworkBackend(Backend):
 
     name: ClassVar[str] = "torch"
 
+    def __new__(cls, *args: object, threads: int | None = None, **kwargs: object) -> Self:
+        use_threads(threads)  # before `__init__`, because reading weights is work for threads, too
+        return super().__new__(cls)
+
     @classmethod
     def obstacle(cls, engine: EngineRecord) -> str | None:
         return _NO_INT8.format(cls.name) if engine.precision == "int8" else None
@@ -97,13 +142,11 @@ class NetworkBackend(Backend):
             raise BackendError(_NO_INT8.format(self.name))
         self.device = device or self.default_device()
         self.precision = precision
-        if threads is not None:
-            torch.set_num_threads(threads)
         try:
             self._device = torch.device(self.device)
             if self._device.type not in ("cpu", "cuda"):
                 raise RuntimeError("only cpu and cuda are supported")
-            self._network: DeployedNetwork | None = self._deploy(network, contract)
+            self._network = self._deploy(network, contract)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise BackendError(
@@ -114,7 +157,7 @@ class NetworkBackend(Backend):
         return DeployedNetwork(network.to(self._device).eval(), contract, network.config.num_classes)
 
     @torch.inference_mode()
-    def run(self, image: Array) -> Array:
+    def _run(self, image: Array) -> Array:
         try:
             return cast(Array, self._forward(torch.from_numpy(image)).numpy())
         except RuntimeError as error:
@@ -124,25 +167,15 @@ class NetworkBackend(Backend):
             ) from error
 
     def _forward(self, image: Tensor) -> Tensor:
-        """From host to host.
-
-        Raises:
-            BackendError: the backend is closed.
-        """
-        network = self._opened()
+        """From host to host."""
         autocast = torch.autocast(
             self._device.type, _AUTOCAST.get(self.precision), enabled=self.precision in _AUTOCAST, cache_enabled=False
         )
         with exact_float32(), autocast:
-            return cast(Tensor, network(image.to(self._device)).cpu())
+            return cast(Tensor, self._network(image.to(self._device)).cpu())
 
-    def _opened(self) -> DeployedNetwork:
-        if self._network is None:
-            raise BackendError(f"{self.name}: this backend is closed; open it again")
-        return self._network
-
-    def close(self) -> None:
-        self._network = None
+    def _release(self) -> None:
+        del self._network
 
 
 def network_of(bundle: Bundle, file: str) -> SegmentationNetwork:

@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from agln_fast.errors import CheckpointError, ConfigError
+from agln_fast.errors import CheckpointError, ConfigError, printable
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import ResNet
 from agln_fast.models.shipped import find_checkpoint
 from agln_fast.models.weights_file import StateDict, read_safetensors, read_weights
-from agln_fast.models.weights_pickle import printable
 
 __all__ = [
     "infer_config",

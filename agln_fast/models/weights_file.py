@@ -23,14 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from agln_fast.errors import CheckpointError
+from agln_fast.errors import CheckpointError, printable
 from agln_fast.models.weights_names import find_weights, kind_of
 from agln_fast.models.weights_pickle import (
     MOST_PICKLE_BYTES,
     NOT_PYTORCH,
     Inert,
     StoredTensor,
-    printable,
     read_pickle,
 )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from agln_fast.errors import CheckpointError
-from agln_fast.models.weights_pickle import Inert, StoredTensor, printable
+from agln_fast.errors import CheckpointError, printable
+from agln_fast.models.weights_pickle import Inert, StoredTensor
 
 __all__ = ["find_weights", "kind_of"]
 

@@ -17,9 +17,9 @@ from typing import BinaryIO
 
 import torch
 
-from agln_fast.errors import CheckpointError
+from agln_fast.errors import CheckpointError, printable
 
-__all__ = ["MOST_PICKLE_BYTES", "NOT_PYTORCH", "Inert", "Storage", "StoredTensor", "printable", "read_pickle"]
+__all__ = ["MOST_PICKLE_BYTES", "NOT_PYTORCH", "Inert", "Storage", "StoredTensor", "read_pickle"]
 
 # The 600 tensors of a ResNet-101 need 36,000 steps and 100 kB, an optimizer's state three times that.
 MOST_PICKLE_BYTES = 16 << 20
@@ -67,13 +67,6 @@ class StoredTensor:
         """Whether its storage holds all its elements, and at least as many as it claims."""
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         return 0 in self.shape or max(self.nbytes, (last + 1) * self.dtype.itemsize) <= self.storage.nbytes
-
-
-def printable(text: object) -> str:
-    """`text` from a file, safe to print: control characters escaped, cut where it is very long."""
-    shown = str(text)[:_LONGEST_NAME]
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-    return "".join(escaped) + ("…" if len(str(text)) > _LONGEST_NAME else "")
 
 
 def read_pickle(file: BinaryIO, dtypes: dict[str, torch.dtype] | None = None) -> object:

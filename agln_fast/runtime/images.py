@@ -223,7 +223,8 @@ def fit(image: ImageArray, contract: IOContract) -> tuple[ImageArray, Placement]
         else:
             scale = min(frame_height / height, frame_width / width)
             height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        if image.shape[:2] != (height, width):
+            image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     placement = Placement(0, 0, height, width)
     if (height, width) == (frame_height, frame_width):
         return image, placement
@@ -234,12 +235,20 @@ def fit(image: ImageArray, contract: IOContract) -> tuple[ImageArray, Placement]
 
 
 def pack(frames: Sequence[ImageArray], contract: IOContract) -> npt.NDArray[Any]:
-    """Frames (height, width, 3) of the contract's size -> the engine's input `image`, as the contract's layout says."""
-    batch = np.stack(frames)
+    """Frames (height, width, 3) of the contract's size -> the engine's input `image`, as the contract's layout says.
+
+    It may share the memory of a single frame.
+    """
+    batch = frames[0][None] if len(frames) == 1 else np.stack(frames)
     if contract.layout == "uint8_nhwc":
-        return batch
-    mean, std = np.array(contract.mean, np.float32), np.array(contract.std, np.float32)
-    return np.ascontiguousarray(((batch.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
+        return np.require(batch, requirements=["C", "W"])  # PyTorch warns of what cannot be written
+    # Transposed first: loops over three colours would be slow.
+    planes = np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.float32)
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (contract.mean, contract.std))
+    planes /= 255
+    planes -= mean
+    planes /= std
+    return planes
 
 
 def windows(

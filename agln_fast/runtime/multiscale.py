@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from agln_fast.contract import IOContract
 from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray
+from agln_fast.runtime.scores import Scores, resized, softmax
 from agln_fast.runtime.sliding import Run, slide
 
 __all__ = ["multiscale"]
 
 
-def multiscale(run: Run, image: ImageArray, contract: IOContract, tta: TestTimeAugmentation) -> Tensor:
+def multiscale(run: Run, image: ImageArray, contract: IOContract, tta: TestTimeAugmentation) -> Scores:
     """Mean class probabilities (K, H, W) float32 of `image` (H, W, 3) over the scales of `tta`, and over flips.
 
     At each scale the image is resized (bilinear, antialiased where it shrinks, as training does), windows of the
@@ -25,15 +23,19 @@ def multiscale(run: Run, image: ImageArray, contract: IOContract, tta: TestTimeA
     are averaged, as mmsegmentation does; PyTorch-Encoding sums exp(logits + mirrored logits), in which one confident
     scale outweighs all others.
 
-    Two arrays (K, H, W) and the logits of one scale are held at a time.
+    One array (K, H, W) and the logits of one scale are held at a time.
     """
     height, width = image.shape[:2]
-    total: Tensor | None = None
+    total: Scores | None = None
     for size in tta.sizes(height, width, contract):
-        resized = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-        for logits in torch.cat(list(slide(run, resized, contract, flip=tta.flip)), 2):
-            own = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=True)
-            score = own[0].softmax(0)
-            total = score if total is None else total.add_(score)
+        scaled = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        for logits in np.concatenate(list(slide(run, scaled, contract, flip=tta.flip)), 2):
+            if total is None:
+                total = np.zeros((len(logits), height, width), np.float32)
+            top = 0
+            for strip in resized(logits, (height, width)):
+                total[:, top : top + strip.shape[1]] += softmax(strip)
+                top += strip.shape[1]
     assert total is not None, "there is at least one scale"
-    return total / (len(tta.scales) * (1 + tta.flip))
+    total /= len(tta.scales) * (1 + tta.flip)
+    return total

@@ -33,7 +33,10 @@ _PAPER, _INK, _FAINT = (250, 250, 250), (32, 33, 36), (118, 120, 126)
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock time of one call, milliseconds: decoding and resizing, the engine, and the way back to labels."""
+    """Wall-clock time of one call, milliseconds: decoding and resizing, the engine, and the way back to labels.
+
+    Waiting for other threads to leave the engine is in none of them.
+    """
 
     preprocess: float
     engine: float

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from agln_fast.backends import (
     BACKENDS,
@@ -28,18 +25,20 @@ from agln_fast.backends import (
     open_engine,
 )
 from agln_fast.backends.fused import FusedNetworkBackend
-from agln_fast.backends.torch import NetworkBackend
+from agln_fast.backends.gate import Gate
+from agln_fast.backends.torch import NetworkBackend, use_threads
 from agln_fast.bundle import Bundle, EngineRecord, open_bundle
 from agln_fast.contract import IOContract, Resize, check_precision
 from agln_fast.data.classes import ClassSet, default_class_set
 from agln_fast.errors import BackendError, BundleChangedError, ConfigError
-from agln_fast.kernels.label_upsample import label_upsample
+from agln_fast.kernels.label_upsample.cpu import best_classes, upsample_labels
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
 from agln_fast.runtime.multiscale import multiscale
 from agln_fast.runtime.result import Labels, Result, Timing
+from agln_fast.runtime.scores import Scores, lead, resized, strips
 from agln_fast.runtime.sliding import slide
 
 __all__ = ["Segmenter", "load", "load_network", "runnable_engines"]
@@ -135,6 +134,7 @@ def load_network(
     checked = check_network_precision(precision)
     threads = check_threads(threads)
     check_device(device)
+    use_threads(threads)
     contract = IOContract(*size, max_batch=max_batch, output="logits", resize=resize)
     if not isinstance(network, SegmentationNetwork):
         network = load_checkpoint(network)
@@ -172,7 +172,8 @@ class Segmenter:
 
     engine: what runs; contract: what goes into it and comes out; class_set: what the labels mean.
 
-    One call runs at a time; threads that share a segmenter wait for each other.
+    Threads may share one: images are read, resized and labelled side by side, and wait for each other at the engine.
+    It belongs to the process that opened it, also after a fork.
     """
 
     def __init__(self, engine: EngineRecord, backend: Backend, contract: IOContract, class_set: ClassSet) -> None:
@@ -181,8 +182,7 @@ class Segmenter:
         self.contract = contract
         self.class_set = class_set
         self._backend = backend
-        self._lock = threading.Lock()
-        self._closed = False
+        self._gate = Gate("this segmenter", "load the bundle again")
 
     @property
     def device(self) -> str:
@@ -209,7 +209,7 @@ class Segmenter:
                 uint8, uint16 or float in 0..1, a batch of these (B, ...), or a list. Colours are RGB.
             tta: test-time augmentation: several scales and mirror images, each under sliding windows whatever the
                 contract's resize policy; True for the paper's settings. Needs an engine that returns logits.
-            margin: whether to fill `Result.margin`, if the engine returns logits. It holds all (K, H, W) scores.
+            margin: whether to fill `Result.margin`, if the engine returns logits.
             bit_depth: of samples that are stored in 16 or 32 bits, 1 to 16; None to go by the file, as in `load_image`.
 
         Returns:
@@ -218,7 +218,7 @@ class Segmenter:
         Raises:
             ImageError: an image that cannot be used.
             ConfigError: `tta` with an engine that returns labels, or `bit_depth` is not from 1 to 16.
-            BackendError: the engine failed, or the segmenter is closed.
+            BackendError: the engine failed, or the segmenter is closed, perhaps meanwhile, or was opened before a fork.
         """
         sources, single = as_image_list(images)
         tta = TestTimeAugmentation() if tta is True else tta
@@ -227,19 +227,18 @@ class Segmenter:
                 f"engine {self.engine.name} returns labels, and test-time augmentation averages scores: "
                 "build the bundle with --output logits"
             )
-        if self._closed:
-            raise BackendError("this segmenter is closed; load the bundle again")
+        self._gate.check()  # and not only when the images have been read
         slides = tta or self.contract.resize == "slide"
         read = partial(load_image, bit_depth=bit_depth)
-        with self._lock:
-            results = list(self._slide(read, sources, tta, margin) if slides else self._whole(read, sources, margin))
+        results = list(self._slide(read, sources, tta, margin) if slides else self._whole(read, sources, margin))
         return results[0] if single else results
 
     def close(self) -> None:
-        """Release the engine. Closing twice is allowed."""
-        with self._lock:
-            self._closed = True
-            self._backend.close()
+        """Release the engine, after the run that goes on in it; calls of other threads end with an error.
+
+        Closing twice is allowed. In a forked process nothing is released.
+        """
+        self._gate.close(self._backend.close)
 
     def __enter__(self) -> Self:
         return self
@@ -257,8 +256,7 @@ class Segmenter:
             frames, placements = zip(*(fit(image, self.contract) for image in images), strict=True)
             batch = self._batch(frames)
             ready = time.perf_counter()
-            outputs = self._backend.run(batch)
-            done = time.perf_counter()
+            outputs = self._run(batch, clock := _Clock())
             n = len(images)
             for image, output, placement in zip(images, outputs, placements, strict=False):
                 last = time.perf_counter()
@@ -267,9 +265,11 @@ class Segmenter:
                 columns = slice(placement.left, placement.left + placement.width)
                 output = output[..., rows, columns]
                 labels = self._to_own_size(output, size)
-                ahead = _lead(_resize(output, size)) if margin and self.contract.output == "logits" else None
+                ahead = None
+                if margin and self.contract.output == "logits":
+                    ahead = np.concatenate([lead(strip) for strip in resized(output, size)])
                 post = time.perf_counter() - last
-                timing = Timing(1e3 * (ready - began) / n, 1e3 * (done - ready) / n, 1e3 * post)
+                timing = Timing(1e3 * (ready - began) / n, 1e3 * clock.engine / n, 1e3 * post)
                 yield Result(labels, image, self.class_set, timing, ahead)
 
     def _batch(self, frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
@@ -280,15 +280,15 @@ class Segmenter:
     def _to_own_size(self, output: npt.NDArray[Any], size: tuple[int, int]) -> Labels:
         """The engine's labels (h, w) or logits (K, h, w) of one image -> labels (H, W), resampled once."""
         if self.contract.output == "logits":
-            return self._as_labels(label_upsample(torch.from_numpy(output)[None], size)[0])
+            return self._as_labels(upsample_labels(output, size))
         if output.shape == size:
             return np.ascontiguousarray(output)
         nearest = [((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in zip(size, output.shape, strict=True)]
         return output[np.ix_(*nearest)]
 
-    def _as_labels(self, ids: Tensor) -> Labels:
+    def _as_labels(self, ids: npt.NDArray[Any]) -> Labels:
         """Class ids (H, W) of any integer type -> uint8, or int32 for more than 256 classes."""
-        return cast(Labels, ids.numpy().astype(np.uint8 if len(self.class_set.classes) <= 256 else np.int32))
+        return cast(Labels, ids.astype(np.uint8 if len(self.class_set.classes) <= 256 else np.int32, copy=False))
 
     def _slide(
         self,
@@ -302,34 +302,40 @@ class Segmenter:
             began = time.perf_counter()
             image = read(source)
             ready = time.perf_counter()
-            seconds: list[float] = []
-            run = partial(self._run_timed, seconds)
+            run = partial(self._run_frames, clock := _Clock())
             if tta:
-                bands = iter([multiscale(run, image, self.contract, tta)])
+                bands: Iterable[Scores] = [multiscale(run, image, self.contract, tta)]
             else:
                 bands = (logits[0] for logits in slide(run, image, self.contract))
-            parts = [(self._as_labels(scores.argmax(0)), _lead(scores) if margin else None) for scores in bands]
+            parts = [
+                (self._as_labels(best_classes(scores)), lead(scores) if margin else None)
+                for band in bands
+                for scores in strips(band)
+            ]
             labels = np.concatenate([labels for labels, _ in parts])
-            ahead = np.concatenate([lead for _, lead in parts if lead is not None]) if margin else None
-            post = time.perf_counter() - ready - sum(seconds)
-            timing = Timing(1e3 * (ready - began), 1e3 * sum(seconds), 1e3 * post)
+            ahead = np.concatenate([first for _, first in parts if first is not None]) if margin else None
+            post = time.perf_counter() - ready - clock.engine - clock.waiting
+            timing = Timing(1e3 * (ready - began), 1e3 * clock.engine, 1e3 * post)
             yield Result(labels, image, self.class_set, timing, ahead)
 
-    def _run_timed(self, seconds: list[float], frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
-        """Frames (H, W, 3), at most max_batch, through the engine; the time that it took is appended to `seconds`."""
-        batch = self._batch(frames)
-        began = time.perf_counter()
-        outputs = self._backend.run(batch)
-        seconds.append(time.perf_counter() - began)
+    def _run_frames(self, clock: _Clock, frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
+        """Frames (H, W, 3), at most max_batch, through the engine."""
+        return self._run(self._batch(frames), clock)
+
+    def _run(self, batch: npt.NDArray[Any], clock: _Clock) -> npt.NDArray[Any]:
+        """`batch` through the engine, when it is this thread's turn."""
+        asked = time.perf_counter()
+        with self._gate.turn():
+            began = time.perf_counter()
+            outputs = self._backend.run(batch)
+            clock.engine += time.perf_counter() - began
+        clock.waiting += began - asked
         return outputs
 
 
-def _resize(logits: npt.NDArray[Any], size: tuple[int, int]) -> Tensor:
-    """(K, h, w) -> (K, H, W), as `label_upsample` does."""
-    return F.interpolate(torch.from_numpy(logits)[None], size, mode="bilinear", align_corners=True)[0]
+@dataclass
+class _Clock:
+    """Seconds in the engine, and those of waiting for other threads to leave it."""
 
-
-def _lead(scores: Tensor) -> npt.NDArray[np.float32]:
-    """(K, H, W) -> (H, W): the largest score minus the next one; 0 for a single class."""
-    top = scores.topk(min(2, len(scores)), 0).values
-    return (top[0] - top[-1]).float().numpy()
+    engine: float = 0.0
+    waiting: float = 0.0

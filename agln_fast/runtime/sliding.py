@@ -8,11 +8,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from agln_fast.contract import IOContract
 from agln_fast.runtime.images import ImageArray, fit, windows
+from agln_fast.runtime.scores import Scores
 
 __all__ = ["Run", "slide"]
 
@@ -20,7 +19,7 @@ Run: TypeAlias = Callable[[Sequence[ImageArray]], npt.NDArray[Any]]
 """At most max_batch frames (height, width, 3) uint8 of the contract's size -> logits (K, height, width) for each."""
 
 
-def slide(run: Run, image: ImageArray, contract: IOContract, *, flip: bool = False) -> Iterator[Tensor]:
+def slide(run: Run, image: ImageArray, contract: IOContract, *, flip: bool = False) -> Iterator[Scores]:
     """Cover `image` (H, W, 3) with windows of the contract's size, and average their logits at every pixel.
 
     Only the rows under the current band of windows are held: (F, K, height, W) instead of (F, K, H, W).
@@ -43,29 +42,29 @@ def slide(run: Run, image: ImageArray, contract: IOContract, *, flip: bool = Fal
     ]
     count = seen[0][:, None] * seen[1]
 
-    total: Tensor | None = None
+    total: Scores | None = None
     band = 0
     for start in range(0, len(views), contract.max_batch):
         chunk = views[start : start + contract.max_batch]
         crops = [frame[top : top + height, left : left + width] for top, left, _ in chunk]
         frames = [crop[:, ::-1] if mirrored else crop for crop, (*_, mirrored) in zip(crops, chunk, strict=True)]
-        for (top, left, mirrored), logits in zip(chunk, torch.from_numpy(run(frames)), strict=False):
+        for (top, left, mirrored), logits in zip(chunk, run(frames), strict=False):
             if total is None:
-                total = logits.new_zeros(1 + flip, len(logits), height, frame.shape[1])
+                total = np.zeros((1 + flip, len(logits), height, frame.shape[1]), np.float32)
             if top > band:
                 step = top - band
                 yield total[:, :, :step, : placement.width] / count[band:top, : placement.width]
-                total = torch.cat([total[:, :, step:], torch.zeros_like(total[:, :, :step])], 2)
+                total = np.concatenate([total[:, :, step:], np.zeros_like(total[:, :, :step])], 2)
                 band = top
-            total[int(mirrored), :, :, left : left + width] += logits.flip(-1) if mirrored else logits
+            total[int(mirrored), :, :, left : left + width] += logits[..., ::-1] if mirrored else logits
     assert total is not None, "there is at least one window"
     rows = placement.height - band
     yield total[:, :, :rows, : placement.width] / count[band : placement.height, : placement.width]
 
 
-def _coverage(starts: set[int], window: int) -> Tensor:
+def _coverage(starts: set[int], window: int) -> Scores:
     """How many windows, of those that begin at `starts`, see each position."""
     seen = np.zeros(max(starts) + window, np.float32)
     for start in starts:
         seen[start : start + window] += 1
-    return torch.from_numpy(seen)
+    return seen

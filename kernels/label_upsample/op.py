@@ -1,4 +1,4 @@
-"""The op `agln::label_upsample`: the reference on a CPU, the Triton kernel on CUDA, shapes alone for tracing."""
+"""The op `agln::label_upsample`: NumPy on a CPU, the Triton kernel on CUDA, shapes alone for tracing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import SymInt, Tensor
 
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.label_upsample import reference
+from agln_fast.kernels.label_upsample.cpu import upsample_labels
 from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.registration import register
 
@@ -37,7 +38,10 @@ def _check(logits: Tensor, size: Sequence[int]) -> None:
 
 def _cpu(logits: Tensor, size: Sequence[int]) -> Tensor:
     _check(logits, size)
-    return reference.label_upsample(logits, (size[0], size[1]))
+    labels = reference.empty_labels(logits, (size[0], size[1]))
+    for image, labels_of_image in zip(logits.detach(), labels, strict=True):
+        labels_of_image.numpy()[:] = upsample_labels(image.float().numpy(), (size[0], size[1]))
+    return labels
 
 
 def _cuda(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agln_fast.kernels.label_upsample.cpu import label_type
+
 __all__ = ["empty_labels", "label_upsample"]
 
 _STRIP_BYTES = 16 * 2**20  # fastest on CPUs of 64, 16, 8, 4, 2 and 1 MiB: a strip stays in the cache, calls are few
@@ -52,8 +54,7 @@ def label_upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def empty_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """An uninitialised label map for (B, K, h, w) logits: (B, H, W), of the smallest dtype that holds K classes."""
     batch, classes = logits.shape[:2]
-    dtype = torch.uint8 if classes <= 256 else torch.int16 if classes <= 32767 else torch.int32
-    return torch.empty(batch, *size, dtype=dtype, device=logits.device)
+    return torch.empty(batch, *size, dtype=getattr(torch, label_type(classes)), device=logits.device)
 
 
 def _rows(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

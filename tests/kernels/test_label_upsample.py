@@ -1,5 +1,6 @@
-"""label_upsample: reference, kernel under the interpreter, and op against PyTorch's resize, float64, and by hand."""
+"""label_upsample: reference, NumPy on CPUs, kernel under the interpreter, op; against float64 and by hand."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from interpreter import poisoned, shipped, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agln_fast.kernels.label_upsample import kernel, label_upsample, reference
+from agln_fast.kernels.label_upsample import cpu, kernel, label_upsample, reference
 from agln_fast.kernels.label_upsample.op import CONFIGS
 from agln_fast.kernels.launch import choose
 
@@ -53,9 +54,22 @@ SIZES = pytest.mark.parametrize(
 )
 
 
+def smooth(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Logits as of pictures: regions of a class, with few borders between them."""
+    coarse = noise((*shape[:2], 3, 4), seed)
+    return F.interpolate(coarse, shape[2:], mode="bicubic", align_corners=True).contiguous()
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "label_upsample", [label_upsample, reference.label_upsample], ids=["op", "reference"]
+)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("make", [noise, smooth])
 @SIZES
-def test_agrees_with_resize_then_argmax(shape: tuple[int, ...], size: tuple[int, int]) -> None:
-    logits = noise(shape)
+def test_agrees_with_resize_then_argmax(shape, size, make, label_upsample):
+    logits = make(shape)
     labels = label_upsample(logits, size)
     check(logits, size, labels)
     resized = F.interpolate(logits, size, mode="bilinear", align_corners=True)
@@ -66,8 +80,9 @@ def test_agrees_with_resize_then_argmax(shape: tuple[int, ...], size: tuple[int,
 @settings(max_examples=60, deadline=None)
 @given(st.tuples(*[st.integers(1, 12)] * 4), st.integers(1, 4), st.integers(0, 2**16))
 def test_agrees_with_float64_at_any_size(sides: tuple[int, int, int, int], classes: int, seed: int) -> None:
-    logits = noise((1, classes, *sides[:2]), seed)
-    check(logits, sides[2:], label_upsample(logits, sides[2:]))
+    for logits in (noise((1, classes, *sides[:2]), seed), smooth((1, classes, *sides[:2]), seed)):
+        for implementation in (label_upsample, reference.label_upsample):
+            check(logits, sides[2:], implementation(logits, sides[2:]))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -109,9 +124,67 @@ def test_dtype_holds_the_last_class(classes: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [(31, 20), (3, 4)], ids=["up", "down"])
 def test_strips_of_one_row_give_the_same_labels(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     logits = noise((2, 6, 9, 7), 3)
-    whole = label_upsample(logits, size)
+    whole = reference.label_upsample(logits, size)
     monkeypatch.setattr(reference, "_STRIP_BYTES", 1)
+    assert torch.equal(reference.label_upsample(logits, size), whole)
+
+
+@pytest.mark.parametrize("size", [(31, 20), (3, 4), (9, 7)], ids=["up", "down", "same-size"])
+def test_cells_one_by_one_give_the_same_labels(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = noise((1, 6, 9, 7), 3)
+    whole = label_upsample(logits, size)
+    monkeypatch.setattr(cpu, "_STRIP_BYTES", 1)
+    monkeypatch.setattr(cpu, "_CELLS", 1)
     assert torch.equal(label_upsample(logits, size), whole)
+
+
+def test_cells_whose_corners_agree_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class 1 takes the source from column 4 on: only the cells between columns 3 and 4 are mixed."""
+    logits = torch.zeros(1, 2, 5, 8)
+    logits[:, 1] = torch.arange(8) - 3.5
+    seen = []
+    interpolate = cpu._interpolate
+
+    def spy(labels, flat, width, rows, columns, y, x, down, across):  # type: ignore[no-untyped-def]
+        seen.extend(zip(y.tolist(), x.tolist(), strict=True))
+        interpolate(labels, flat, width, rows, columns, y, x, down, across)
+
+    monkeypatch.setattr(cpu, "_interpolate", spy)
+    check(logits, (25, 57), label_upsample(logits, (25, 57)))
+    assert sorted(seen) == [(row, 3) for row in range(4)]
+
+
+@pytest.mark.parametrize("corner", range(4), ids=["upper-left", "upper-right", "lower-left", "lower-right"])
+def test_one_corner_that_differs_is_enough(corner: int) -> None:
+    """Class 1 is 1 against 0.3 at one corner of four, and wins where its weight is above 0.3: beyond that corner."""
+    logits = torch.stack([torch.full((4,), 0.3), torch.zeros(4)]).view(1, 2, 2, 2)
+    logits.view(2, 4)[1, corner] = 1
+    labels = label_upsample(logits, (9, 9))
+    assert torch.equal(labels, reference.label_upsample(logits, (9, 9)))
+    assert labels.sum() > 1
+
+
+def test_a_class_that_wins_at_no_corner_may_win_between_them() -> None:
+    """1 - 2x, 2x - 1 and 0.3 along a cell: the third is ahead from x = 0.35 to 0.65."""
+    logits = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.3, 0.3]]).view(1, 3, 1, 2)
+    assert label_upsample(logits, (1, 11)).tolist() == [[[0, 0, 0, 0, 2, 2, 2, 1, 1, 1, 1]]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("size", [(4, 5), (11, 13), (2, 2)], ids=["same-size", "up", "down"])
+def test_what_is_not_finite_gives_some_label(value: float, size: tuple[int, int]) -> None:
+    logits = noise((1, 5, 4, 5))
+    logits[:, ::2] = value
+    assert int(label_upsample(logits, size).max()) < 5
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("classes", [1, 3, 300])
+def test_the_best_class_is_the_first_of_the_largest(classes: int, order: str) -> None:
+    scores = np.random.default_rng(0).integers(0, 3, (classes, 7, 9)).astype(np.float32, order=order)
+    best = cpu.best_classes(scores)
+    assert np.array_equal(best, scores.argmax(0))
+    assert best.dtype == cpu.label_type(classes)
 
 
 @pytest.mark.parametrize(

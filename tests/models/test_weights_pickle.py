@@ -19,9 +19,9 @@ import torch
 from pickles import archive, call, dictionary, name, number, pickled, text, together
 
 import agln_fast
-from agln_fast.errors import CheckpointError
+from agln_fast.errors import CheckpointError, printable
 from agln_fast.models import weights_pickle
-from agln_fast.models.weights_pickle import Inert, printable, read_pickle
+from agln_fast.models.weights_pickle import Inert, read_pickle
 
 FLOATS = ("float16", "float32", "float64", "longdouble", "complex64", "complex128", "clongdouble")
 INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
