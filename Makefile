@@ -1,9 +1,12 @@
-# `make demo`: build engines from checkpoints and segment pictures.  `make test`: all tests.  `make lint`: all checks.
+# `make demo`: build engines from checkpoints and segment pictures.  `make test`: all tests but the slow ones, which
+# `make test TESTS="slow or not slow"` runs, too.  `make lint`: all checks.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 RUNS ?= runs
+TESTS ?= not slow
 BIN = $(VENV)/bin
+PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY = $(VENV)/.ready
 SOURCES = agln_fast kernels export bench tests setup.py
 
@@ -11,8 +14,9 @@ SOURCES = agln_fast kernels export bench tests setup.py
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@echo "installing into $(VENV): about a minute, once"
+	@$(PIP) --upgrade pip
+	@$(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: $(READY)
@@ -29,7 +33,7 @@ checkpoints: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m agln_fast.bench.checkpoints $(RUNS)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "$(TESTS)"
 
 # Types and layers are checked on a build tree, where the mapped folders lie inside the package.
 lint: $(READY)

@@ -12,4 +12,5 @@ packages = find_packages(include=["agln_fast", "agln_fast.*"])
 for folder in MAPPED:
     packages += [f"agln_fast.{name}" for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]]
 
+packages.append("agln_fast.checkpoints")  # data alone
 setup(packages=packages, package_dir={f"agln_fast.{folder}": folder for folder in MAPPED})

@@ -50,7 +50,7 @@ _SUMS = "SHA256SUMS"
 _REBUILD = "build it again with `agln-fast build`"
 _LARGEST_MANIFEST = 2**24  # bytes; 32,767 classes take 3 MB
 _DEEPEST = 8  # lists and objects in each other
-_LONGEST = 400  # characters of what others wrote, in a message
+_LONGEST = 1200  # characters of a message
 _ATTEMPTS, _PAUSE_S = 50, 0.01
 # Control characters, which terminals obey; line separators; halves of surrogate pairs, which no encoding can write.
 _UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -170,7 +170,7 @@ class Manifest:
             )
             ClassSet("bundle", "", manifest.classes, manifest.palette)
         except ConfigError as error:
-            raise BundleError(f"manifest: {printable(error, _LONGEST)}; {_REBUILD}") from None
+            raise BundleError(f"manifest: {printable(error)}; {_REBUILD}") from None
         outputs = manifest.model.num_classes
         if len(manifest.classes) != outputs:
             raise BundleError(f"manifest names {len(manifest.classes)} classes for {outputs} outputs; {_REBUILD}")
@@ -191,7 +191,7 @@ def _check_schema(values: dict[str, Any]) -> None:
 
     error = best_match(_validator().iter_errors(values))
     if error is not None:
-        where = f"{printable(error.json_path, _LONGEST)}: {printable(error.message, _LONGEST)}"
+        where = f"{printable(error.json_path)}: {printable(error.message)}"
         raise BundleError(f"manifest breaks its schema at {where}; {_REBUILD}")
 
 
@@ -238,9 +238,7 @@ def _check_plain(values: Any) -> None:
         level = [inner for value in level for inner in _parts(value)]
         for text in level:
             if isinstance(text, str) and _UNSHOWABLE.search(text):
-                raise BundleError(
-                    f"manifest holds the text '{printable(text, _LONGEST)}', which cannot be shown; {_REBUILD}"
-                )
+                raise BundleError(f"manifest holds the text '{printable(text)}', which cannot be shown; {_REBUILD}")
     if level:
         raise BundleError(f"manifest has lists and objects too deep in each other; {_REBUILD}")
 
@@ -360,7 +358,7 @@ def _open(path: Path) -> Bundle | None:
         if not _is_at(path, folder):
             return None
         if isinstance(error, BundleError):
-            raise BundleError(f"{path}: {printable(error, 3 * _LONGEST)}") from None
+            raise BundleError(f"{path}: {printable(error, _LONGEST)}") from None
         raise
     finally:
         os.close(folder)
@@ -406,9 +404,7 @@ def _check(folder: int, path: Path) -> Manifest:
             raise BundleError(f"manifest.json or {_SUMS} was changed after the build; copy it again or {_REBUILD}")
     unlisted = sorted(names - {*manifest.files, _MANIFEST, _SUMS})
     if unlisted:
-        raise BundleError(
-            f"{printable(unlisted[0], _LONGEST)} is not in the manifest; move it out of the bundle's folder"
-        )
+        raise BundleError(f"{printable(unlisted[0])} is not in the manifest; move it out of the bundle's folder")
     return manifest
 
 
@@ -423,7 +419,7 @@ def _values(text: bytes) -> Any:
             raise ValueError(f"more than {_LARGEST_MANIFEST} bytes")
         return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{_MANIFEST} is damaged ({printable(error, _LONGEST)}); {_REBUILD}") from None
+        raise BundleError(f"{_MANIFEST} is damaged ({printable(error)}); {_REBUILD}") from None
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -21,6 +21,7 @@ from agln_fast.runtime.segmenter import load
 __all__ = ["compare", "pictures"]
 
 NETWORKS = {"FPN": "fpn.agln", "AGLN": "agln.agln"}
+TITLE = "Small networks, trained on synthetic scenes alone: of a photograph they know nothing but what is alike."
 SCENES = (1, 5, 9)
 """Numbers in the test split; chosen for what is in them before any network had seen them."""
 
@@ -47,7 +48,8 @@ def compare(folder: Path) -> None:
         truth = folder / "scenes" / "labels" / path.name
         known = np.array(Image.open(truth)) if truth.exists() else None
         examples.append(Example(load_image(path), known, labels, path.stem))
-    save_figure(draw_comparison(examples, list(NETWORKS), Scenes("test").class_set), folder / "comparison.png")
+    figure = draw_comparison(examples, list(NETWORKS), Scenes("test").class_set, title=TITLE)
+    save_figure(figure, folder / "comparison.png")
     print(f"{folder / 'comparison.png'}: input, ground truth, {', '.join(NETWORKS)}")
 
 

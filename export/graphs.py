@@ -12,6 +12,7 @@ import numpy.typing as npt
 from agln_fast.contract import IOContract, Precision
 from agln_fast.export.onnx import export_onnx
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.cost import CostModel
 from agln_fast.plan.plan import Plan
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import sample_images
@@ -33,7 +34,6 @@ class Graphs:
         self.network = network
         self.contract = contract
         self.folder = folder
-        self.predicted: dict[tuple[str, Precision], Any] = {}  # what `tune` took of its cost model, by machine
         self._metadata = metadata
         self._files: dict[tuple[Precision, Plan], Path] = {}
 
@@ -53,6 +53,11 @@ class Graphs:
         """Put the file in its place, `file`, on the same disk; it is exported if nobody has yet."""
         self._files[kind, plan] = self(kind, plan).rename(file)
         return file
+
+    @cached_property
+    def cost(self) -> CostModel:
+        """What a run of the largest batch costs under a plan."""
+        return CostModel(self.network, (self.contract.height, self.contract.width), self.contract.max_batch)
 
     @cached_property
     def sample(self) -> npt.NDArray[Any]:

@@ -27,11 +27,9 @@ from agln_fast.errors import ConfigError, did_you_mean
 from agln_fast.export.graphs import Graphs
 from agln_fast.files import scratch_folder
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.cost import estimate_seconds, without_weights
 from agln_fast.plan.network import plan_network
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan
 from agln_fast.plan.rates import Rates, cpu_rates
-from agln_fast.plan.rewrite import rewrite
 from agln_fast.runtime.turns import rounds
 
 __all__ = ["SHORT_S", "Candidate", "Tuning", "suitable", "tune", "tune_engine"]
@@ -230,7 +228,6 @@ class _Model:
     candidates: dict[Plan, Candidate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._network = without_weights(self.graphs.network)
         half = self.precision != "fp32"
         self._element_size = 2 if half else 4
         self._rates = cpu_rates(half) if self.backend in _CPU else _GPU_RATES["fp16" if half else "fp32"]
@@ -247,15 +244,8 @@ class _Model:
 
     def seconds(self, plan: Plan) -> float:
         """Of one run."""
-        contract = self.graphs.contract
-        return estimate_seconds(
-            rewrite(self._network, plan),
-            (contract.height, contract.width),
-            self._rates,
-            batch=contract.max_batch,
-            element_size=self._element_size,
-            full_size=contract.output == "logits" or not plan.low_resolution_labels,
-        )
+        full_size = self.graphs.contract.output == "logits" or not plan.low_resolution_labels
+        return self.graphs.cost.seconds(plan, self._rates, element_size=self._element_size, full_size=full_size)
 
 
 @dataclass(eq=False)
@@ -339,16 +329,11 @@ def _is_clear(times: Sequence[Sequence[float]]) -> bool:
 
 def _predict(graphs: Graphs, backend: str, precision: Precision) -> Tuning:
     """What the cost model chooses: from a plan that is good everywhere, one decision after the other."""
-    machine = "cpu" if backend in _CPU else "gpu"
-    if (machine, precision) in graphs.predicted:
-        return replace(graphs.predicted[machine, precision], backend=backend)
     model = _Model(graphs, backend, precision)
     best = model.fastest([_start(backend), NO_PLAN])
     for changes in _decisions(graphs, backend, precision, timed=False):
         best = model.fastest([best, *(replace(best, **change) for change in changes(best))])
-    tuning = Tuning(backend, precision, best, "cost model", True, tuple(model.candidates.values()))
-    graphs.predicted[machine, precision] = tuning
-    return tuning
+    return Tuning(backend, precision, best, "cost model", True, tuple(model.candidates.values()))
 
 
 def _shortlist(graphs: Graphs, backend: str, precision: Precision) -> list[Plan]:
@@ -396,14 +381,17 @@ def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: boo
     def switch(name: str) -> Changes:
         return lambda best: [{name: not getattr(best, name)}]
 
-    groups = [] if network.decoder is None else range(len(network.decoder.lateral))
+    def forms(group: int) -> Changes:
+        return lambda best: _forms(best, group)
+
+    groups = [] if network.decoder is None else list(range(len(network.decoder.lateral)))
     for group in groups[:-1]:
-        yield lambda best, group=group: _forms(best, group)
+        yield forms(group)
     if suitable(Plan(winograd=1), backend, precision).winograd:
         # The coarsest stage, 1/32, has too few tiles for it.
         yield lambda best: [{"winograd": count} for count in range(STAGES) if count != best.winograd]
     for group in groups[-1:]:  # whether it pays hangs on how fast the convolution is that it makes smaller
-        yield lambda best, group=group: _forms(best, group)
+        yield forms(group)
     if graphs.contract.output == "labels" and timed:
         yield switch("low_resolution_labels")
     if fusions:

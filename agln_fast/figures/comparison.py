@@ -73,6 +73,7 @@ def draw_comparison(
     *,
     alpha: float = 1.0,
     contours: bool = True,
+    title: str = "",
 ) -> Figure:
     """A row per example: input, ground truth, and what each network sees, as Fig. 6; below, the classes that occur.
 
@@ -84,6 +85,7 @@ def draw_comparison(
         class_set: names and colours of the classes.
         alpha: from 0, the image alone, to 1, the colours alone.
         contours: whether white dashed lines mark the larger regions where a network is wrong (`main_errors`).
+        title: a line above everything.
 
     Raises:
         ConfigError: no example, as many predictions as names nowhere, maps of another size than their image, class ids
@@ -103,6 +105,9 @@ def draw_comparison(
     page = Page()
     width = _PANEL * (2 + len(networks)) + _GAP * (1 + len(networks))
     top = 0.0
+    if title:
+        page.text(0, top, title)
+        top += 0.25
     for example in examples:
         height = panel_height(example.image, _PANEL)
         lefts = (column * (_PANEL + _GAP) for column in range(2 + len(networks)))

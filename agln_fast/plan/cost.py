@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +14,29 @@ from torch.utils.flop_counter import flop_registry
 
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.network import PlannedNetwork
+from agln_fast.plan.plan import Plan
 from agln_fast.plan.rates import Rates
+from agln_fast.plan.rewrite import rewrite
 
-__all__ = ["estimate_seconds", "without_weights"]
+__all__ = ["CostModel"]
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What one operation does: whether it is a convolution, its floating-point operations, the numbers that it reads
+    and writes."""
+
+    convolves: bool
+    flops: int
+    numbers: int
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the time of each operation, which is bound by its arithmetic or by its traffic, whatever takes longer.
+    """Notes every operation but element-wise ones: compilers compute these beside the operation before."""
 
-    Element-wise operations are free: compilers compute them beside the operation before.
-    """
-
-    def __init__(self, rates: Rates, element_size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seconds = 0.0
-        self._rates = rates
-        self._element_size = element_size
+        self.operations: list[_Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -37,29 +45,42 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        moved = self._element_size * sum(tensor.numel() for tensor in tensors)
         convolves = func.overloadpacket is torch.ops.aten.convolution
-        rate = self._rates.convolution if convolves else self._rates.product
-        self.seconds += max(flops / rate, moved / self._rates.bytes)
+        self.operations.append(_Operation(convolves, flops, sum(tensor.numel() for tensor in tensors)))
         return result
 
 
-def without_weights(model: SegmentationNetwork) -> SegmentationNetwork:
-    """A copy on the meta device, which is rewritten in no time; α, β and γ, which decide what is computed, are kept."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 1]
-    return copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
+class CostModel:
+    """What one run of a network costs under each plan. Operations are counted once for a plan, on the meta device."""
 
+    def __init__(self, model: SegmentationNetwork, size: tuple[int, int], batch: int) -> None:
+        """`size` (height, width) of the images, `batch` of them in a run."""
+        # Without weights it is rewritten in no time; α, β and γ, which decide what is computed, are kept.
+        tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 1]
+        self._model = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
+        self._image = torch.empty(batch, 3, *size, device="meta")
+        self._rewritten: dict[tuple[str, ...], PlannedNetwork] = {}
+        self._counted: dict[tuple[Plan, bool], list[_Operation]] = {}
 
-@torch.no_grad()
-def estimate_seconds(
-    network: PlannedNetwork, size: tuple[int, int], rates: Rates, *, batch: int, element_size: int, full_size: bool
-) -> float:
-    """Seconds of one run on images of `size`, numbers being `element_size` bytes; `network` is not changed.
+    def seconds(self, plan: Plan, rates: Rates, *, element_size: int, full_size: bool) -> float:
+        """Seconds on a machine of `rates`, where a number has `element_size` bytes.
 
-    `full_size`: logits are resized to the size of the image.
-    """
-    shadow = network.copy().to("meta")
-    image = torch.empty(batch, 3, *size, device="meta")
-    with _Meter(rates, element_size) as meter:
-        shadow(image) if full_size else shadow.logits(image)
-    return float(meter.seconds)
+        An operation is bound by its arithmetic or by its traffic, whatever takes longer. `full_size`: logits are
+        resized to the size of the image.
+        """
+        return sum(
+            max(
+                operation.flops / (rates.convolution if operation.convolves else rates.product),
+                element_size * operation.numbers / rates.bytes,
+            )
+            for operation in self._operations(plan, full_size)
+        )
+
+    @torch.no_grad()
+    def _operations(self, plan: Plan, full_size: bool) -> list[_Operation]:
+        if (plan, full_size) not in self._counted:
+            network = rewrite(self._model, plan, self._rewritten).to("meta")
+            with _Meter() as meter:
+                network(self._image) if full_size else network.logits(self._image)
+            self._counted[plan, full_size] = meter.operations
+        return self._counted[plan, full_size]

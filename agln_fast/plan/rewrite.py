@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
 from agln_fast.models.networks import SegmentationNetwork
@@ -34,21 +36,37 @@ _REWRITES = (
 )
 
 
+def _steps(plan: Plan) -> Iterator[tuple[str, Callable[[PlannedNetwork], PlannedNetwork]]]:
+    """What `plan` asks for, in the order in which it is applied, each under a name that says all about it."""
+    for step in _REWRITES:
+        if getattr(plan, step.__name__):
+            yield step.__name__, step
+    if plan.mix_before_upsample != NOT_MIXED:
+        forms = plan.mix_before_upsample
+        yield f"mix_before_upsample{forms}", lambda network: mix_before_upsample(network, forms)
+    if plan.winograd:
+        yield f"winograd({plan.winograd})", lambda network: winograd(network, plan.winograd)
+
+
 @torch.no_grad()
-def rewrite(model: SegmentationNetwork, plan: Plan) -> PlannedNetwork:
+def rewrite(
+    model: SegmentationNetwork, plan: Plan, made: dict[tuple[str, ...], PlannedNetwork] | None = None
+) -> PlannedNetwork:
     """A network that computes the same function as `model`, rewritten as `plan` says; `model` is not changed.
 
     Weights are composed in the model's dtype: give it in float32 or better, and round the result.
 
+    Args:
+        made: networks of `model` after the first steps, by their names: looked into and filled, so that calls for
+            several plans share what these have in common. The result is one of them then; do not change it.
+
     Raises:
         ConfigError: not a `SegmentationNetwork`, or an α, β or γ of NaN or Inf.
     """
-    network = plan_network(model)
-    for step in _REWRITES:
-        if getattr(plan, step.__name__):
-            network = step(network)
-    if plan.mix_before_upsample != NOT_MIXED:
-        network = mix_before_upsample(network, plan.mix_before_upsample)
-    if plan.winograd:
-        network = winograd(network, plan.winograd)
+    made = {} if made is None else made
+    done: tuple[str, ...] = ()
+    network = made[done] = made.get(done) or plan_network(model)
+    for name, step in _steps(plan):
+        done = (*done, name)
+        network = made[done] = made.get(done) or step(network)
     return network

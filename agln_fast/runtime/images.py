@@ -110,7 +110,7 @@ def load_image(source: ImageSource, *, max_pixels: int | None = None, bit_depth:
         return _from_file(io.BytesIO(bytes(source)), name, max_pixels, bit_depth)
     if callable(getattr(source, "read", None)):
         name = str(getattr(source, "name", type(source).__name__))
-        return _from_file(source, name, max_pixels, bit_depth)
+        return _from_file(cast("IO[bytes]", source), name, max_pixels, bit_depth)
     needed = "a path, bytes, an open binary file, a PIL image, a NumPy array (H, W, 3) or a torch tensor (3, H, W)"
     raise ImageError(f"{type(source).__name__} is no image: needs {needed}, or a list of these")
 

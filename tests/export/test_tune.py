@@ -19,10 +19,9 @@ from agln_fast.export import tune as module
 from agln_fast.export.graphs import Graphs
 from agln_fast.export.tune import Candidate, Tuning, tune, tune_engine
 from agln_fast.plan import winograd as winograd_module
-from agln_fast.plan.cost import estimate_seconds
+from agln_fast.plan.cost import CostModel
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, NOT_MIXED, Plan
 from agln_fast.plan.rates import Rates
-from agln_fast.plan.rewrite import rewrite
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import sample_frames
 
@@ -335,15 +334,14 @@ def test_what_cannot_run_goes_by_the_cost_model(backend, small_network):
 
 def test_the_cost_model_counts_by_hand(small_network):
     """Arithmetic alone: what mixing saves, in multiply-adds; traffic alone: bytes of what is read and written."""
-    network = small_network("fpn_resnet18")
     plain, mixed = (
-        rewrite(network, Plan(fold_batchnorm=True, mix_before_upsample=forms))
+        Plan(fold_batchnorm=True, mix_before_upsample=forms)
         for forms in (("none", "none", "none"), ("full", "none", "none"))
     )
 
-    def seconds(planned, rates, **changes):
-        options = {"batch": 1, "element_size": 4, "full_size": False, **changes}
-        return estimate_seconds(planned, (128, 128), rates, **options)
+    def seconds(plan, rates, batch=1, **changes):
+        model = CostModel(small_network("fpn_resnet18"), (128, 128), batch)
+        return model.seconds(plan, rates, **{"element_size": 4, "full_size": False, **changes})
 
     arithmetic, traffic = Rates(1.0, 1.0, 1e30), Rates(1e30, 1e30, 1.0)
     direct = 9 * 32 * 16 * 32**2
