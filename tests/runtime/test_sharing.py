@@ -136,6 +136,7 @@ def test_engines_are_closed_while_threads_run_them(name, bundle):
         together = threading.Barrier(5)
 
         def work(segment=segment, together=together) -> None:
+            segment(_pixels())
             together.wait(_LONG)
             with pytest.raises(BackendError, match="this segmenter is closed"):
                 _segment_for_ever(segment, expected)
