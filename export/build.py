@@ -315,7 +315,7 @@ class _Work:
         """Write the file of `engine`, if none is there that serves it."""
         if engine.graph is None:
             return replace(engine.record(_WEIGHTS, self._versions(engine)), plan_chosen_by=chosen_by)
-        exported = 0.0 if self.graphs.has(engine.graph, plan) else self._export_s()
+        exported = 0.0 if plan in self.graphs.plans(engine.graph) else self._export_s()
         self.steps.start(_MAKE.format(engine.name), about(exported + self._make_s(engine)))
         if engine.target == "cpu":
             graph = self._delivered(engine, plan)

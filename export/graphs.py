@@ -45,9 +45,9 @@ class Graphs:
             self._files[kind, plan] = file
         return self._files[kind, plan]
 
-    def has(self, kind: Precision, plan: Plan) -> bool:
-        """Whether it is exported already."""
-        return (kind, plan) in self._files
+    def plans(self, kind: Precision) -> list[Plan]:
+        """Those whose files of type `kind` are there already."""
+        return [plan for of, plan in self._files if of == kind]
 
     def move(self, kind: Precision, plan: Plan, file: Path) -> Path:
         """Put the file in its place, `file`, on the same disk; it is exported if nobody has yet."""

@@ -337,25 +337,29 @@ def _predict(graphs: Graphs, backend: str, precision: Precision) -> Tuning:
 
 
 def _shortlist(graphs: Graphs, backend: str, precision: Precision) -> list[Plan]:
-    """The few plans to race: the model's best, its best of another kind, and, if there is time, the safe start.
+    """The few plans to race: the model's best, one of another kind, and what is exported already, if there is time.
 
-    What the model knows least about is Winograd's transforms, and whether resizes as products pay: plans are of one
-    kind if they agree in these.
+    What the model knows least about is Winograd's transforms, and then how fast the resizes are as products.
     """
     tuning = _predict(graphs, backend, precision)
-    ranked = sorted(tuning.candidates, key=lambda candidate: candidate.milliseconds)
-    kinds: dict[object, Plan] = {_kind(tuning.plan): tuning.plan}
-    for candidate in ranked:
-        kinds.setdefault(_kind(candidate.plan), candidate.plan)
-    plans = list(kinds.values())[:2]
+    best = tuning.plan
+    others = [candidate for candidate in tuning.candidates if candidate.milliseconds != tuning.milliseconds]
+    others.sort(key=lambda candidate: candidate.milliseconds)
+    exported = [plan for plan in graphs.plans(_graph_type(precision)) if suitable(plan, backend, precision) == plan]
+    known = [*exported, *(candidate.plan for candidate in others), _start(backend)]
+    kinds: tuple[Callable[[Plan], object], ...] = (_has_winograd, _mixed_groups)
+    another = next((plan for kind in kinds for plan in known if kind(plan) != kind(best)), known[-1])
     # Each is opened, warmed up, and timed at least once: about four runs.
-    if 4 * (len(plans) + 1) * tuning.milliseconds < 1e3 * SHORT_S:
-        plans.append(_start(backend))
-    return list(dict.fromkeys(plans))
+    count = 3 if 12 * tuning.milliseconds < 1e3 * SHORT_S else 2
+    return list(dict.fromkeys([best, another, *exported]))[:count]
 
 
-def _kind(plan: Plan) -> object:
-    return bool(plan.winograd), "none" not in plan.mix_before_upsample[:1]
+def _has_winograd(plan: Plan) -> bool:
+    return plan.winograd > 0
+
+
+def _mixed_groups(plan: Plan) -> list[bool]:
+    return [form != "none" for form in plan.mix_before_upsample]
 
 
 def _start(backend: str) -> Plan:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.plan.network import PlannedNetwork
 
-__all__ = ["LowResolutionLogits", "labels_from"]
+__all__ = ["LowResolutionLogits"]
 
 
 class LowResolutionLogits(nn.Module):
-    """Normalised image (B, 3, H, W) -> logits (B, K, h, w) before the last resize, which `labels_from` makes up for.
+    """Normalised image (B, 3, H, W) -> logits (B, K, h, w) before the last resize, which the backend makes up for.
 
     Exact because the resize is a convex combination of the four corners of a cell, computed where it is asked for: the
     K·H·W resized logits need not exist together.
@@ -23,8 +22,3 @@ class LowResolutionLogits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network.logits(x)
-
-
-def labels_from(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, K, h, w) -> labels (B, H, W), of an integer type: argmax over the classes of the resized logits."""
-    return label_upsample(logits, size)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["rounds"]
 
-_REST_S = 0.2  # threads of ONNX Runtime spin for a while after a run, and would take a core from the next contestant
+_REST_S = 0.02  # threads of OpenMP spin for a while after a run, and would take a core from the next contestant
 
 
 def rounds(runs: Sequence[Callable[[], object]]) -> Iterator[list[float]]:

@@ -20,7 +20,7 @@ from agln_fast.export.graphs import Graphs
 from agln_fast.export.tune import Candidate, Tuning, tune, tune_engine
 from agln_fast.plan import winograd as winograd_module
 from agln_fast.plan.cost import CostModel
-from agln_fast.plan.plan import ALGEBRA, NO_PLAN, NOT_MIXED, Plan
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.plan.rates import Rates
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import sample_frames
@@ -176,23 +176,57 @@ def test_without_a_budget_the_few_best_of_the_model_are_raced(graphs, cache, mon
     monkeypatch.setattr(module, "_Race", _noting(raced))
     monkeypatch.setattr(_Clock, "times", {})
     tuning = tune_engine(graphs, "onnxruntime", "fp32")
-    predicted = module._predict(graphs, "onnxruntime", "fp32")
-    assert len(raced) == 1
-    assert raced[0][0] == predicted.plan
-    assert 2 <= len(raced[0]) == len(set(raced[0])) <= 3
-    assert replace(ALGEBRA, pixel_major_attention=True) in raced[0]
+    assert raced == [module._shortlist(graphs, "onnxruntime", "fp32")]
+    assert raced[0][0] == module._predict(graphs, "onnxruntime", "fp32").plan
     assert (tuning.chosen_by, tuning.complete) == ("timing", False)
     assert {candidate.plan for candidate in tuning.candidates} == set(raced[0])
 
 
-def test_slow_networks_have_two_candidates(graphs, monkeypatch):
-    """Each takes about four runs; 10 seconds are for two of them where one run takes a second."""
-    monkeypatch.setattr(
-        module._Model, "seconds", lambda self, plan: 1.0 - 0.1 * (plan.mix_before_upsample != NOT_MIXED)
-    )
-    plans = module._shortlist(graphs, "onnxruntime", "fp32")
-    assert len(plans) == 2
-    assert len({module._kind(plan) for plan in plans}) == 2
+MIXED = replace(ALGEBRA, mix_before_upsample=("full", "full", "none"))
+PREDICTIONS = {
+    "one with Winograd, one without": (
+        "fp32",
+        {replace(MIXED, winograd=2): 0.1, replace(MIXED, winograd=1): 0.11, MIXED: 0.2, NO_PLAN: 0.4},
+        [replace(MIXED, winograd=2), MIXED],
+    ),
+    "other groups, where Winograd changes nothing": (
+        "fp32",
+        {MIXED: 0.1, replace(MIXED, winograd=1): 0.1, replace(MIXED, drop_dead_branches=False): 0.11, ALGEBRA: 0.2},
+        [MIXED, ALGEBRA],
+    ),
+    "other groups, in bf16": (
+        "bf16",
+        {replace(ALGEBRA, mix_before_upsample=("full", "full", "rows")): 0.1, MIXED: 0.11, NO_PLAN: 0.3},
+        [replace(ALGEBRA, mix_before_upsample=("full", "full", "rows")), MIXED],
+    ),
+    "the safe start, where all are of one kind": (
+        "bf16",
+        {NO_PLAN: 0.1, replace(NO_PLAN, drop_dead_branches=True): 0.2},
+        [NO_PLAN, replace(ALGEBRA, pixel_major_attention=True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PREDICTIONS)
+def test_two_plans_of_different_kinds_are_raced(case, graphs, monkeypatch):
+    precision, seconds, expected = PREDICTIONS[case]
+    candidates = tuple(Candidate(plan, 1e3 * cost) for plan, cost in seconds.items())
+    tuning = Tuning("openvino", precision, candidates[0].plan, "cost model", True, candidates)
+    monkeypatch.setattr(module, "_predict", lambda *_: tuning)
+    monkeypatch.setattr(type(graphs), "plans", lambda self, kind: [])
+    assert module._shortlist(graphs, "openvino", precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "milliseconds", "third"), [("fp32", 100, True), ("fp32", 900, False), ("bf16", 100, False)]
+)
+def test_what_is_exported_is_raced_too_if_it_suits_and_time_allows(precision, milliseconds, third, graphs, monkeypatch):
+    exported = replace(ALGEBRA, winograd=1)
+    candidates = Candidate(MIXED, milliseconds), Candidate(ALGEBRA, 2 * milliseconds)
+    tuning = Tuning("openvino", precision, MIXED, "cost model", True, candidates)
+    monkeypatch.setattr(module, "_predict", lambda *_: tuning)
+    monkeypatch.setattr(type(graphs), "plans", lambda self, kind: [exported])
+    assert module._shortlist(graphs, "openvino", precision) == [MIXED, ALGEBRA, *([exported] if third else [])]
 
 
 def _noting(raced):
