@@ -183,6 +183,7 @@ def test_without_a_budget_the_few_best_of_the_model_are_raced(graphs, cache, mon
 
 
 MIXED = replace(ALGEBRA, mix_before_upsample=("full", "full", "none"))
+LIKE_MIXED = replace(MIXED, distribute_before_upsample=True)
 PREDICTIONS = {
     "one with Winograd, one without": (
         "fp32",
@@ -217,16 +218,23 @@ def test_two_plans_of_different_kinds_are_raced(case, graphs, monkeypatch):
     assert module._shortlist(graphs, "openvino", precision) == expected
 
 
-@pytest.mark.parametrize(
-    ("precision", "milliseconds", "third"), [("fp32", 100, True), ("fp32", 900, False), ("bf16", 100, False)]
-)
-def test_what_is_exported_is_raced_too_if_it_suits_and_time_allows(precision, milliseconds, third, graphs, monkeypatch):
-    exported = replace(ALGEBRA, winograd=1)
+EXPORTED = {
+    "the best itself": ("fp32", 100, MIXED, [MIXED, ALGEBRA]),
+    "of another kind": ("fp32", 100, replace(MIXED, winograd=1), [MIXED, replace(MIXED, winograd=1)]),
+    "of the same kind": ("fp32", 100, LIKE_MIXED, [MIXED, ALGEBRA, LIKE_MIXED]),
+    "no time": ("fp32", 900, LIKE_MIXED, [MIXED, ALGEBRA]),
+    "does not suit": ("bf16", 100, replace(MIXED, winograd=1), [MIXED, ALGEBRA]),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_what_is_exported_already_costs_no_more_than_its_runs(case, graphs, monkeypatch):
+    precision, milliseconds, exported, expected = EXPORTED[case]
     candidates = Candidate(MIXED, milliseconds), Candidate(ALGEBRA, 2 * milliseconds)
     tuning = Tuning("openvino", precision, MIXED, "cost model", True, candidates)
     monkeypatch.setattr(module, "_predict", lambda *_: tuning)
     monkeypatch.setattr(type(graphs), "plans", lambda self, kind: [exported])
-    assert module._shortlist(graphs, "openvino", precision) == [MIXED, ALGEBRA, *([exported] if third else [])]
+    assert module._shortlist(graphs, "openvino", precision) == expected
 
 
 def _noting(raced):
