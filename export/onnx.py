@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import warnings
@@ -77,7 +78,7 @@ def export_onnx(
     image = torch.zeros(shape, dtype=dtype)
     dimension = torch.export.Dim("batch", min=contract.min_batch, max=contract.max_batch) if dynamic else None
     try:
-        with _quiet():
+        with _undisturbed():
             program = torch.onnx.export(
                 deployed,
                 (image,),
@@ -130,8 +131,14 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about itself (torchvision is absent, …) off the user's screen."""
+def _undisturbed() -> Iterator[None]:
+    """Keep the exporter's remarks about itself (torchvision is absent, …) off the user's screen.
+
+    And the garbage collector out of it: looking for garbage among millions of objects that live on takes a tenth of
+    the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -143,3 +150,5 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if collects:
+            gc.enable()

@@ -41,7 +41,7 @@ SHORT_S = 10.0
 
 _CPU = ("openvino", "onnxruntime")
 _GPU = ("tensorrt", "tensorrt-rtx")
-_ROUNDS, _FEWEST_ROUNDS = 7, 3
+_ROUNDS, _FEWEST_ROUNDS = 5, 3
 _GAIN = 1.01  # a plan must be faster by this much: less is noise
 _CLEAR = (1.15, 1.08, 1.03)  # after so many rounds, a lead that further ones would not turn
 _MOST_CANDIDATES = 1000

@@ -18,7 +18,7 @@ __all__ = ["Rates", "cpu_rates"]
 _CHANNELS, _SIDE = 256, 32  # a 3x3 convolution of the decoder; each run is short, to fit between other work
 _PRODUCT = 512
 _COPIED = 2**23  # bytes: as large as a map of the decoder, which no core keeps to itself
-_SECONDS = 0.2  # for each of the three, in each precision
+_SECONDS = 0.1  # for each of the three, in each precision
 
 
 @dataclass(frozen=True)
