@@ -41,7 +41,6 @@ __all__ = [
     "open_bundle",
     "read_manifest",
     "seal",
-    "sha256",
 ]
 
 SCHEMA_VERSION = 2
@@ -314,11 +313,11 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     Raises:
         BundleError: it would not open again, and nothing is written.
     """
-    files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     values = replace(manifest, files=files).to_dict()
     manifest = Manifest.from_dict(_values(_json(values)))
     (folder / _MANIFEST).write_bytes(_json(values))
-    (folder / _SUMS).write_text(_sums({**files, _MANIFEST: sha256(folder / _MANIFEST)}))
+    (folder / _SUMS).write_text(_sums({**files, _MANIFEST: _sha256(folder / _MANIFEST)}))
     return manifest
 
 
@@ -393,7 +392,7 @@ def _check(folder: int, path: Path) -> Manifest:
     actual = {_MANIFEST: hashlib.sha256(text).hexdigest()}
     for name, expected in manifest.files.items():
         try:
-            actual[name] = sha256(name, folder)
+            actual[name] = _sha256(name, folder)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(f"{name} is missing; copy the bundle again or {_REBUILD}") from None
         if actual[name] != expected:
@@ -501,7 +500,7 @@ def _sums(hashes: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
 
 
-def sha256(name: str | Path, folder: int | None = None) -> str:
+def _sha256(name: str | Path, folder: int | None = None) -> str:
     """Of a file's bytes, in hexadecimal digits; in the folder of that descriptor."""
     with _regular(name, folder) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

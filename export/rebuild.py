@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from agln_fast.backends import BACKENDS
-from agln_fast.bundle import Bundle, check_schema, read_manifest, sha256
+from agln_fast.bundle import Bundle, check_schema, read_manifest
 from agln_fast.contract import IOContract, Precision
 from agln_fast.data.classes import ClassSet
 from agln_fast.errors import AglnError, BundleError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "read_recipe", "rebuild"]
 
 _WEIGHTS = "weights.safetensors"
+_FROM_CHECKPOINT = "build it from the checkpoint with `agln-fast build`"
 _log = logging.getLogger("agln_fast.rebuild")
 
 
@@ -31,12 +33,12 @@ _log = logging.getLogger("agln_fast.rebuild")
 class Recipe:
     """What a bundle was made from and for.
 
-    model, weights: the network. options: those of `build`, by name.
+    model, weights: the network; its weights as safetensors. options: those of `build`, by name.
     left_out: a line for each engine that this agln-fast cannot build.
     """
 
     model: ModelConfig
-    weights: Path
+    weights: bytes
     options: dict[str, Any]
     left_out: tuple[str, ...]
 
@@ -115,8 +117,12 @@ def rebuild(
 
     # Imported here: what is wrong with a bundle is told before PyTorch is loaded.
     from agln_fast.export.build import build
+    from agln_fast.models.checkpoint import load_weights
 
-    return build(recipe.weights, destination, config=recipe.model, progress=progress, **recipe.options, **more)
+    network = load_weights(recipe.weights, str(Path(path) / _WEIGHTS))
+    if network.config != recipe.model:
+        raise BundleError(f"{path}: {_WEIGHTS} holds another network than the manifest says; {_FROM_CHECKPOINT}")
+    return build(network, destination, progress=progress, **recipe.options, **more)
 
 
 def _destination(path: Path, output: str | os.PathLike[str] | None, *, overwrite: bool) -> Path:
@@ -158,15 +164,15 @@ def _check_parts(values: dict[str, Any]) -> None:
         raise BundleError(f"manifest.json cannot be understood, at {error.json_path}: {error.message[:200]}")
 
 
-def _weights(folder: Path, values: dict[str, Any]) -> Path:
+def _weights(folder: Path, values: dict[str, Any]) -> bytes:
     weights = folder / _WEIGHTS
-    again = "build it from the checkpoint with `agln-fast build`"
     if not weights.is_file():
-        raise BundleError(f"there is no {_WEIGHTS} to rebuild it from; copy the bundle again, or {again}")
+        raise BundleError(f"there is no {_WEIGHTS} to rebuild it from; copy the bundle again, or {_FROM_CHECKPOINT}")
+    data = weights.read_bytes()
     expected = values["files"].get(_WEIGHTS)
-    if expected is not None and sha256(weights) != expected:
-        raise BundleError(f"{_WEIGHTS} was changed after the build; copy the bundle again, or {again}")
-    return weights
+    if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+        raise BundleError(f"{_WEIGHTS} was changed after the build; copy the bundle again, or {_FROM_CHECKPOINT}")
+    return data
 
 
 def _engines(

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from agln_fast import interruption
 from agln_fast.cli.console import Json, err, out, print_json, progress_bar
 from agln_fast.errors import ImageError
 
@@ -130,6 +131,7 @@ def _segment(segment: Segmenter, paths: list[Path], bit_depth: int | None) -> It
     """Results in the order of `paths`, as many images a run as the engine takes, and errors in their place."""
     size = segment.contract.max_batch
     for start in range(0, len(paths), size):
+        interruption.check()
         chunk = paths[start : start + size]
         try:
             yield from segment(list(chunk), bit_depth=bit_depth)

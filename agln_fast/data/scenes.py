@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from agln_fast import interruption
 from agln_fast.data.canvas import Array, Camera, Canvas, Colour, Mask, Part, Surface, floats, noise
 from agln_fast.data.classes import class_set
 from agln_fast.data.dataset import Sample, SegmentationDataset
@@ -117,6 +118,7 @@ def write_scenes(samples: Iterable[Sample], folder: str | os.PathLike[str]) -> l
         labels.mkdir(exist_ok=True)
         Path(folder, "classes.txt").write_text("\n".join(names.classes) + "\n", encoding="utf-8")
         for sample in samples:
+            interruption.check()
             label_map = Image.fromarray(sample.labels)
             label_map.putpalette(palette)
             label_map.save(labels / f"{sample.name}.png")
