@@ -202,9 +202,11 @@ def tune_engine(
     if budget_s == 0:
         return _predict(graphs, backend, precision)
     shortlist = [] if known is not None else _shortlist(graphs, backend, precision)
-    race = _Race(graphs, backend, precision, SHORT_S if budget_s is None else budget_s, threads, progress)
     if budget_s is None:
+        race = _Race(graphs, backend, precision, SHORT_S, threads)
         race.prepare(shortlist)
+    else:
+        race = _Race(graphs, backend, precision, budget_s, threads, progress)
     if known is not None:
         race.candidates |= {candidate.plan: candidate for candidate in known.candidates}
     best = known.plan if known is not None else race.fastest(shortlist)
@@ -215,6 +217,7 @@ def tune_engine(
         plans = [replace(best, **change) for change in changes(best)]
         if plans := [plan for plan in plans if plan not in race.candidates]:
             best = race.fastest([best, *plans])
+    race.end()
     return _remember(file, race, best, complete=budget_s is not None and not race.exhausted)
 
 
@@ -257,7 +260,7 @@ class _Race:
     precision: Precision
     budget_s: float
     threads: int | None
-    progress: Progress | None
+    progress: Progress | None = None
     candidates: dict[Plan, Candidate] = field(default_factory=dict)
     exhausted: bool = False
 
@@ -298,6 +301,11 @@ class _Race:
         winner = max(range(len(plans)), key=lambda i: gains[i])
         needed = _GAIN if len(times) >= _FEWEST_ROUNDS else _CLEAR[-1]
         return plans[winner] if gains[winner] >= needed else plans[0]
+
+    def end(self) -> None:
+        """Its bar vanishes."""
+        if self.progress is not None and self._task is not None:
+            self.progress.remove_task(self._task)
 
     def _open(self, plan: Plan) -> Backend:
         interruption.check()

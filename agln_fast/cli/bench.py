@@ -87,7 +87,7 @@ def bench(
         tune_s=registry.TUNE_S if full else 0,
     )
     cases = [Case(name, pixels, batch, num_classes) for name in chosen]
-    with progress_bar() as progress:
+    with progress_bar("measurements") as progress:
         parts = [measure(cases, entries, options, progress)]
         parts.append(registry.measure_ladder(parts[0], cases, options, progress) if ladder else registry.NOTHING)
         parts.append(registry.measure_scaling(parts[0], cases, options, progress) if scaling else registry.NOTHING)

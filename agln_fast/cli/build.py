@@ -96,7 +96,7 @@ def build(
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.export.build import build as build_bundle
 
-    with progress_bar() as progress:
+    with progress_bar("steps") as progress:
         bundle = build_bundle(checkpoint, output, config=model, strict=strict, progress=progress, **options)
     if json:
         print_json({"bundle": str(bundle.path), **bundle.manifest.to_dict()})

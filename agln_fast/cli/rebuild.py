@@ -31,7 +31,7 @@ def rebuild(
     """
     from agln_fast.export.rebuild import rebuild as rebuild_bundle
 
-    with progress_bar() as progress:
+    with progress_bar("steps") as progress:
         built = rebuild_bundle(
             bundle,
             output,

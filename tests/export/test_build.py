@@ -31,6 +31,7 @@ from agln_fast.errors import (
 )
 from agln_fast.export import build as build_module
 from agln_fast.export import graphs as graphs_module
+from agln_fast.export import tune as tune_module
 from agln_fast.runtime.verify import make_reference, sample_images, verify_engine
 
 
@@ -354,3 +355,32 @@ def test_every_compute_capability_reaches_the_library(small_network, tmp_path, m
     monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "set_compute_capability", spy)
     agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), targets="tensorrt-rtx")
     assert seen == {0: "SM80", 1: "SM86", 2: "SM89", 3: "SM120"}
+
+
+@pytest.mark.slow
+def test_the_default_build_exports_three_graphs_and_races_for_seconds(tmp_path, monkeypatch):
+    """What a build costs that nobody has waited for yet: 17 s on two quiet cores."""
+    monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("AGLN_FAST_TUNE_SECONDS")
+    exports, races = [], []
+    export, fastest = graphs_module.export_onnx, tune_module._Race.fastest
+
+    def timed(race, plans):
+        began = time.perf_counter()
+        best = fastest(race, plans)
+        races.append(time.perf_counter() - began)
+        return best
+
+    monkeypatch.setattr(graphs_module, "export_onnx", lambda *given: exports.append(given[-1]) or export(*given))
+    monkeypatch.setattr(tune_module._Race, "fastest", timed)
+    built = agln_fast.build("agln_nano", tmp_path / "x", size=(128, 128))
+    planned = [engine for engine in built.manifest.engines if engine.plan_chosen_by == "timing"]
+    assert 2 <= len(exports) == len(set(exports)) <= 3
+    assert len(races) == len(planned) >= 2
+    assert max(races) < tune_module.SHORT_S
+    exports.clear()
+    races.clear()
+    again = agln_fast.build("agln_nano", tmp_path / "y", size=(128, 128))
+    assert not races  # remembered
+    assert len(exports) == len({engine.plan for engine in planned})
+    assert [engine.plan for engine in again.manifest.engines] == [engine.plan for engine in built.manifest.engines]

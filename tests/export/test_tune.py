@@ -90,7 +90,7 @@ def test_engines_are_really_timed(graphs, cache):
 
 
 def test_a_race_is_won_by_a_clear_lead_only(graphs, monkeypatch):
-    race = module._Race(graphs, "onnxruntime", "fp32", 60.0, 1, None)
+    race = module._Race(graphs, "onnxruntime", "fp32", 60.0, 1)
     ticks = iter(np.cumsum(np.tile([0.0, 1.0, 0.0, 0.995, 0.0, 0.9], 50)))
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(race, "_open", lambda plan: _Idle())
@@ -448,7 +448,7 @@ def test_an_engine_with_winograd_gives_the_labels_of_a_plain_one(backend, small_
     monkeypatch.setattr(winograd_module, "_STRIP", 24)
     graphs = Graphs(small_network("fpn_resnet18", channels=128), IOContract(104, 120), tmp_path)
     image = pack(sample_frames(None, graphs.contract)[:1], graphs.contract)
-    race = module._Race(graphs, backend, "fp32", 60.0, 1, None)
+    race = module._Race(graphs, backend, "fp32", 60.0, 1)
     labels = []
     for plan in (NO_PLAN, replace(ALGEBRA, winograd=3)):
         with race._open(plan) as engine:
