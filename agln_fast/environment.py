@@ -31,7 +31,7 @@ def default_threads() -> int | None:
     Raises:
         ConfigError: not a positive whole number.
     """
-    return _positive("AGLN_FAST_THREADS")
+    return _whole("AGLN_FAST_THREADS")
 
 
 def max_pixels() -> int:
@@ -42,7 +42,7 @@ def max_pixels() -> int:
     Raises:
         ConfigError: not a positive whole number.
     """
-    return _positive("AGLN_FAST_MAX_PIXELS") or 89_478_485
+    return _whole("AGLN_FAST_MAX_PIXELS") or 89_478_485
 
 
 def tuning_seconds() -> float | None:
@@ -51,9 +51,7 @@ def tuning_seconds() -> float | None:
     Raises:
         ConfigError: not a whole number.
     """
-    if os.environ.get("AGLN_FAST_TUNE_SECONDS") == "0":
-        return 0.0
-    return _positive("AGLN_FAST_TUNE_SECONDS")
+    return _whole("AGLN_FAST_TUNE_SECONDS", least=0)
 
 
 def cache_folder() -> Path:
@@ -113,12 +111,13 @@ def _homeless() -> bool:
     return False
 
 
-def _positive(name: str) -> int | None:
+def _whole(name: str, *, least: int = 1) -> int | None:
     text = os.environ.get(name)
     if text is None:
         return None
-    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < 1:
-        raise ConfigError(f"environment variable {name}={_shown(text)}: must be a positive whole number")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < least:
+        kind = "a positive whole number" if least else "a whole number, 0 or more"
+        raise ConfigError(f"environment variable {name}={_shown(text)}: must be {kind}")
     return int(text)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,6 +23,7 @@ from agln_fast.bundle import Bundle, EngineRecord, Manifest
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError
+from agln_fast.export.graphs import Graphs
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
@@ -97,13 +99,18 @@ class Workshop:
         """A draft around the folder, as engines are opened from."""
         return Bundle(self.folder, Manifest(self.network.config, (), (), self.contract, ()))
 
+    @cached_property
+    def graphs(self) -> Graphs:
+        """ONNX files, which plans are chosen by, too."""
+        return Graphs(self.network, self.contract, self.folder)
+
     def weights(self) -> tuple[Path, float]:
         """The reference's weights, and the seconds that writing them took."""
         return self.once("weights", (), lambda: self._save(self.folder / "weights.safetensors"))
 
     def graph(self, kind: Precision, plan: Plan) -> tuple[Path, float]:
         """The ONNX file with weights of type `kind`, and the seconds that exporting it took."""
-        return self.once("graph", (kind, plan), lambda: self._export(kind, plan))
+        return self.once("graph", (kind, plan), lambda: self.graphs(kind, plan))
 
     def quantised(self, plan: Plan) -> tuple[Path, float]:
         """The OpenVINO IR in int8, and the seconds of export, calibration and quantisation."""
@@ -128,20 +135,8 @@ class Workshop:
     def _name(self, suffix: str) -> Path:
         return self.folder / f"{len(self._made)}.{suffix}"
 
-    def _folder(self, name: str) -> Path:
-        folder = self.folder / name
-        folder.mkdir()
-        return folder
-
     def _save(self, file: Path) -> Path:
         save_checkpoint(self.network, file)
-        return file
-
-    def _export(self, kind: Precision, plan: Plan) -> Path:
-        from agln_fast.export.onnx import export_onnx
-
-        file = self._name("onnx")
-        export_onnx(self.network, file, self.contract, kind, plan=plan)
         return file
 
     def _quantise(self, plan: Plan) -> Path:
@@ -164,17 +159,13 @@ class Workshop:
         return file
 
     def _choose(self, backend: str, precision: Precision) -> Plan:
-        from agln_fast.export.graphs import Graphs
         from agln_fast.export.tune import suitable, tune_engine
 
         if isinstance(self.plan, Plan):
             return suitable(self.plan, backend, precision)
         if self.plan == "none":
             return NO_PLAN
-        graphs, _ = self.once("graphs", (), lambda: Graphs(self.network, self.contract, self._folder("tuning")))
-        # As `build` does: candidates are not quantised, what is best in bf16 is taken for best in int8.
-        kind: Precision = "bf16" if precision == "int8" else precision
-        return tune_engine(graphs, backend, kind, budget_s=self.tune_s, threads=self.threads).plan
+        return tune_engine(self.graphs, backend, precision, budget_s=self.tune_s, threads=self.threads).plan
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import cast, get_args
 
@@ -19,31 +17,27 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from agln_fast import environment
-from agln_fast.backends import open_engine
 from agln_fast.backends.openvino import OpenVinoBackend
 from agln_fast.backends.tensorrt_library import Flavour
 from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, open_bundle, seal
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
-from agln_fast.data.scenes import Scenes
-from agln_fast.errors import ConfigError, MissingPackageError, VerificationError, printable
-from agln_fast.evaluation.evaluate import compare
+from agln_fast.errors import ConfigError, VerificationError, printable
 from agln_fast.export.graphs import Graphs
+from agln_fast.export.judge import judge, scenes_to_judge
 from agln_fast.export.options import check_options
 from agln_fast.export.quantize import quantize_onnx
 from agln_fast.export.report import write_report
 from agln_fast.export.steps import Steps, about
 from agln_fast.export.tensorrt import build_tensorrt_engine, resolve_capabilities
-from agln_fast.export.tune import SHORT_S, Tuning, suitable, tune_engine
+from agln_fast.export.tune import SHORT_S, suitable, tune_engine
 from agln_fast.files import whole_folder
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
-from agln_fast.runtime.segmenter import Segmenter
-from agln_fast.runtime.verify import Reference, make_reference, sample_frames, sample_images, verify_engine
+from agln_fast.runtime.verify import Reference, make_reference, sample_frames, sample_images
 
 __all__ = ["build"]
 
@@ -53,7 +47,6 @@ _WEIGHTS = "weights.safetensors"
 _CPU_MACS = 1e11  # multiply-adds a second of two cores, to tell how long the reference takes
 _LONGEST_REASON = 1000  # characters
 _CALIBRATION = 128  # pictures
-_LARGEST_LOSS = 0.5  # points of mIoU
 _PACKAGES = {"fused": "torch"}
 
 
@@ -147,10 +140,6 @@ def build(
         for flavour in get_args(Flavour)
         if flavour in options.precisions
     }
-    for package in ("nncf", "openvino") if any(engine.precision == "int8" for engine in wanted) else ():
-        if find_spec(package) is None:
-            raise MissingPackageError(package, "int8")
-    tune_s = environment.tuning_seconds() if tune_s is None else tune_s
     steps = Steps(progress, _agenda(wanted, plan))
 
     steps.start(_READ)
@@ -187,7 +176,7 @@ def build(
             progress,
             seconds,
             plan=plan,
-            tune_s=tune_s,
+            tune_s=options.tune_s,
             threads=threads,
             capabilities=capabilities,
             workspace_bytes=workspace_bytes,
@@ -285,7 +274,6 @@ class _Work:
     capabilities: Mapping[Flavour, Sequence[str]]
     workspace_bytes: int | None
     timing_cache: Path | None
-    _tunings: dict[tuple[str, Precision], Tuning] = field(default_factory=dict)
 
     def choose_plan(self, engine: _Wanted) -> tuple[Plan, PlanChosenBy]:
         """The plan of `engine`, and who chose it."""
@@ -295,20 +283,9 @@ class _Work:
             return suitable(self.plan, engine.backend, engine.precision), "user"
         if self.plan == "none":
             return NO_PLAN, "user"
-        # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
-        kind: Precision = "bf16" if engine.precision == "int8" else engine.precision
         longest = SHORT_S if self.tune_s is None else self.tune_s
         self.steps.start(_CHOOSE.format(engine.name), about(self._export_s() + min(longest, 2 + 9 * self.seconds)))
-        if (engine.backend, kind) not in self._tunings:
-            self._tunings[engine.backend, kind] = tune_engine(
-                self.graphs,
-                engine.backend,
-                kind,
-                budget_s=self.tune_s,
-                threads=self.threads,
-                progress=self.progress,
-            )
-        tuning = self._tunings[engine.backend, kind]
+        tuning = tune_engine(self.graphs, engine.backend, engine.precision, budget_s=self.tune_s, threads=self.threads)
         return tuning.plan, tuning.chosen_by
 
     def make(self, engine: _Wanted, plan: Plan, chosen_by: PlanChosenBy) -> EngineRecord:
@@ -317,14 +294,12 @@ class _Work:
             return replace(engine.record(_WEIGHTS, self._versions(engine)), plan_chosen_by=chosen_by)
         exported = 0.0 if plan in self.graphs.plans(engine.graph) else self._export_s()
         self.steps.start(_MAKE.format(engine.name), about(exported + self._make_s(engine)))
-        if engine.target == "cpu":
-            graph = self._delivered(engine, plan)
-            file = graph
-            if engine.precision == "int8":
-                file = graph.with_name(f"{graph.stem}.int8.xml")
-                contract = self.graphs.contract
-                quantize_onnx(graph, file, calibration_frames(contract), contract)
+        if engine.precision == "int8":
+            file, contract = self.folder / "model.int8.xml", self.graphs.contract
+            quantize_onnx(self.graphs(engine.graph, plan), file, calibration_frames(contract), contract)
             record = engine.record(file.name, self._versions(engine))
+        elif engine.target == "cpu":
+            record = engine.record(self._delivered(engine, plan).name, self._versions(engine))
         else:
             record = self._tensorrt(engine, plan)
         return replace(record, plan=plan, plan_chosen_by=chosen_by)
@@ -366,13 +341,11 @@ class _Work:
     ) -> tuple[list[EngineRecord], dict[str, str]]:
         """The engines of `draft` with their verification, but for those that disagree: name -> how."""
         engines, left_out = [], {}
-        images = 1 + sum(len(reference.labels) for reference in references)
         for record in draft.manifest.engines:
+            images = 1 + sum(len(reference.labels) for reference in references) + 2 * scenes_to_judge(draft, record)
             self.steps.start(_COMPARE.format(record.name), about(1 + images * self.seconds))
             try:
-                outcome = verify_engine(draft, record, references, minimum=minimum, threads=self.threads)
-                if record.precision == "int8" and outcome.status == "passed":
-                    _check_miou(draft, record, self.threads)
+                outcome = judge(draft, record, references, minimum=minimum, threads=self.threads)
             except VerificationError as error:
                 left_out[record.name] = printable(error, _LONGEST_REASON)
             else:
@@ -397,32 +370,6 @@ class _Work:
 def calibration_frames(contract: IOContract) -> list[npt.NDArray[np.uint8]]:
     """Scenes of the train split, (height, width, 3), to quantise by."""
     return sample_images(_CALIBRATION, contract.height, contract.width, split="train")
-
-
-def _check_miou(draft: Bundle, record: EngineRecord, threads: int | None) -> None:
-    """Compare `record` with the fp32 reference on Scenes' test split, if the network knows Scenes' classes.
-
-    Raises:
-        VerificationError: it loses more than half a point of mIoU.
-    """
-    test = Scenes("test")
-    if draft.manifest.classes != test.class_set.classes:
-        return
-    reference = next(engine for engine in draft.manifest.engines if engine.backend == "torch")
-    with ExitStack() as stack:
-        of_reference, of_record = (
-            stack.enter_context(
-                Segmenter(engine, open_engine(draft, engine, threads=threads), draft.manifest.contract, test.class_set)
-            )
-            for engine in (reference, record)
-        )
-        outcome = compare(of_reference, of_record, test)
-    scores = [100 * evaluation.metrics.mean_iou for evaluation in (outcome.a, outcome.b)]
-    if scores[0] - scores[1] > _LARGEST_LOSS:
-        raise VerificationError(
-            f"{record.name}: {scores[1]:.2f} % mIoU on Scenes, the reference {scores[0]:.2f} %: "
-            f"loses more than {_LARGEST_LOSS} points"
-        )
 
 
 def _profile(contract: IOContract) -> tuple[int, int, int]:

@@ -6,9 +6,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+from agln_fast import environment
 from agln_fast.backends import check_threads
 from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES
 from agln_fast.contract import (
@@ -23,7 +25,7 @@ from agln_fast.contract import (
     parse_size,
 )
 from agln_fast.data.classes import ClassSet, class_set
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, MissingPackageError, did_you_mean
 from agln_fast.plan.plan import Plan, PlanChoice
 from agln_fast.runtime.agreement import check_minimum
 from agln_fast.runtime.images import list_images
@@ -41,10 +43,12 @@ class BuildOptions:
     """What was asked of a build, in one form.
 
     precisions: of each target, each one of `Precision`, or "auto".
+    tune_s: as in `build`, the environment considered.
     """
 
     contract: IOContract
     precisions: dict[str, tuple[str, ...]]
+    tune_s: float | None
     destination: Path
 
 
@@ -75,6 +79,7 @@ def check_options(
 
     Raises:
         ConfigError: a name or a value that makes no sense, or a destination that cannot be written.
+        MissingPackageError: int8 without NNCF or OpenVINO.
         ImageError: no image at `samples`.
     """
     contract = IOContract(
@@ -94,6 +99,13 @@ def check_options(
     for target in targets:
         if target not in TARGETS:
             raise ConfigError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
+    for target, kinds in precisions.items():
+        if "int8" in kinds and target != "cpu":
+            raise ConfigError(f"precision 'int8' is for target cpu, not for {target}: build them as two bundles")
+    if "int8" in precisions.get("cpu", ()):
+        for package in ("nncf", "openvino"):
+            if find_spec(package) is None:
+                raise MissingPackageError(package, "int8")
     if compute_capabilities and "tensorrt-rtx" not in targets:
         raise ConfigError(
             "compute capabilities are for target tensorrt-rtx; the others build for the GPU that is there"
@@ -104,6 +116,7 @@ def check_options(
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ConfigError(f"workspace of {workspace_bytes} bytes: must be at least 1")
     check_minimum(min_agreement)
+    tune_s = environment.tuning_seconds() if tune_s is None else tune_s
     if tune_s is not None and not 0 <= tune_s < math.inf:
         raise ConfigError(f"{tune_s} seconds to choose plans in: must be at least 0")
     check_threads(threads)
@@ -113,7 +126,7 @@ def check_options(
         class_set(classes)
     if samples is not None:
         list_images(os.fspath(samples))
-    return BuildOptions(contract, precisions, _destination(Path(path), overwrite))
+    return BuildOptions(contract, precisions, tune_s, _destination(Path(path), overwrite))
 
 
 def check_rtx_capabilities(asked: Sequence[str]) -> tuple[str, ...]:

@@ -88,7 +88,9 @@ def rebuild(
     *,
     samples: str | os.PathLike[str] | None = None,
     min_agreement: float | None = None,
+    tune_s: float | None = None,
     threads: int | None = None,
+    strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -97,7 +99,7 @@ def rebuild(
     Args:
         path: a bundle of this schema or an older one; only its manifest and weights are read.
         output: the folder to write; None for `path` itself with `overwrite`, else for its sibling NAME.rebuilt.agln.
-        samples, min_agreement, threads, overwrite, progress: as for `agln_fast.build`, which is called.
+        samples, min_agreement, tune_s, threads, strict, overwrite, progress: as for `agln_fast.build`, which is called.
 
     Raises:
         BundleError: as `read_recipe`.
@@ -108,6 +110,7 @@ def rebuild(
     more: dict[str, Any] = {
         "samples": samples,
         "min_agreement": min_agreement,
+        "tune_s": tune_s,
         "threads": threads,
         "overwrite": overwrite,
     }
@@ -122,7 +125,7 @@ def rebuild(
     network = load_weights(recipe.weights, str(Path(path) / _WEIGHTS))
     if network.config != recipe.model:
         raise BundleError(f"{path}: {_WEIGHTS} holds another network than the manifest says; {_FROM_CHECKPOINT}")
-    return build(network, destination, progress=progress, **recipe.options, **more)
+    return build(network, destination, strict=strict, progress=progress, **recipe.options, **more)
 
 
 def _destination(path: Path, output: str | os.PathLike[str] | None, *, overwrite: bool) -> Path:

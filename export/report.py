@@ -43,11 +43,14 @@ def _row(engine: EngineRecord, folder: Path) -> tuple[str, ...]:
 
 
 def obstacles(manifest: Manifest) -> list[str]:
-    """A line for each engine that could not be verified, and why."""
+    """A line for each engine that could not be verified, and for each that was left out, and why."""
     return [
-        f"{engine.name}: {engine.verification.status}: {engine.verification.reason}"
-        for engine in manifest.engines
-        if engine.verification is not None and engine.verification.reason
+        *(
+            f"{engine.name}: {engine.verification.status}: {engine.verification.reason}"
+            for engine in manifest.engines
+            if engine.verification is not None and engine.verification.reason
+        ),
+        *(f"left out: {reason}" for reason in manifest.left_out.values()),
     ]
 
 

@@ -17,8 +17,6 @@ from operator import or_
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rich.progress import Progress
-
 from agln_fast import environment, interruption, memory
 from agln_fast.backends import Backend, backend_class, check_threads, open_engine
 from agln_fast.bundle import Bundle, EngineRecord, Manifest
@@ -41,7 +39,8 @@ SHORT_S = 10.0
 
 _CPU = ("openvino", "onnxruntime")
 _GPU = ("tensorrt", "tensorrt-rtx")
-_ROUNDS, _FEWEST_ROUNDS = 5, 3
+_ROUNDS = 5
+_REST_S = 0.02  # between runs: none of these engines goes on spinning
 _GAIN = 1.01  # a plan must be faster by this much: less is noise
 _CLEAR = (1.15, 1.08, 1.03)  # after so many rounds, a lead that further ones would not turn
 _MOST_CANDIDATES = 1000
@@ -129,7 +128,6 @@ def tune(
     batch: int = 1,
     budget_s: float | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
 ) -> Tuning:
     """Find the rewrites with which `model` runs fastest.
 
@@ -145,7 +143,6 @@ def tune(
             None for `AGLN_FAST_TUNE_SECONDS`, and without that for a race of the few that a cost model takes for the
             best, of at most 10 seconds. With 0 nothing is timed: what was measured before is taken, or the model.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, or the library's own choice.
-        progress: a rich progress display that the caller has started.
 
     Raises:
         ConfigError: an unknown target, or an impossible size, precision or budget.
@@ -159,10 +156,7 @@ def tune(
         raise ConfigError(f"no CPU engine runs in {precision} here: {_obstacle('openvino', precision)}")
     with scratch_folder() as folder:
         graphs = Graphs(model, contract, folder)
-        tunings = [
-            tune_engine(graphs, backend, precision, budget_s=budget_s, threads=threads, progress=progress)
-            for backend in backends
-        ]
+        tunings = [tune_engine(graphs, backend, precision, budget_s=budget_s, threads=threads) for backend in backends]
     return min(tunings, key=lambda tuning: tuning.milliseconds)
 
 
@@ -184,29 +178,32 @@ def tune_engine(
     *,
     budget_s: float | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
 ) -> Tuning:
     """As `tune`, for one backend, with graphs that several calls share."""
     if precision not in get_args(Precision):
         raise ConfigError(f"precision {precision!r}: must be one of {', '.join(get_args(Precision))}")
+    if precision == "int8":
+        # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
+        tuning = tune_engine(graphs, backend, "bf16", budget_s=budget_s, threads=threads)
+        return replace(tuning, precision="int8")
     budget_s = environment.tuning_seconds() if budget_s is None else budget_s
     if budget_s is not None and not 0 <= budget_s < math.inf:
         raise ConfigError(f"budget of {budget_s} seconds to tune in: must be at least 0")
     threads = check_threads(threads)
     if backend not in _CPU or _obstacle(backend, precision):
-        return _predict(graphs, backend, precision)
+        return _predict(graphs, backend, precision, threads)
     file = _memory(graphs, backend, precision, threads)
     known = _remembered(file, backend, precision)
     if known is not None and (known.complete or not budget_s):
         return known
     if budget_s == 0:
-        return _predict(graphs, backend, precision)
-    shortlist = [] if known is not None else _shortlist(graphs, backend, precision)
+        return _predict(graphs, backend, precision, threads)
+    shortlist = [] if known is not None else _shortlist(graphs, backend, precision, threads)
     if budget_s is None:
         race = _Race(graphs, backend, precision, SHORT_S, threads)
         race.prepare(shortlist)
     else:
-        race = _Race(graphs, backend, precision, budget_s, threads, progress)
+        race = _Race(graphs, backend, precision, budget_s, threads)
     if known is not None:
         race.candidates |= {candidate.plan: candidate for candidate in known.candidates}
     best = known.plan if known is not None else race.fastest(shortlist)
@@ -217,7 +214,6 @@ def tune_engine(
         plans = [replace(best, **change) for change in changes(best)]
         if plans := [plan for plan in plans if plan not in race.candidates]:
             best = race.fastest([best, *plans])
-    race.end()
     return _remember(file, race, best, complete=budget_s is not None and not race.exhausted)
 
 
@@ -228,12 +224,13 @@ class _Model:
     graphs: Graphs
     backend: str
     precision: Precision
+    threads: int | None
     candidates: dict[Plan, Candidate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         half = self.precision != "fp32"
         self._element_size = 2 if half else 4
-        self._rates = cpu_rates(half) if self.backend in _CPU else _GPU_RATES["fp16" if half else "fp32"]
+        self._rates = cpu_rates(half, self.threads) if self.backend in _CPU else _GPU_RATES["fp16" if half else "fp32"]
 
     def fastest(self, plans: Sequence[Plan]) -> Plan:
         """The first of `plans`, unless another one is clearly faster."""
@@ -260,16 +257,12 @@ class _Race:
     precision: Precision
     budget_s: float
     threads: int | None
-    progress: Progress | None = None
     candidates: dict[Plan, Candidate] = field(default_factory=dict)
     exhausted: bool = False
 
     def __post_init__(self) -> None:
         self._image = self.graphs.sample
         self._deadline = time.monotonic() + self.budget_s
-        self._task = None
-        if self.progress is not None:
-            self._task = self.progress.add_task(f"tune {self.backend} {self.precision}", total=self.budget_s)
 
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Export `plans` off the clock: the bundle needs one of them anyway."""
@@ -289,23 +282,18 @@ class _Race:
                 interruption.check()
                 backend.run(self._image)
             times: list[list[float]] = []
-            for seconds in islice(rounds([partial(backend.run, self._image) for backend in opened]), _ROUNDS):
+            for seconds in islice(rounds([partial(backend.run, self._image) for backend in opened], _REST_S), _ROUNDS):
                 interruption.check()
                 times.append(seconds)
-                self._show()
+                self.exhausted = time.monotonic() > self._deadline
                 if self.exhausted or _is_clear(times):
                     break
         for plan, column in zip(plans, zip(*times, strict=True), strict=True):
             self.candidates[plan] = Candidate(plan, 1e3 * statistics.median(column))
         gains = [statistics.median(column) for column in zip(*_ratios(times), strict=True)]
         winner = max(range(len(plans)), key=lambda i: gains[i])
-        needed = _GAIN if len(times) >= _FEWEST_ROUNDS else _CLEAR[-1]
+        needed = (*_CLEAR[:-1], _GAIN)[min(len(times), len(_CLEAR)) - 1]  # few rounds show large leads only
         return plans[winner] if gains[winner] >= needed else plans[0]
-
-    def end(self) -> None:
-        """Its bar vanishes."""
-        if self.progress is not None and self._task is not None:
-            self.progress.remove_task(self._task)
 
     def _open(self, plan: Plan) -> Backend:
         interruption.check()
@@ -313,12 +301,6 @@ class _Race:
         record = _record(self.backend, self.precision, graph.name, plan)
         draft = Manifest(self.graphs.network.config, (), (), self.graphs.contract, ())
         return open_engine(Bundle(graph.parent, draft), record, threads=self.threads)
-
-    def _show(self) -> None:
-        left = self._deadline - time.monotonic()
-        self.exhausted = left <= 0
-        if self.progress is not None and self._task is not None:
-            self.progress.update(self._task, completed=self.budget_s - max(0.0, left))
 
 
 def _ratios(times: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -335,21 +317,21 @@ def _is_clear(times: Sequence[Sequence[float]]) -> bool:
     return all(map(or_, faster, slower)) and sum(faster) <= 1
 
 
-def _predict(graphs: Graphs, backend: str, precision: Precision) -> Tuning:
+def _predict(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> Tuning:
     """What the cost model chooses: from a plan that is good everywhere, one decision after the other."""
-    model = _Model(graphs, backend, precision)
+    model = _Model(graphs, backend, precision, threads)
     best = model.fastest([_start(backend), NO_PLAN])
     for changes in _decisions(graphs, backend, precision, timed=False):
         best = model.fastest([best, *(replace(best, **change) for change in changes(best))])
     return Tuning(backend, precision, best, "cost model", True, tuple(model.candidates.values()))
 
 
-def _shortlist(graphs: Graphs, backend: str, precision: Precision) -> list[Plan]:
+def _shortlist(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> list[Plan]:
     """The few plans to race: the model's best, one of another kind, and what is exported already, if there is time.
 
     What the model knows least about is Winograd's transforms, and then how fast the resizes are as products.
     """
-    tuning = _predict(graphs, backend, precision)
+    tuning = _predict(graphs, backend, precision, threads)
     best = tuning.plan
     others = [candidate for candidate in tuning.candidates if candidate.milliseconds != tuning.milliseconds]
     others.sort(key=lambda candidate: candidate.milliseconds)
@@ -357,8 +339,9 @@ def _shortlist(graphs: Graphs, backend: str, precision: Precision) -> list[Plan]
     known = [*exported, *(candidate.plan for candidate in others), _start(backend)]
     kinds: tuple[Callable[[Plan], object], ...] = (_has_winograd, _mixed_groups)
     another = next((plan for kind in kinds for plan in known if kind(plan) != kind(best)), known[-1])
-    # Each is opened, warmed up, and timed at least once: about four runs.
-    count = 3 if 12 * tuning.milliseconds < 1e3 * SHORT_S else 2
+    # Each is opened, warmed up, and timed at least once: about four runs. One is no race, and what is slowest to time
+    # goes by the model.
+    count = min(3, max(1, int(1e3 * SHORT_S / (4 * tuning.milliseconds))))
     return list(dict.fromkeys([best, another, *exported]))[:count]
 
 

@@ -17,11 +17,11 @@ from agln_fast.errors import ConfigError, VerificationError
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle
 
-__all__ = ["build", "print_engines"]
+__all__ = ["build", "print_built", "print_engines"]
 
 
 def build(
-    checkpoint: Annotated[Path, typer.Argument(help="Weights: released .pth/.pth.tar, or .safetensors of agln-fast.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Weights: .pth, .safetensors, or a shipped name (agln_nano).")],
     output: Annotated[Path, typer.Option("-o", "--bundle", help="The bundle to write, NAME.agln.")],
     size: Annotated[str, typer.Option(help="Height x width of the engine's input.")] = "512x512",
     precision: Annotated[list[str], typer.Option(help="fp32, fp16, bf16, int8 or auto; may be repeated.")] = ["auto"],  # noqa: B006
@@ -98,13 +98,22 @@ def build(
 
     with progress_bar("steps") as progress:
         bundle = build_bundle(checkpoint, output, config=model, strict=strict, progress=progress, **options)
+    print_built(bundle, json=json)
+
+
+def print_built(bundle: Bundle, *, json: bool) -> None:
+    """Show what was built.
+
+    Raises:
+        VerificationError: an engine was left out.
+    """
     if json:
         print_json({"bundle": str(bundle.path), **bundle.manifest.to_dict()})
     else:
         print_engines(bundle)
         out.print(f"wrote {bundle.path}", highlight=False, markup=False)
     if bundle.manifest.left_out:
-        raise VerificationError(f"left out of {bundle.path}: {'; '.join(bundle.manifest.left_out.values())}")
+        raise VerificationError(f"left out of {bundle.path}: {', '.join(bundle.manifest.left_out)}")
 
 
 def _colour(name: str, text: str) -> tuple[float, ...]:

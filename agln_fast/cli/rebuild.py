@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from agln_fast.cli.build import print_engines
-from agln_fast.cli.console import Json, out, print_json, progress_bar
+from agln_fast.cli.build import print_built
+from agln_fast.cli.console import Json, progress_bar
 
 __all__ = ["rebuild"]
 
@@ -21,11 +21,17 @@ def rebuild(
     ] = None,
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads for the verification.")] = None,
+    tune: Annotated[
+        float | None, typer.Option(min=0, help="Seconds for each engine to choose its plan in; default a short race.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for races and the verification.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Deliver nothing if one engine disagrees.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: Json = False,
 ) -> None:
     """Build a bundle again: the same weights, classes, colours, input, output and engines.
+
+    An engine that disagrees is left out; the others are delivered, and the exit code is 8.
 
     Example: agln-fast rebuild old.agln -o new.agln
     """
@@ -37,12 +43,10 @@ def rebuild(
             output,
             samples=samples,
             min_agreement=min_agreement,
+            tune_s=tune,
             threads=threads,
+            strict=strict,
             overwrite=force,
             progress=progress,
         )
-    if json:
-        print_json({"bundle": str(built.path), **built.manifest.to_dict()})
-        return
-    print_engines(built)
-    out.print(f"wrote {built.path}", highlight=False, markup=False)
+    print_built(built, json=json)

@@ -1,4 +1,4 @@
-"""How fast this machine's CPU convolves, multiplies and copies: measured in two seconds, then remembered."""
+"""How fast this machine's CPU convolves, multiplies and copies: measured in half a second, then remembered."""
 
 from __future__ import annotations
 
@@ -34,18 +34,23 @@ class Rates:
 
 
 @cache
-def cpu_rates(half: bool) -> Rates:
-    """Rates of PyTorch's kernels, on its threads, in float32, or in bfloat16 if `half`.
+def cpu_rates(half: bool, threads: int | None = None) -> Rates:
+    """Rates of PyTorch's kernels in float32, or in bfloat16 if `half`; `threads` is None for its own choice.
 
     PyTorch and OpenVINO share oneDNN, so that AMX and AVX-512 count as they do in an engine. The best of several
     runs is taken: other work on the machine only slows them down.
     """
-    facts = {"half": half, "threads": torch.get_num_threads()}
+    before = torch.get_num_threads()
+    facts = {"half": half, "threads": threads or before}
     file = memory.place("rates", facts, ("torch",))
     known = memory.recall(file)
     if isinstance(known, dict) and known.keys() == Rates.__annotations__.keys() and all(map(_is_rate, known.values())):
         return Rates(**known)
-    rates = _measure(torch.bfloat16 if half else torch.float32)
+    torch.set_num_threads(threads or before)
+    try:
+        rates = _measure(torch.bfloat16 if half else torch.float32)
+    finally:
+        torch.set_num_threads(before)
     memory.remember(file, asdict(rates))
     return rates
 

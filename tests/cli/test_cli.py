@@ -53,6 +53,24 @@ def test_version(cli):
     assert cli("--version")[1].startswith("agln-fast ")
 
 
+@pytest.mark.openvino
+def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint, tmp_path, monkeypatch):
+    from agln_fast.backends.openvino import OpenVinoBackend
+
+    real = OpenVinoBackend.run
+    monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)
+    build = ("build", small_checkpoint, "--size", "64x64", "--precision", "fp32")
+    code, out, err = cli(*build, "-o", tmp_path / "x.agln")
+    assert code == 8
+    assert "onnxruntime-fp32" in out
+    assert "openvino-fp32" not in out
+    assert "left out of" in err
+    assert "openvino-fp32: agrees" in err
+    code, out, err = cli(*build, "-o", tmp_path / "y.agln", "--strict")
+    assert (code, out) == (8, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.agln"]
+
+
 def test_build_run_verify_inspect(cli, small_checkpoint, images, tmp_path):
     bundle = tmp_path / "x.agln"
     code, out, _ = cli("build", small_checkpoint, "-o", bundle, "--size", "64x96", "--samples", images)

@@ -176,8 +176,8 @@ def test_without_a_budget_the_few_best_of_the_model_are_raced(graphs, cache, mon
     monkeypatch.setattr(module, "_Race", _noting(raced))
     monkeypatch.setattr(_Clock, "times", {})
     tuning = tune_engine(graphs, "onnxruntime", "fp32")
-    assert raced == [module._shortlist(graphs, "onnxruntime", "fp32")]
-    assert raced[0][0] == module._predict(graphs, "onnxruntime", "fp32").plan
+    assert raced == [module._shortlist(graphs, "onnxruntime", "fp32", None)]
+    assert raced[0][0] == module._predict(graphs, "onnxruntime", "fp32", None).plan
     assert (tuning.chosen_by, tuning.complete) == ("timing", False)
     assert {candidate.plan for candidate in tuning.candidates} == set(raced[0])
 
@@ -215,7 +215,7 @@ def test_two_plans_of_different_kinds_are_raced(case, graphs, monkeypatch):
     tuning = Tuning("openvino", precision, candidates[0].plan, "cost model", True, candidates)
     monkeypatch.setattr(module, "_predict", lambda *_: tuning)
     monkeypatch.setattr(type(graphs), "plans", lambda self, kind: [])
-    assert module._shortlist(graphs, "openvino", precision) == expected
+    assert module._shortlist(graphs, "openvino", precision, None) == expected
 
 
 EXPORTED = {
@@ -234,7 +234,7 @@ def test_what_is_exported_already_costs_no_more_than_its_runs(case, graphs, monk
     tuning = Tuning("openvino", precision, MIXED, "cost model", True, candidates)
     monkeypatch.setattr(module, "_predict", lambda *_: tuning)
     monkeypatch.setattr(type(graphs), "plans", lambda self, kind: [exported])
-    assert module._shortlist(graphs, "openvino", precision) == expected
+    assert module._shortlist(graphs, "openvino", precision, None) == expected
 
 
 def _noting(raced):
