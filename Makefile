@@ -13,20 +13,23 @@ SOURCES = agln_fast kernels export bench tests setup.py
 .PHONY: demo checkpoints test lint format clean
 
 $(READY): pyproject.toml setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): about a minute, once"
+	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@$(PIP) --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@touch $@
 
+# Each command is shown as a user would type it.
 demo: $(READY)
-	$(BIN)/python -m agln_fast.bench.demo pictures $(DEMO)
+	@$(BIN)/python -m agln_fast.bench.demo pictures $(DEMO)
+	@show() { echo; echo "\$$ $$*"; PATH="$(BIN):$$PATH" "$$@"; }; \
 	for network in fpn agln agln_lite; do \
-		$(BIN)/agln-fast build $${network}_nano -o $(DEMO)/$$network.agln --size 128x128 --output logits \
+		show agln-fast build $${network}_nano -o $(DEMO)/$$network.agln --size 128x128 --output logits \
 			--precision fp32 --precision fp16 --target cpu --target tensorrt-rtx --force || exit 1; \
-	done
-	$(BIN)/agln-fast run $(DEMO)/agln.agln $(DEMO)/scenes/images $(DEMO)/photograph.png -o $(DEMO)/out
-	$(BIN)/python -m agln_fast.bench.demo compare $(DEMO)
+	done; \
+	show agln-fast run $(DEMO)/agln.agln $(DEMO)/scenes/images $(DEMO)/photograph.png -o $(DEMO)/out
+	@echo
+	@$(BIN)/python -m agln_fast.bench.demo compare $(DEMO)
 
 # Trains the checkpoints in agln_fast/checkpoints again: hours on two cores. It may be stopped; it goes on.
 checkpoints: $(READY)

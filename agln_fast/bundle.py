@@ -116,7 +116,7 @@ class EngineRecord:
 class Manifest:
     """What `manifest.json` says; docs/bundle.md describes every field.
 
-    left_out: engines that precision "auto" tried and did not keep -> why.
+    left_out: engines that were asked for and disagree with the reference -> how.
     """
 
     model: ModelConfig

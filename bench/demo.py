@@ -21,7 +21,7 @@ from agln_fast.runtime.segmenter import load
 __all__ = ["compare", "pictures"]
 
 NETWORKS = {"FPN": "fpn.agln", "AGLN": "agln.agln"}
-TITLE = "Small networks, trained on synthetic scenes alone: of a photograph they know nothing but what is alike."
+TITLE = "Small networks, trained on drawn scenes only, as in the first rows: do not expect sense on photographs."
 SCENES = (1, 5, 9)
 """Numbers in the test split; chosen for what is in them before any network had seen them."""
 

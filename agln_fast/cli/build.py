@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
-from agln_fast.cli.console import Json, out, print_json, progress_bar
+from agln_fast.cli.console import Json, out, print_json, progress_bar, shown
 from agln_fast.cli.files import read_plan, read_text
 from agln_fast.errors import ConfigError, VerificationError
 
@@ -129,7 +128,7 @@ def print_engines(bundle: Bundle) -> None:
     from agln_fast.export.report import engine_table, obstacles
 
     model, contract = bundle.manifest.model, bundle.manifest.contract
-    title = f"{escape(bundle.path.name)}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"
+    title = f"{shown(bundle.path.name)}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"
     header, *rows = engine_table(bundle.manifest, bundle.path)
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     for column in header:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,7 +19,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["Json", "err", "out", "print_json", "print_wide", "progress_bar"]
+from agln_fast.errors import printable
+
+__all__ = ["Json", "err", "out", "print_json", "print_wide", "progress_bar", "shown"]
+
+_LONGEST = 4000  # characters of a line that others wrote
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -29,6 +34,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines inst
 def print_json(values: Any) -> None:
     """Write `values` to standard output as indented JSON."""
     typer.echo(json.dumps(values, indent=2))
+
+
+def shown(text: object) -> str:
+    """Text of others for a rich console: no markup in it counts, and no escape sequence reaches the terminal."""
+    return escape("\n".join(printable(line, _LONGEST) for line in str(text).split("\n")))
 
 
 def print_wide(table: Table) -> None:

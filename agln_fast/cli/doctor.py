@@ -8,10 +8,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from agln_fast.cli.console import Json, out, print_json
+from agln_fast.cli.console import Json, out, print_json, shown
 
 __all__ = ["doctor", "examine"]
 
@@ -34,7 +33,7 @@ def doctor(json: Json = False) -> None:
         return
     table = Table("what", "found", "to do", title="agln-fast doctor")
     for row in rows:
-        table.add_row(row["what"], escape(row["found"] or "–"), escape(row["advice"]))
+        table.add_row(row["what"], shown(row["found"] or "–"), shown(row["advice"]))
     out.print(table)
 
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
-from agln_fast.cli.console import Json, err, out, print_json, progress_bar
+from agln_fast.cli.console import Json, err, out, print_json, progress_bar, shown
 from agln_fast.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -261,7 +260,7 @@ def _points(difference: float) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=shown(title), box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
     return table
@@ -271,7 +270,7 @@ def _print_evaluation(result: Evaluation) -> None:
     table = _table(_title(result), "class", "IoU", "accuracy", "share of pixels")
     rows = zip(result.class_set.classes, result.metrics.iou, result.metrics.accuracy, result.metrics.share, strict=True)
     for name, *rates in rows:
-        table.add_row(escape(name), *map(_percent, rates))
+        table.add_row(shown(name), *map(_percent, rates))
     out.print(table)
     out.print(f"{_score(result)}; {result.milliseconds:.1f} ms an image", highlight=False)
 
@@ -281,7 +280,7 @@ def _print_comparison(comparison: Comparison, names: tuple[str, str]) -> None:
     table = _table(title, "class", f"IoU {names[0]}", f"IoU {names[1]}", "difference")
     ious = comparison.a.metrics.iou, comparison.b.metrics.iou, comparison.iou_difference
     for name, a, b, difference in zip(comparison.a.class_set.classes, *ious, strict=True):
-        table.add_row(escape(name), _percent(a), _percent(b), _points(difference))
+        table.add_row(shown(name), _percent(a), _percent(b), _points(difference))
     out.print(table)
     for name, result in zip(names, (comparison.a, comparison.b), strict=True):
         out.print(f"{name}: {_score(result)}; {result.milliseconds:.1f} ms an image", highlight=False, markup=False)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from agln_fast import interruption
-from agln_fast.cli.console import Json, err, out, print_json, progress_bar
+from agln_fast.cli.console import Json, err, out, print_json, progress_bar, shown
 from agln_fast.errors import ImageError
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="The bundle, NAME.agln.")],
     images: Annotated[list[str], typer.Argument(help="Image files, folders or glob patterns.")],
     output: Annotated[Path, typer.Option("-o", "--to", help="Folder for NAME.overlay.png and NAME.labels.png.")],
-    backend: Annotated[str, typer.Option(help="auto, or a backend: torch, fused, openvino, tensorrt, ...")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, or a backend: openvino, onnxruntime, torch, fused, ...")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; default any.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default the engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
@@ -63,7 +62,7 @@ def run(
     if not found:
         raise ImageError("; ".join(failed.values()))
     ends = _telling_ends(found)
-    names, shown = _names(ends), dict(zip(map(str, found), ends, strict=True))
+    names, ends_of = _names(ends), dict(zip(map(str, found), ends, strict=True))
     check_folder(output, ImageError)
 
     # From here on PyTorch is needed, which takes seconds to load.
@@ -117,12 +116,12 @@ def run(
         for row in rows:
             largest = ", ".join(f"{name} {share:.0%}" for name, share in list(row["shares"].items())[:3])
             times = [f"{value:.1f}" for value in row["milliseconds"].values()]
-            table.add_row(escape(shown[row["image"]]), f"{row['width']}x{row['height']}", escape(largest), *times)
+            table.add_row(shown(ends_of[row["image"]]), f"{row['width']}x{row['height']}", shown(largest), *times)
         out.print(table)
         for row in rows:
-            out.print(f"{row['overlay']}  {row['labels']}", highlight=False, markup=False)
+            out.print(shown(f"{row['overlay']}  {row['labels']}"), highlight=False)
     for message in failed.values():
-        err.print(f"[bold red]failed:[/] {escape(message)}", highlight=False)
+        err.print(f"[bold red]failed:[/] {shown(message)}", highlight=False)
     if failed:
         raise typer.Exit(1 if rows else ImageError.exit_code)
 

@@ -106,7 +106,7 @@ class Plan:
 
 
 NO_PLAN = Plan()
-# What only leaves work out, on any machine; the rest trades one kind of work for another, and timing decides.
+# What only leaves work out, on any machine; the rest trades one kind of work for another: `tune` decides.
 ALGEBRA = Plan(
     fold_batchnorm=True,
     pool_before_projection=True,

@@ -108,6 +108,13 @@ def test_onnxruntime_gets_its_threads(threads, bundle):
 
 
 @pytest.mark.openvino
+def test_onnxruntimes_threads_do_not_spin_after_a_run(bundle):
+    """They would hold the cores that whoever comes next has need of."""
+    with open_engine(bundle, bundle.engine("onnxruntime-fp32")) as opened:
+        options = opened._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_openvino_gets_its_threads_and_its_precision(bundle, monkeypatch):
     import openvino
 
