@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from agln_fast.backends import open_engine
-from agln_fast.backends.base import Array, Backend
+from agln_fast.backends.base import Array
 from agln_fast.backends.tensorrt import compute_capability
 from agln_fast.backends.tensorrt_library import Flavour
 from agln_fast.backends.torch import exact_float32
@@ -197,30 +197,8 @@ class EngineRecipe:
 
 class _OpenedEngine:
     def __init__(self, recipe: EngineRecipe) -> None:
-        self._recipe = recipe
-        self._backend = self._open(recipe.record)
-        self._alone: Backend | None = None
-
-    def _open(self, record: EngineRecord) -> Backend:
-        recipe = self._recipe
-        return open_engine(recipe.bundle, record, device=recipe.device, threads=recipe.threads)
-
-    def run(self, image: Array) -> Array:
-        return self._backend.run(image)
-
-    def engine(self, image: Array) -> Array:
-        record = self._recipe.record
-        if not record.plan.low_resolution_labels:
-            return self._backend.run(image)
-        if self._alone is None:
-            # A record that does not speak of low resolution leaves the graph's output as it is.
-            self._alone = self._open(replace(record, plan=replace(record.plan, low_resolution_labels=False)))
-        return self._alone.run(image)
-
-    def close(self) -> None:
-        for backend in (self._backend, self._alone):
-            if backend is not None:
-                backend.close()
+        self._backend = open_engine(recipe.bundle, recipe.record, device=recipe.device, threads=recipe.threads)
+        self.run, self.engine, self.close = self._backend.run, self._backend.run_graph, self._backend.close
 
 
 @dataclass(frozen=True)

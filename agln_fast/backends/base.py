@@ -13,7 +13,6 @@ import numpy.typing as npt
 from agln_fast.backends.gate import Gate, keep_after_fork
 from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.errors import BundleError
-from agln_fast.kernels.label_upsample.cpu import upsample_labels
 
 __all__ = ["Array", "Backend", "Port", "as_promised", "check_ports"]
 
@@ -26,6 +25,9 @@ def as_promised(output: Array, bundle: Bundle, engine: EngineRecord) -> Array:
     contract = bundle.manifest.contract
     if contract.output == "logits" or not engine.plan.low_resolution_labels:
         return output
+    # Imported here: what may run is asked before PyTorch, which the kernels import, is loaded.
+    from agln_fast.kernels.label_upsample.cpu import upsample_labels
+
     labels = np.stack([upsample_labels(logits, (contract.height, contract.width)) for logits in output])
     return labels.astype(np.uint8 if output.shape[1] <= 256 else np.int32, copy=False)
 
@@ -121,6 +123,10 @@ class Backend(ABC):
         Raises:
             BackendError: the library failed, or it is closed, or was opened by the process that this one was forked of.
         """
+        return self._finish(self.run_graph(image))
+
+    def run_graph(self, image: Array) -> Array:
+        """As `run`, without what the host makes of the graph's output: for benchmarks."""
         with self._gate.turn():
             return self._run(image)
 
@@ -130,7 +136,11 @@ class Backend(ABC):
 
     @abstractmethod
     def _run(self, image: Array) -> Array:
-        """`run`, in one thread at a time and never after `_release`."""
+        """What the graph gives for one batch; in one thread at a time and never after `_release`."""
+
+    def _finish(self, output: Array) -> Array:
+        """What the contract promises of what the graph gives."""
+        return output
 
     @abstractmethod
     def _release(self) -> None:

@@ -87,7 +87,10 @@ class OnnxRuntimeBackend(Backend):
 
     def _run(self, image: Array) -> Array:
         with denormals_as_zero():
-            output = self._session.run(None, {self._input: image})[0]
+            output: Array = self._session.run(None, {self._input: image})[0]
+        return output
+
+    def _finish(self, output: Array) -> Array:
         return as_promised(output, self._bundle, self._engine)
 
     def _release(self) -> None:

@@ -101,7 +101,9 @@ class OpenVinoBackend(Backend):
     def _run(self, image: Array) -> Array:
         # The request owns its output buffer and overwrites it in the next run.
         with denormals_as_zero():
-            output = np.array(self._request.infer([image], share_inputs=True)[0])
+            return np.array(self._request.infer([image], share_inputs=True)[0])
+
+    def _finish(self, output: Array) -> Array:
         return as_promised(output, self._bundle, self._engine)
 
     def _release(self) -> None:

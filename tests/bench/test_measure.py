@@ -200,6 +200,7 @@ def test_int8_has_no_ceiling():
     assert module._rate("cpu", "int8", 1) is None
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_child_not_of_this_process(tmp_path, monkeypatch):
     """The largest resident set of a child must not be that of its parent, which is far larger."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))

@@ -63,12 +63,28 @@ def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint,
     code, out, err = cli(*build, "-o", tmp_path / "x.agln")
     assert code == 8
     assert "onnxruntime-fp32" in out
-    assert "openvino-fp32" not in out
-    assert "left out of" in err
-    assert "openvino-fp32: agrees" in err
+    assert f"left out of {tmp_path / 'x.agln'}: openvino-fp32" in err
+    assert "left out: openvino-fp32: agrees" in out
+    assert "left out: openvino-fp32: agrees" in (tmp_path / "x.agln" / "report.md").read_text()
+    assert "left out: openvino-fp32: agrees" in cli("inspect", tmp_path / "x.agln")[1]
     code, out, err = cli(*build, "-o", tmp_path / "y.agln", "--strict")
     assert (code, out) == (8, "")
     assert [path.name for path in tmp_path.iterdir()] == ["x.agln"]
+
+
+@pytest.mark.openvino
+def test_a_rebuild_that_loses_an_engine_says_so(cli, bundle, tmp_path, monkeypatch):
+    from agln_fast.backends.openvino import OpenVinoBackend
+
+    real = OpenVinoBackend.run
+    monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)
+    code, out, err = cli("rebuild", bundle.path, "-o", tmp_path / "x.agln")
+    assert code == 8
+    assert "left out: openvino-fp32: agrees" in out
+    assert f"left out of {tmp_path / 'x.agln'}: openvino-fp32" in err
+    code, out, err = cli("rebuild", bundle.path, "-o", tmp_path / "y.agln", "--strict")
+    assert (code, out) == (8, "")
+    assert not (tmp_path / "y.agln").exists()
 
 
 def test_build_run_verify_inspect(cli, small_checkpoint, images, tmp_path):
@@ -234,6 +250,7 @@ def test_doctor_says_what_is_there_and_what_to_install(cli, monkeypatch):
     assert "onnxruntime" in cli("doctor")[1]
 
 
+@pytest.mark.slow
 def test_bench_puts_contestants_and_networks_side_by_side(cli, tmp_path):
     arguments = ("bench", "fpn_nano", "agln_nano", "--size", "64x64", "--iters", "3", "--num-classes", "3")
     arguments += ("--precision", "fp32", "--threads", "1", "--budget", "0", "--plan", "none")
@@ -279,7 +296,7 @@ def test_bench_hands_its_options_on(cli, tmp_path, monkeypatch):
         Plan(fold_batchnorm=True),
         2,
         None,
-        None,
+        networks.TUNE_S,
     )
     assert entries == choose_entries(full=True)[0]
     assert all(arguments[:3] == (part, cases, options) for arguments in seen[1:])

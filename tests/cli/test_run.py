@@ -12,7 +12,7 @@ from deep_images import GREY, png
 from fake_engine import fake_segmenter
 from PIL import Image
 
-import agln_fast.bundle
+import agln_fast.cli.request
 import agln_fast.runtime.segmenter
 from agln_fast.cli.console import progress_bar
 from agln_fast.cli.run import _names, _telling_ends
@@ -29,7 +29,7 @@ def write(path: Path) -> Path:
 @pytest.fixture
 def run(cli, monkeypatch):
     """`run(*arguments)` with an engine of no weight: exit code, the report, standard error."""
-    monkeypatch.setattr(agln_fast.bundle, "open_bundle", lambda path: path)
+    monkeypatch.setattr(agln_fast.cli.request, "open_matching", lambda *_: None)
     monkeypatch.setattr(agln_fast.runtime.segmenter, "load", lambda *_, **__: fake_segmenter(max_batch=2, resize="pad"))
 
     def call(*arguments):

@@ -71,8 +71,7 @@ def test_what_is_faster_stays(graphs, cache, monkeypatch):
     expected = replace(ALGEBRA, pixel_major_attention=True, mix_before_upsample=("full", "rows", "none"))
     assert tuning.plan == expected
     assert (tuning.chosen_by, tuning.complete) == ("timing", True)
-    start = replace(ALGEBRA, pixel_major_attention=True)
-    assert {NO_PLAN, start, expected} < {candidate.plan for candidate in tuning.candidates}
+    assert {NO_PLAN, expected} < {candidate.plan for candidate in tuning.candidates}
 
 
 def test_no_plan_may_be_the_fastest(graphs, cache, monkeypatch):
@@ -81,6 +80,7 @@ def test_no_plan_may_be_the_fastest(graphs, cache, monkeypatch):
     assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60).plan == NO_PLAN
 
 
+@pytest.mark.slow
 def test_engines_are_really_timed(graphs, cache):
     tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=20, threads=1)
     assert tuning.chosen_by == "timing"

@@ -33,6 +33,7 @@ def compiled(*arguments):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_op_compiles_everywhere(op):
     rows = compiled(op)
@@ -44,6 +45,7 @@ def test_op_compiles_everywhere(op):
         assert line in documented, "run `python -m agln_fast.bench.cross_compile --write docs/kernels.md`"
 
 
+@pytest.mark.slow
 def test_sizes_that_suit_no_tile():
     """C = 300, N = 150, K = 59, 127x127 pixels, contiguous: no wide loads, several tiles of channels."""
     rows = compiled(*OPS, "--odd", "--capability", "sm86", "--capability", "sm90")

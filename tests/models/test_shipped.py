@@ -70,6 +70,7 @@ def test_the_model_card_is_true(evaluations: dict[str, Evaluation]) -> None:
         assert float(row[2]) == pytest.approx(100 * evaluation.metrics.pixel_accuracy, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.openvino
 def test_every_engine_keeps_the_accuracy(
     evaluations: dict[str, Evaluation], scenes: CachedDataset, tmp_path: Path

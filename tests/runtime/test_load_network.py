@@ -9,7 +9,7 @@ import torch
 import agln_fast
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD
 from agln_fast.data.classes import class_set
-from agln_fast.errors import BackendError, CheckpointError, ConfigError
+from agln_fast.errors import CheckpointError, ConfigError
 from agln_fast.runtime.segmenter import load_network
 
 
@@ -61,7 +61,7 @@ def test_images_slide_and_classes_have_names(small_network, pixels):
     ("options", "error", "message"),
     [
         ({"precision": "int8"}, ConfigError, "unknown precision 'int8'; known: fp32, fp16, bf16"),
-        ({"device": "warp"}, BackendError, "torch cannot use device 'warp'"),
+        ({"device": "warp"}, ConfigError, "unknown device 'warp'; give cpu, cuda, or a GPU by its number"),
         ({"threads": 0}, ConfigError, "threads 0: must be from 1"),
         ({"size": (16, 16)}, ConfigError, "size 16x16: each side"),
         ({"class_set": class_set("ade20k")}, ConfigError, "class set 'ade20k' has 150 classes, the network 5"),

@@ -120,6 +120,7 @@ def test_the_weights_load_and_the_log_is_complete(finished: Path) -> None:
     assert float(rows[1]["learning_rate"]) == pytest.approx(0.05 * (1 / 6) ** 0.9)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     """SIGKILL, twice, wherever the process happens to be; then to the end."""
     folder = tmp_path / "run"
@@ -238,6 +239,7 @@ def test_a_damaged_image_is_one_line_of_error(workers: int, tmp_path: Path) -> N
     assert str(caught.value) == "a.png: cannot be decoded"
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
     """DDP on the CPU: the loss is that of the whole batch; one log, one JSON document, and a run that resumes."""
     settings = {**SMALL, "devices": 2, "batch_size": 4, "validate_every": 0.1, "max_scale": 0.9}
