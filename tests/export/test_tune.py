@@ -421,7 +421,7 @@ def test_cpu_is_the_faster_of_two(small_network, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.openvino)])
-@pytest.mark.parametrize("layout", ["uint8_nhwc", "float_nchw"])
+@pytest.mark.parametrize("layout", ["uint8_nhwc", pytest.param("float_nchw", marks=pytest.mark.slow)])
 def test_a_planned_engine_gives_the_labels_of_a_plain_one(backend, layout, tmp_path):
     """What a graph leaves at low resolution is made up for: shape, dtype, and 99.99 % of the labels."""
     outputs = []
