@@ -24,7 +24,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from agln_fast.errors import CheckpointError, printable
-from agln_fast.models.weights_names import find_weights, kind_of
+from agln_fast.models.weights_names import CONTAINERS, find_weights, kind_of
 from agln_fast.models.weights_pickle import (
     MOST_PICKLE_BYTES,
     NOT_PYTORCH,
@@ -251,7 +251,8 @@ def _checked(state: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, value in state.items():
         shown = f"entry '{printable(name)}'"
         if not isinstance(value, Tensor | StoredTensor) and not (isinstance(value, Inert) and value.tensor):
-            raise CheckpointError(f"not a checkpoint: {shown} is no tensor but {kind_of(value)}")
+            places = f" (weights may be under {', '.join(CONTAINERS)})" if isinstance(value, dict) else ""
+            raise CheckpointError(f"not a checkpoint: {shown} is no tensor but {kind_of(value)}{places}")
         real = _INTEGERS if name.endswith("num_batches_tracked") else _FLOATS
         if isinstance(value, Inert) or value.dtype not in real:
             kind = value.what if isinstance(value, Inert) else value.dtype
