@@ -50,7 +50,7 @@ def archive(value: bytes, records: Mapping[str, bytes] = {}, compression: int = 
     return file.getvalue()
 
 
-def legacy(value: bytes, keys: bytes = b"]", records: bytes = b"") -> bytes:
-    """The same as PyTorch before 1.6 wrote it; `keys` is the body of a list, `records` what follows."""
+def legacy(value: bytes) -> bytes:
+    """The same as PyTorch before 1.6 wrote it; with no record."""
     start = (number(0x1950A86A20F9469CFC6C), number(1001), b"}")
-    return b"".join(map(pickled, (*start, value, keys))) + records
+    return b"".join(map(pickled, (*start, value, b"]")))
