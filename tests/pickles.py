@@ -7,7 +7,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 
-__all__ = ["archive", "call", "dictionary", "name", "number", "pickled", "text", "together"]
+__all__ = ["archive", "call", "dictionary", "legacy", "name", "number", "pickled", "text", "together"]
 
 
 def text(value: str) -> bytes:
@@ -16,7 +16,7 @@ def text(value: str) -> bytes:
 
 
 def number(value: int) -> bytes:
-    return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
+    return b"\x8a\x0a" + value.to_bytes(10, "little", signed=True)
 
 
 def name(module: str, attribute: str) -> bytes:
@@ -48,3 +48,9 @@ def archive(value: bytes, records: Mapping[str, bytes] = {}, compression: int = 
         for key, data in {"data.pkl": pickled(value), "version": b"3\n", **records}.items():
             opened.writestr(f"archive/{key}", data)
     return file.getvalue()
+
+
+def legacy(value: bytes) -> bytes:
+    """The same as PyTorch before 1.6 wrote it; with no record."""
+    start = (number(0x1950A86A20F9469CFC6C), number(1001), b"}")
+    return b"".join(map(pickled, (*start, value, b"]")))

@@ -245,7 +245,7 @@ def _our_name(name: str) -> str:
 
 
 def _fill(module: nn.Module | ResNet, state: StateDict, path: str, what: str, *, assign: bool = True) -> None:
-    """Give `module` the tensors of `state` as float32, after checking names, shapes and values."""
+    """Give `module` the tensors of `state` (float32), after checking names, shapes and values."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     counters = [name for name in expected if name.endswith("num_batches_tracked")]
     # Older PyTorch did not store the counter, and inference does not use it. ImageNet encoders come with `fc`.
@@ -268,18 +268,18 @@ def _fill(module: nn.Module | ResNet, state: StateDict, path: str, what: str, *,
             if names
         )
         raise CheckpointError(f"{path}: does not fit {what}: {listing}")
-    tensors = {name: tensor if name in counters else tensor.float() for name, tensor in state.items()}
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    # Not `isfinite` of all: the largest tensor may be most of the file, and twice as much would be set aside.
+    broken = [name for name, tensor in state.items() if not all(end.isfinite() for end in tensor.aminmax())]
     if broken:
         raise CheckpointError(
             f"{path}: NaN or Inf in {len(broken)} of {len(state)} tensors, first in {broken[0]!r}; "
             "the training diverged or the file is damaged"
         )
-    for name, tensor in tensors.items():
+    for name, tensor in state.items():
         if name.endswith("running_var") and (tensor < 0).any():
             raise CheckpointError(
                 f"{path}: {name!r} holds a negative variance ({tensor.min():.3g}); the file is damaged or was changed"
             )
-    module.load_state_dict(tensors, assign=assign)
+    module.load_state_dict(state, assign=assign)
     if assign:
         module.requires_grad_(True)

@@ -1,7 +1,7 @@
 """Read the tensors of a weights file, whatever its suffix says: a zip or an old pickle of PyTorch, or safetensors.
 
-Nothing in a file is executed (`weights_pickle`), no tensor refers to the file once it is read, and memory is at most
-about three times the file's size.
+Nothing in a file is executed (`weights_pickle`), and no tensor refers to the file once it is read. Memory is about
+three times the file's size at most for what trainings write, and bounded for what they do not (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import struct
 import zipfile
@@ -17,14 +18,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from agln_fast.errors import CheckpointError, printable
-from agln_fast.models.weights_names import find_weights, kind_of
+from agln_fast.models.weights_names import CONTAINERS, find_weights, kind_of
 from agln_fast.models.weights_pickle import (
     MOST_PICKLE_BYTES,
     NOT_PYTORCH,
@@ -42,6 +42,8 @@ _INTEGERS = (torch.int64, torch.int32)
 _MOST_HEADER_BYTES = 8 << 20  # of a safetensors file; 600 tensors need 100 kB
 _MOST_LISTED_BYTES = 4 << 20  # of a zip's list of entries; 2,400 need 300 kB
 _SMALL_BYTES = 16 << 20  # what the smallest file may claim
+# Half precision doubles as float32, and the storage that it is cut from may be as large as the file.
+_MOST_TIMES = 4
 _CHUNK_BYTES = 1 << 20
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -57,6 +59,8 @@ _TAKEN_FOR_CHECKPOINTS = (
 
 def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
     """The tensors of a file by name (see `find_weights`), in memory of their own, and its metadata.
+
+    Those that hold numbers with a fraction are float32, whatever they are in the file.
 
     Raises:
         CheckpointError: as `load_checkpoint`, but for what needs a network to tell.
@@ -84,7 +88,10 @@ def read_safetensors(data: bytes, name: str) -> tuple[StateDict, dict[str, str]]
 def _named(name: str, read: Callable[[], tuple[StateDict, dict[str, str]]]) -> tuple[StateDict, dict[str, str]]:
     """What `read` returns; its errors begin with `name`."""
     try:
-        return read()
+        state, metadata = read()
+        for key, tensor in state.items():  # one by one, because the file's own go as those of float32 come
+            state[key] = tensor.float() if tensor.dtype in _FLOATS else tensor
+        return state, metadata
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
     except MemoryError:
@@ -189,15 +196,14 @@ def _from_archive(archive: zipfile.ZipFile, size: int, path: str) -> StateDict:
     content = read_pickle(io.BytesIO(_entry(archive, names[0])))
     swapped = f"{root}byteorder" in entries and _entry(archive, f"{root}byteorder") == b"big"
 
-    def record(key: str, dtype: torch.dtype) -> bytearray:
+    def record(key: str, nbytes: int) -> bytearray:
         if f"{root}data/{key}" not in entries:
             raise CheckpointError(f"damaged: its storage '{printable(key)}' is missing; {_FETCH}")
-        data = _entry(archive, f"{root}data/{key}")
-        if swapped:
-            np.frombuffer(data, f"u{dtype.itemsize}").byteswap(inplace=True)
-        return data
+        if entries[f"{root}data/{key}"].file_size > nbytes + _CHUNK_BYTES:
+            raise CheckpointError(f"damaged: its storage '{printable(key)}' holds more than it claims; {_FETCH}")
+        return _entry(archive, f"{root}data/{key}")
 
-    return _loaded(_checked(find_weights(content, path)), record)
+    return _loaded(_checked(find_weights(content, path)), record, size, swapped)
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytearray:
@@ -224,14 +230,14 @@ def _from_legacy(file: BinaryIO, size: int, path: str) -> StateDict:
             raise CheckpointError(f"truncated: the end of the file is missing; {_FETCH}")
         file.seek(sum(places[key]))
 
-    def record(key: str, _: torch.dtype) -> bytearray:
+    def record(key: str, nbytes: int) -> bytearray:
         if key not in places:
             raise CheckpointError(f"damaged: its storage '{printable(key)}' is missing; {_FETCH}")
         offset, count = places[key]
         file.seek(offset)
-        return _exactly(file, count)
+        return _exactly(file, min(count, nbytes))
 
-    return _loaded(_checked(find_weights(content, path)), record)
+    return _loaded(_checked(find_weights(content, path)), record, size)
 
 
 def _exactly(source: IO[bytes], count: int) -> bytearray:
@@ -251,7 +257,8 @@ def _checked(state: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, value in state.items():
         shown = f"entry '{printable(name)}'"
         if not isinstance(value, Tensor | StoredTensor) and not (isinstance(value, Inert) and value.tensor):
-            raise CheckpointError(f"not a checkpoint: {shown} is no tensor but {kind_of(value)}")
+            places = f" (weights may be under {', '.join(CONTAINERS)})" if isinstance(value, dict) else ""
+            raise CheckpointError(f"not a checkpoint: {shown} is no tensor but {kind_of(value)}{places}")
         real = _INTEGERS if name.endswith("num_batches_tracked") else _FLOATS
         if isinstance(value, Inert) or value.dtype not in real:
             kind = value.what if isinstance(value, Inert) else value.dtype
@@ -261,8 +268,15 @@ def _checked(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return state
 
 
-def _loaded(state: Mapping[str, StoredTensor], record: Callable[[str, torch.dtype], bytearray]) -> StateDict:
-    """The tensors that `state` describes; `record(key, dtype)` reads the bytes of one storage."""
+def _loaded(
+    state: Mapping[str, StoredTensor], record: Callable[[str, int], bytearray], size: int, swapped: bool = False
+) -> StateDict:
+    """The tensors that `state` describes, from a file of `size` bytes.
+
+    Args:
+        record: reads the bytes of the storage of that key, which its tensors say to be so many.
+        swapped: the bytes of each number stand in the other order.
+    """
     storages: dict[str, int] = {}
     for value in state.values():
         key, stop = value.storage.key, value.storage.start + value.storage.nbytes
@@ -270,17 +284,32 @@ def _loaded(state: Mapping[str, StoredTensor], record: Callable[[str, torch.dtyp
     # Names may share a storage, as tied weights do; each gets a copy, and a small file must not ask for many.
     if sum(value.nbytes for value in state.values()) > 2 * sum(storages.values()):
         raise CheckpointError(f"its {len(state)} entries claim far more than the {len(storages)} storages hold")
+    needed = sum(max(value.nbytes, math.prod(value.shape) * torch.float32.itemsize) for value in state.values())
+    needed += max(storages.values())
+    if needed > _MOST_TIMES * size + _SMALL_BYTES:
+        raise CheckpointError(f"a file of {size:,} bytes that needs {needed:,} in memory: not written by PyTorch")
     tensors: StateDict = dict.fromkeys(state, torch.empty(0))  # in the file's order
     by_storage = sorted(state.items(), key=lambda item: item[1].storage.key)
     for key, group in itertools.groupby(by_storage, key=lambda item: item[1].storage.key):
         members = list(group)
-        data = record(key, members[0][1].storage.dtype)
+        data = record(key, storages[key])
         for name, value in members:
             if value.storage.start + value.storage.nbytes > len(data):
                 raise _less(name, value)
             alone = len(members) == 1 and value.nbytes == len(data)
-            tensors[name] = _cut(data, value) if alone else _cut(data, value).clone()
+            tensor = _cut(data, value)
+            if swapped:
+                tensor = _swapped(tensor)
+            elif not alone:
+                tensor = tensor.clone()
+            tensors[name] = tensor
     return tensors
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """A copy whose numbers have their bytes in the other order."""
+    signed = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return torch.from_numpy(tensor.view(signed).numpy().byteswap()).view(tensor.dtype)
 
 
 def _less(name: str, tensor: StoredTensor) -> CheckpointError:

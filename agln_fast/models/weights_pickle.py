@@ -81,7 +81,7 @@ def read_pickle(file: BinaryIO, dtypes: dict[str, torch.dtype] | None = None) ->
     """
     try:
         return _Machine(file, {} if dtypes is None else dtypes).run()
-    except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error):
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error):
         raise CheckpointError(NOT_PYTORCH) from None
 
 
@@ -183,7 +183,9 @@ class _Machine:
             stack.append(_global(self._line(), self._line()))
         elif code == pickle.STACK_GLOBAL:
             name, module = stack.pop(), stack.pop()
-            stack.append(_global(str(module), str(name)))
+            if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _LONGEST_NAME:
+                raise ValueError(code)
+            stack.append(_global(module, name))
         elif code in (pickle.REDUCE, pickle.NEWOBJ):
             arguments, function = stack.pop(), stack.pop()
             stack.append(self._call(function, arguments))
@@ -256,9 +258,8 @@ def _put(target: _Value, keys_and_values: list[_Value]) -> None:
     if not isinstance(target, dict):
         raise ValueError(target)
     for key, value in zip(keys_and_values[::2], keys_and_values[1::2], strict=True):
-        # The hash of other keys may recurse as deeply as the file nests them.
-        plain = key is None or isinstance(key, str | int | float | bytes)
-        target[key if plain else Inert("key")] = value
+        # The hash of others may recurse as deeply as the file nests them, and those of numbers may all be the same.
+        target[key if isinstance(key, str) else Inert(type(key).__name__)] = value
 
 
 def _extend(target: _Value, values: list[_Value]) -> None:

@@ -13,7 +13,17 @@ import agln_fast
 from agln_fast.errors import CheckpointError
 from agln_fast.models.weights_names import find_weights
 
-CONTAINERS = ["state_dict", "model_state_dict", "model", "network", "net", "state_dict_ema", "ema", "module"]
+CONTAINERS = [
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "network",
+    "net",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "module",
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +107,15 @@ def test_prefixes_of_encoders_are_stripped(small_network, state, tmp_path):
     assert torch.equal(network.encoder.conv1.weight, state["encoder.conv1.weight"])
 
 
+@pytest.mark.parametrize("container", [None, "model_ema"])
+def test_the_average_that_pytorch_makes_is_read(container, small_network, state, tmp_path, caplog):
+    averaged = torch.optim.swa_utils.AveragedModel(small_network("fpn_resnet18")).state_dict()
+    torch.save({container: averaged} if container else averaged, tmp_path / "x.pth")
+    loaded = agln_fast.load_checkpoint(tmp_path / "x.pth").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    assert "1 entries of losses or counters ignored (n_averaged)" in caplog.text
+
+
 FOREIGN = {
     "criterion.weight": torch.ones(5),
     "loss.weight": torch.ones(5),
@@ -115,8 +134,13 @@ def test_losses_and_counters_are_ignored_with_one_line(state, tmp_path, caplog):
     loaded = agln_fast.load_checkpoint(tmp_path / "x").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
     (record,) = caplog.records
-    assert "8 entries of losses or operation counters ignored" in record.getMessage()
+    assert "8 entries of losses or counters ignored" in record.getMessage()
     assert record.getMessage().isprintable()
+
+
+def test_of_prefixes_without_end_some_are_stripped():
+    weights = find_weights({"a." * 100 + "b": torch.zeros(1), "a." * 100 + "c": torch.zeros(1)}, "x")
+    assert list(weights) == ["a." * 84 + "b", "a." * 84 + "c"]
 
 
 @pytest.mark.parametrize("name", ["lossless.weight", "loss", "encoder.loss.weight", "closs.weight"])
@@ -135,7 +159,11 @@ REFUSED = {
     "losses": ({"loss.weight": torch.zeros(1)}, "no state dict but losses and counters"),
     "a number as name": ({7: torch.zeros(1)}, "of type int is no name of a tensor"),
     "a long name": ({"x." * 400: torch.zeros(1)}, "is no name of a tensor"),
-    "an optimizer": ({"optimizer": {"state": {}}, "epoch": 1}, "entry 'optimizer' is no tensor but dict"),
+    "an optimizer": (
+        {"optimizer": {"state": {}}, "epoch": 1},
+        r"entry 'optimizer' is no tensor but dict \(weights may be under state_dict, .*, model_ema, ",
+    ),
+    "many names": ({str(i): 0 for i in range(20_001)}, "its state dict has 20,001 entries, which no network has"),
 }
 
 
