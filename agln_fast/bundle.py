@@ -38,6 +38,7 @@ __all__ = [
     "PlanChosenBy",
     "Verification",
     "check_schema",
+    "is_bundle",
     "open_bundle",
     "read_manifest",
     "seal",
@@ -456,6 +457,11 @@ def _regular(name: str | Path, folder: int | None = None) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(name))
     return open(descriptor, "rb")
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a bundle is at `path`, sound or not."""
+    return (path / _MANIFEST).is_file()
 
 
 def read_manifest(path: Path) -> Any:
