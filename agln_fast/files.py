@@ -39,9 +39,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def whole_folder(destination: Path, replaceable: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """An empty folder beside `destination` that takes its place at the end, or vanishes when anything fails.
 
-    What bears that name at the end stays, unless `replaceable` says of it that it may be replaced. It can be read at any
-    moment, whatever happens, and is removed when the new one is in its place and on the disk. Folder and files follow
-    the umask. What dead processes left beside `destination` is removed first.
+    What bears that name at the end stays, unless `replaceable` says of it that it may be replaced. It can then be read
+    at any moment, whatever happens, and is removed when the new one is in its place and on the disk. Folder and files
+    follow the umask. What dead processes left beside `destination` is removed first.
 
     Raises:
         BuildError: it cannot be written, or something is there that is not to be replaced; nothing is left behind.

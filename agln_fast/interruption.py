@@ -126,7 +126,7 @@ def deferred(cancel: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let signals wait: their handlers are called at the end of the block. For what must not be cut short, and is brief.
+    """Let signals wait until the end of the block, where their handlers are called: it is not cut short. Keep it brief.
 
     It holds what Python handles, in whosever program: in the main thread, where alone handlers are called.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -50,6 +51,41 @@ def test_files_that_vanish_after_opening_are_named(made):
     (made.path / "weights.safetensors").unlink()
     with pytest.raises(BundleChangedError, match=r"weights\.safetensors: cannot be read any more .*; open it again"):
         agln_fast.load(made)
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "check its permissions"), (errno.EIO, "copy the bundle again")],
+    ids=["too many files", "no permission", "a broken disk"],
+)
+def test_what_cannot_be_read_now_is_no_change_and_is_tried_once(code, hint, made, monkeypatch):
+    tried, opened = [], bundle_module._regular
+
+    def fail_after_opening(name, folder=None):
+        if folder is not None:
+            return opened(name, folder)
+        tried.append(name)
+        raise OSError(code, os.strerror(code), str(name))
+
+    monkeypatch.setattr(bundle_module, "_regular", fail_after_opening)
+    with pytest.raises(BundleError, match=rf"{os.strerror(code)}.*; .*{hint}") as caught:
+        agln_fast.load(made.path, "torch")
+    assert not isinstance(caught.value, BundleChangedError)
+    assert len(tried) == 1
+
+
+def test_a_folder_in_a_bundle_that_cannot_be_looked_into_is_named(made, monkeypatch):
+    (made.path / "inner").mkdir()
+    opened = os.open
+
+    def refuse(path, *rest, **options):
+        if path == "inner":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BundleError, match=r"Too many open files.*ulimit"):
+        open_bundle(made.path)
 
 
 def test_an_opened_bundle_that_was_replaced_is_not_loaded(made):

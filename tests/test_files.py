@@ -92,13 +92,15 @@ def test_nothing_is_left_of_what_fails(error, raised, message, tmp_path):
 @BOTH
 @pytest.mark.parametrize("replaceable", [None, lambda path: (path / "b").exists()], ids=["nothing", "another kind"])
 def test_what_appeared_meanwhile_stays(replaceable, two_steps, tmp_path):
-    with (
-        pytest.raises(BuildError, match="x: appeared during the work, and is not replaced; move it away"),
-        whole_folder(tmp_path / "x", replaceable) as folder,
-    ):
-        _write(folder, "ours")
-        (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "precious").touch()
+
+    def work():
+        with whole_folder(tmp_path / "x", replaceable) as folder:
+            _write(folder, "ours")
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x" / "precious").touch()
+
+    with pytest.raises(BuildError, match="x: appeared during the work, and is not replaced; move it away"):
+        work()
     assert os.listdir(tmp_path) == ["x"]
     assert os.listdir(tmp_path / "x") == ["precious"]
 
