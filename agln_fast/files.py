@@ -16,10 +16,12 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
+from agln_fast import interruption
 from agln_fast.errors import AglnError, BuildError
 
 __all__ = ["is_returning", "scratch_folder", "whole_folder"]
@@ -27,36 +29,48 @@ __all__ = ["is_returning", "scratch_folder", "whole_folder"]
 _SCRATCH = "agln-fast-"
 _TOKEN = "[0-9a-f]{8}"
 _LOCK, _OLD = ".lock", ".old"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+_NO_SUCH_RENAME = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
+def whole_folder(destination: Path, replaceable: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """An empty folder beside `destination` that takes its place at the end, or vanishes when anything fails.
 
-    Another folder may be there under that name: it can be read at any moment, whatever happens, and is removed when
-    the new one is in its place and on the disk. Folder and files follow the umask. What dead processes left beside
-    `destination` is removed first.
+    What bears that name at the end stays, unless `replaceable` says of it that it may be replaced. It can then be read
+    at any moment, whatever happens, and is removed when the new one is in its place and on the disk. Folder and files
+    follow the umask. What dead processes left beside `destination` is removed first.
 
     Raises:
-        BuildError: it cannot be written; nothing is left behind.
+        BuildError: it cannot be written, or something is there that is not to be replaced; nothing is left behind.
+        OSError: that of the block, which has nothing to do with the folder.
     """
     # Where it is a link, what the link points to is replaced.
     target = _real(destination)
-    folder: Path | None = None
+    folder, in_block = target, False
     try:
         with _claim(target.parent, f".{target.name}.", target) as folder:
             folder.mkdir()
+            in_block = True
             yield folder
+            in_block = False
             _flush(folder)
-            _put_in_place(folder, target)
+            with interruption.held():
+                _put_in_place(folder, target, replaceable or (lambda _: False))
     except AglnError as error:
         # The folder is gone when the message is read.
         error.args = (str(error).replace(str(folder), str(destination)),)
         raise
+    except _TakenError:
+        raise BuildError(
+            f"{destination}: appeared during the work, and is not replaced; move it away, or choose another name"
+        ) from None
     except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
+        if in_block and not _is_about(error, folder):
+            raise
+        hint = "free some space" if error.errno in _NO_SPACE else "check the folder and its permissions"
         raise BuildError(f"{destination}: cannot be written ({error}); {hint}") from None
 
 
@@ -85,24 +99,46 @@ def is_returning(destination: Path) -> bool:
     return True
 
 
+class _TakenError(Exception):
+    """Something bears the name, and is to keep it."""
+
+
 @contextmanager
 def _claim(parent: Path, prefix: str, target: Path | None = None) -> Iterator[Path]:
     """A free name in `parent` that is this process's; all that bears it at the end is removed."""
-    _remove_dead(parent, prefix, target)
+    claims: list[tuple[Path, FileIO]] = []
+    try:
+        with interruption.held():
+            _remove_dead(parent, prefix, target)
+            claims.append(_free_name(parent, prefix))
+        yield claims[0][0]
+    finally:
+        # A signal may raise before the first call has come to hold it, but does so once.
+        try:
+            _give_up(claims, target)
+        finally:
+            _give_up(claims, target)
+
+
+def _free_name(parent: Path, prefix: str) -> tuple[Path, FileIO]:
+    """A name, and its lock."""
     while True:
         name = parent / f"{prefix}{secrets.token_hex(4)}"
-        lock = os.open(f"{name}{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        lock = FileIO(os.open(f"{name}{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "r+")
         # Some file systems have no locks: then nobody finds a free one, and nothing of others is ever removed.
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:
-            break
-        os.close(lock)  # another process took it for a dead one's before it was locked
-    try:
-        yield name
-    finally:
-        _remove(name, target)
-        os.close(lock)
+        if os.fstat(lock.fileno()).st_nlink:
+            return name, lock
+        lock.close()  # another process took it for a dead one's before it was locked
+
+
+def _give_up(claims: list[tuple[Path, FileIO]], target: Path | None) -> None:
+    with interruption.held():
+        while claims:
+            name, lock = claims.pop()
+            with lock:
+                _remove(name, target)
 
 
 def _remove_dead(parent: Path, prefix: str, target: Path | None) -> None:
@@ -159,26 +195,60 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Give `folder` the name `target`, and what bore that name the one of `folder`."""
-    if not target.exists():
-        os.rename(folder, target)
-    elif not _exchange(folder, target):
-        old = folder.with_name(folder.name + _OLD)
-        os.rename(target, old)
-        os.rename(folder, target)
-        os.rename(old, folder)
+def _put_in_place(folder: Path, target: Path, replaceable: Callable[[Path], bool]) -> None:
+    """Give `folder` the name `target`, and what bore that name the one of `folder`.
+
+    It is looked at before it loses its name, so that a kill can do it no harm, and after it: nobody else changes it
+    then, and what came in between gets its name back.
+
+    Raises:
+        _TakenError: it is not replaceable.
+    """
+    if not _took_free_name(folder, target):
+        if not replaceable(target):
+            raise _TakenError
+        if _renamed(folder, target, _RENAME_EXCHANGE):
+            if not replaceable(folder):
+                _renamed(folder, target, _RENAME_EXCHANGE)
+                raise _TakenError
+        else:
+            old = folder.with_name(folder.name + _OLD)
+            os.rename(target, old)
+            if not replaceable(old):
+                raise _TakenError  # it comes back when the claim is given up
+            os.rename(folder, target)
+            os.rename(old, folder)
     _sync(target.parent)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the C library, the kernel or the file system has no such step."""
+def _took_free_name(folder: Path, target: Path) -> bool:
+    """Give `folder` the name `target`; False where it is taken."""
+    try:
+        if not _renamed(folder, target, _RENAME_NOREPLACE):
+            if os.path.lexists(target):
+                return False
+            os.rename(folder, target)  # the only thing that this replaces is an empty folder
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        raise
+    return True
+
+
+def _renamed(one: Path, other: Path, flag: int) -> bool:
+    """Rename in a way that `os.rename` has not; False where the C library, the kernel or the file system has it not."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
+    if code in _NO_SUCH_RENAME:
         return False
     raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """Whether an error is due to the folder: writing to a full disk names no file."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return error.errno in _NO_SPACE or any(Path(name).is_relative_to(folder) for name in names)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Interrupted", "check", "deferred", "listening", "noted"]
+__all__ = ["Interrupted", "check", "deferred", "held", "listening", "noted"]
 
 # Ctrl-C, a polite kill, and the end of the terminal.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -122,6 +122,36 @@ def deferred(cancel: Callable[[], None]) -> Iterator[None]:
         if pressed:
             raise KeyboardInterrupt
         check()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait until the end of the block, where their handlers are called: it is not cut short. Keep it brief.
+
+    It holds what Python handles, in whosever program: in the main thread, where alone handlers are called.
+    """
+    before: dict[signal.Signals, Any] = {}
+    came: list[tuple[int, object]] = []
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    before[number] = handler
+                    signal.signal(number, lambda *arrived: came.append(arrived))
+        yield
+    finally:
+        try:
+            _install(before)
+        finally:  # one that came in between has raised, and does so once
+            _install(before)
+        for arrived, frame in came:
+            before[signal.Signals(arrived)](arrived, frame)
+
+
+def _install(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _handle(number: int, frame: object) -> None:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from agln_fast.backends.openvino import OpenVinoBackend
 from agln_fast.backends.tensorrt_library import Flavour
-from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, open_bundle, seal
+from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, is_bundle, open_bundle, seal
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
 from agln_fast.errors import ConfigError, VerificationError, printable
@@ -159,7 +159,7 @@ def build(
         "agln_fast.created_with": " ".join(f"{name}={number}" for name, number in created_with.items()),
     }
     manifest = Manifest(network.config, names.classes, names.palette, contract, (), {}, created_with)
-    with whole_folder(destination) as folder:
+    with whole_folder(destination, is_bundle if overwrite else None) as folder:
         frames = sample_frames(samples, contract)
         cost = complexity(network.config, contract.height, contract.width)[-1]
         steps.start(_REFERENCE, about(len(frames) * (cost.convolution + cost.matmul) / _CPU_MACS))

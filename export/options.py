@@ -13,6 +13,7 @@ from pathlib import Path
 from agln_fast import environment
 from agln_fast.backends import check_threads
 from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES
+from agln_fast.bundle import is_bundle
 from agln_fast.contract import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -154,7 +155,7 @@ def _destination(path: Path, overwrite: bool) -> Path:
             raise ConfigError(
                 f"{path}: exists already; choose another name, or replace it with --force (overwrite=True)"
             )
-        if not (path / "manifest.json").is_file():
+        if not is_bundle(path):
             raise ConfigError(f"{path}: exists and is no bundle, so it is not replaced; choose another name")
     folder = path.absolute().parent
     if not folder.is_dir():

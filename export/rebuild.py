@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from agln_fast.backends import BACKENDS
-from agln_fast.bundle import Bundle, check_schema, read_manifest
+from agln_fast.bundle import Bundle, check_schema, read_manifest, schema_error, unreadable
 from agln_fast.contract import IOContract, Precision
 from agln_fast.data.classes import ClassSet
-from agln_fast.errors import AglnError, BundleError
+from agln_fast.errors import AglnError, BundleError, printable
 from agln_fast.export.options import TARGETS, check_options
 from agln_fast.models.config import ModelConfig
 
@@ -62,9 +60,9 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     except BundleError as error:
         raise BundleError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
     except AglnError as error:
-        raise BundleError(f"{folder}: manifest.json: {error}") from None
+        raise BundleError(f"{folder}: manifest.json: {printable(error)}") from None
     except OSError as error:
-        raise BundleError(f"{folder}: cannot be read ({error}); check its permissions") from None
+        raise unreadable(folder, error) from None
     precisions, capabilities, left_out = _engines(values["engines"])
     options = {
         "size": (contract.height, contract.width),
@@ -141,19 +139,23 @@ def _check_parts(values: dict[str, Any]) -> None:
     Raises:
         BundleError: one is missing, or breaks it.
     """
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
+    where = schema_error(values, _parts_of)
+    if where is not None:
+        raise BundleError(f"manifest.json cannot be understood, at {where}")
 
-    schema = json.loads(resources.files("agln_fast.data").joinpath("manifest.schema.json").read_text())
+
+def _parts_of(schema: dict[str, Any]) -> dict[str, Any]:
     parts = ("model", "classes", "palette", "contract", "files")
-    engine = schema["properties"]["engines"]["items"]["properties"]
-    needed = {
+    properties = schema["properties"]
+    engine = properties["engines"]["items"]["properties"]
+    return {
         "type": "object",
         "required": [*parts, "engines"],
         "properties": {
-            **{part: schema["properties"][part] for part in parts},
+            **{part: properties[part] for part in parts},
             "engines": {
                 "type": "array",
+                "maxItems": properties["engines"]["maxItems"],
                 "items": {
                     "type": "object",
                     "properties": {key: engine[key] for key in ("name", "compute_capabilities")},
@@ -162,18 +164,17 @@ def _check_parts(values: dict[str, Any]) -> None:
         },
         "$defs": schema["$defs"],
     }
-    error = best_match(Draft202012Validator(needed).iter_errors(values))
-    if error is not None:
-        raise BundleError(f"manifest.json cannot be understood, at {error.json_path}: {error.message[:200]}")
 
 
 def _weights(folder: Path, values: dict[str, Any]) -> bytes:
     weights = folder / _WEIGHTS
     if not weights.is_file():
         raise BundleError(f"there is no {_WEIGHTS} to rebuild it from; copy the bundle again, or {_FROM_CHECKPOINT}")
-    data = weights.read_bytes()
     expected = values["files"].get(_WEIGHTS)
-    if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+    if expected is None:
+        raise BundleError(f"manifest.json gives no hash for {_WEIGHTS}; {_FROM_CHECKPOINT}")
+    data = weights.read_bytes()
+    if hashlib.sha256(data).hexdigest() != expected:
         raise BundleError(f"{_WEIGHTS} was changed after the build; copy the bundle again, or {_FROM_CHECKPOINT}")
     return data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -14,7 +15,7 @@ from hand_made import constant_network, hand_made_bundle
 import agln_fast
 from agln_fast import bundle as bundle_module
 from agln_fast.backends import open_engine
-from agln_fast.bundle import Bundle, open_bundle
+from agln_fast.bundle import Bundle, is_bundle, open_bundle
 from agln_fast.errors import BundleChangedError, BundleError
 from agln_fast.files import whole_folder
 
@@ -52,8 +53,43 @@ def test_files_that_vanish_after_opening_are_named(made):
         agln_fast.load(made)
 
 
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "check its permissions"), (errno.EIO, "copy the bundle again")],
+    ids=["too many files", "no permission", "a broken disk"],
+)
+def test_what_cannot_be_read_now_is_no_change_and_is_tried_once(code, hint, made, monkeypatch):
+    tried, opened = [], bundle_module._regular
+
+    def fail_after_opening(name, folder=None):
+        if folder is not None:
+            return opened(name, folder)
+        tried.append(name)
+        raise OSError(code, os.strerror(code), str(name))
+
+    monkeypatch.setattr(bundle_module, "_regular", fail_after_opening)
+    with pytest.raises(BundleError, match=rf"{os.strerror(code)}.*; .*{hint}") as caught:
+        agln_fast.load(made.path, "torch")
+    assert not isinstance(caught.value, BundleChangedError)
+    assert len(tried) == 1
+
+
+def test_a_folder_in_a_bundle_that_cannot_be_looked_into_is_named(made, monkeypatch):
+    (made.path / "inner").mkdir()
+    opened = os.open
+
+    def refuse(path, *rest, **options):
+        if path == "inner":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BundleError, match=r"Too many open files.*ulimit"):
+        open_bundle(made.path)
+
+
 def test_an_opened_bundle_that_was_replaced_is_not_loaded(made):
-    with whole_folder(made.path) as folder:
+    with whole_folder(made.path, is_bundle) as folder:
         hand_made_bundle(folder, label=2)
     with pytest.raises(BundleChangedError, match="open it again"):
         agln_fast.load(made)
@@ -105,7 +141,7 @@ def test_a_pipe_in_the_place_of_a_file_blocks_nobody(made):
 def test_a_bundle_that_is_replaced_in_a_loop_is_always_one_of_them(swap, tmp_path, monkeypatch):
     """Names of classes come from the manifest, labels from the weights: they must be of one version."""
     if not swap:
-        monkeypatch.setattr("agln_fast.files._exchange", lambda one, other: False)
+        monkeypatch.setattr("agln_fast.files._renamed", lambda one, other, flag: False)
     templates = {name: hand_made_bundle(tmp_path / name, i + 1, name).path for i, name in enumerate(VERSIONS)}
     path = tmp_path / "x.agln"
     shutil.copytree(templates["old"], path)
@@ -113,7 +149,7 @@ def test_a_bundle_that_is_replaced_in_a_loop_is_always_one_of_them(swap, tmp_pat
 
     def replace_it():
         while not done.is_set():
-            with whole_folder(path) as folder:
+            with whole_folder(path, is_bundle) as folder:
                 shutil.copytree(templates[VERSIONS[len(replaced) % 2]], folder, dirs_exist_ok=True)
             replaced.append(True)
 
@@ -135,12 +171,12 @@ def test_a_bundle_that_is_replaced_in_a_loop_is_always_one_of_them(swap, tmp_pat
 def test_a_bundle_that_is_replaced_while_it_is_opened_is_opened_again(made, monkeypatch):
     check, opened = bundle_module._check, []
 
-    def replaced_meanwhile(folder):
+    def replaced_meanwhile(folder, path):
         if not opened:
             opened.append(folder)
-            with whole_folder(made.path) as new:
+            with whole_folder(made.path, is_bundle) as new:
                 hand_made_bundle(new, label=2, prefix="new")
-        return check(folder)
+        return check(folder, path)
 
     monkeypatch.setattr(bundle_module, "_check", replaced_meanwhile)
     assert open_bundle(made.path).manifest.classes[0] == "new 0"
@@ -175,7 +211,7 @@ def test_a_damaged_file_is_named_at_once(made, monkeypatch):
     """Nothing is tried again that will not change."""
     opened = []
     check = bundle_module._check
-    monkeypatch.setattr(bundle_module, "_check", lambda folder: opened.append(folder) or check(folder))
+    monkeypatch.setattr(bundle_module, "_check", lambda *at: opened.append(at) or check(*at))
     (made.path / "weights.safetensors").write_bytes(b"")
     with pytest.raises(BundleError, match="was changed after the build"):
         agln_fast.load(made.path)

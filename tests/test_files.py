@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,12 @@ BOTH = pytest.mark.parametrize("swap", [True, False], ids=["one step", "two step
 @pytest.fixture
 def two_steps(swap, monkeypatch):
     if not swap:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_renamed", lambda one, other, flag: False)
+
+
+def _anything(path):
+    """As in a build with --force, which replaces bundles."""
+    return True
 
 
 def _write(folder, text):
@@ -40,7 +46,7 @@ def _text(folder):
 @BOTH
 def test_a_folder_appears_and_is_replaced(two_steps, tmp_path):
     for text in ("first", "second"):
-        with whole_folder(tmp_path / "x") as folder:
+        with whole_folder(tmp_path / "x", _anything) as folder:
             _write(folder, text)
             assert text == "first" or _text(tmp_path / "x") == "first"
         assert _text(tmp_path / "x") == text
@@ -50,7 +56,7 @@ def test_a_folder_appears_and_is_replaced(two_steps, tmp_path):
 def test_what_a_link_points_to_is_replaced(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with whole_folder(tmp_path / "link") as folder:
+    with whole_folder(tmp_path / "link", _anything) as folder:
         _write(folder, "new")
     assert (tmp_path / "link").is_symlink()
     assert _text(tmp_path / "real") == "new"
@@ -59,7 +65,7 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
 
 def _fail(destination, error):
     """`error`, in whose text {} is the unfinished folder, while `destination` is written."""
-    with whole_folder(destination) as folder:
+    with whole_folder(destination, _anything) as folder:
         _write(folder, "second")
         error.args = tuple(arg.format(folder) if isinstance(arg, str) else arg for arg in error.args)
         raise error
@@ -83,6 +89,49 @@ def test_nothing_is_left_of_what_fails(error, raised, message, tmp_path):
     assert _text(tmp_path / "x") == "first"
 
 
+@BOTH
+@pytest.mark.parametrize("replaceable", [None, lambda path: (path / "b").exists()], ids=["nothing", "another kind"])
+def test_what_appeared_meanwhile_stays(replaceable, two_steps, tmp_path):
+
+    def work():
+        with whole_folder(tmp_path / "x", replaceable) as folder:
+            _write(folder, "ours")
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x" / "precious").touch()
+
+    with pytest.raises(BuildError, match="x: appeared during the work, and is not replaced; move it away"):
+        work()
+    assert os.listdir(tmp_path) == ["x"]
+    assert os.listdir(tmp_path / "x") == ["precious"]
+
+
+@BOTH
+def test_what_takes_the_place_after_the_last_look_comes_back(two_steps, tmp_path):
+    """The look before the swap sees what may go; what is got by it is another."""
+    (tmp_path / "x").mkdir()
+    looks = []
+
+    def becomes_another(path):
+        looks.append(path)
+        if len(looks) == 1:
+            (path / "precious").touch()
+        return not (path / "precious").exists() or len(looks) == 1
+
+    with pytest.raises(BuildError, match="appeared"), whole_folder(tmp_path / "x", becomes_another) as folder:
+        _write(folder, "ours")
+    assert os.listdir(tmp_path) == ["x"]
+    assert os.listdir(tmp_path / "x") == ["precious"]
+
+
+def test_errors_of_the_block_about_other_files_stay_what_they_are(tmp_path):
+    """Only what concerns the folder is a failure to write it."""
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "x"):
+        (tmp_path / "image.png").read_bytes()
+    with pytest.raises(BuildError, match="x: cannot be written"), whole_folder(tmp_path / "x") as folder:
+        (folder / "inner" / "a").touch()
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("swap", "call", "remains"),
     [(True, 0, "first"), (False, 0, "first"), (False, 1, "first"), (False, 2, "second")],
@@ -98,9 +147,15 @@ def test_a_folder_stays_whole_where_a_step_of_the_replacement_fails(swap, call, 
             raise OSError(errno.EIO, "Input/output error")
         return rename(one, other)
 
-    monkeypatch.setattr(files, "_exchange", fail_once if swap else lambda one, other: False)
+    def renamed(one, other, flag):
+        """As where the kernel cannot swap names, or fails at it."""
+        if swap and flag == files._RENAME_NOREPLACE:
+            raise FileExistsError(errno.EEXIST, "File exists")
+        return swap and fail_once(one, other)
+
+    monkeypatch.setattr(files, "_renamed", renamed)
     monkeypatch.setattr(os, "rename", rename if swap else fail_once)
-    with pytest.raises(BuildError, match="Input/output error"), whole_folder(tmp_path / "x") as folder:
+    with pytest.raises(BuildError, match="Input/output error"), whole_folder(tmp_path / "x", _anything) as folder:
         _write(folder, "second")
     assert os.listdir(tmp_path) == ["x"]
     assert _text(tmp_path / "x") == remains
@@ -119,7 +174,7 @@ def test_folders_and_files_follow_the_umask(tmp_path):
 
 def test_what_lives_is_left_alone(tmp_path):
     """Two builds of one name at once: the last to end stays, and none takes the other for dead."""
-    with whole_folder(tmp_path / "x") as first:
+    with whole_folder(tmp_path / "x", _anything) as first:
         _write(first, "first")
         with whole_folder(tmp_path / "x") as second:
             _write(second, "second")
@@ -146,7 +201,7 @@ def test_file_systems_without_locks_will_do(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", none)
-    with whole_folder(tmp_path / "x") as folder, whole_folder(tmp_path / "x") as other:
+    with whole_folder(tmp_path / "x", _anything) as folder, whole_folder(tmp_path / "x") as other:
         _write(folder, "first")
         _write(other, "second")
     assert os.listdir(tmp_path) == ["x"]
@@ -176,45 +231,48 @@ def test_scratch_folders_vanish_and_are_for_their_user_alone(tmp_path, monkeypat
     assert not os.listdir(tmp_path)
 
 
-_KILLS = """
+_BEGIN = """
 import os, signal, sys
+from contextlib import nullcontext
 from pathlib import Path
-from agln_fast import files
+from agln_fast import files, interruption
 
-place, swap = Path(sys.argv[1]), sys.argv[2] == "True"
+place, swap, number = Path(sys.argv[1]), sys.argv[2] == "True", int(sys.argv[3])
 target, here = place / "x", files.tempfile
 here.tempdir = str(place / "temporary")
 os.mkdir(here.tempdir)
-exchange, fsync = files._exchange, os.fsync
+renamed, fsync = files._renamed, os.fsync
 left = None  # events until the end; None for never
 
 
 def step(*_):
     global left
     if left is not None:
-        left = left - 1 if left else None  # killing is an event, too
+        left = left - 1 if left else None  # the signal is an event, too
         if left is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
 
-def swapped(one, other):
+def reported(one, other, flag):
     step()
-    done = swap and exchange(one, other)
+    done = swap and renamed(one, other, flag)
     step()
     return done
 
 
 # Before every system call that Python reports, and before and after those that it does not.
 sys.addaudithook(lambda event, _: step() if event.partition(".")[0] in ("os", "open", "shutil", "fcntl") else None)
-files._exchange = swapped
+files._renamed = reported
 os.fsync = lambda descriptor: (step(), fsync(descriptor))
 
 
 def replace(text):
-    with files.scratch_folder() as scratch, files.whole_folder(target) as folder:
+    with files.scratch_folder() as scratch, files.whole_folder(target, lambda _: True) as folder:
         for path in (scratch / "a", folder / "a", folder / "b"):
             path.write_text(text)
+"""
 
+_KILLS = """
 
 def in_a_child(text, after):
     global left
@@ -248,10 +306,44 @@ print(kills)
 
 @BOTH
 def test_a_kill_at_any_moment_leaves_a_whole_version_and_nothing_for_long(swap, tmp_path):
-    command = [sys.executable, "-c", _KILLS, str(tmp_path), str(swap)]
+    assert _moments(_KILLS, tmp_path, swap, signal.SIGKILL) > 30
+
+
+_SIGNALS = """
+asked = 0
+replace("0")
+for number_of_events in range(1000):
+    left = number_of_events
+    try:
+        with interruption.listening() if number == signal.SIGTERM else nullcontext():
+            replace(str(number_of_events + 1))
+    except KeyboardInterrupt:
+        asked += 1
+    over, left = left is not None, None
+    found = {(target / name).read_text() for name in "ab"}
+    assert len(found) == 1 and found <= set(map(str, range(number_of_events + 2))), found
+    assert sorted(os.listdir(place)) == ["temporary", "x"], (number_of_events, os.listdir(place))
+    assert not os.listdir(here.tempdir), number_of_events
+    if over:
+        break
+assert asked == number_of_events, (asked, number_of_events)
+print(asked)
+"""
+
+
+@BOTH
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["command line", "Ctrl-C in any program"])
+def test_a_signal_at_any_moment_leaves_a_whole_version_and_nothing_else(swap, number, tmp_path):
+    """Also one that comes while it is cleaned up; and it is always raised."""
+    assert _moments(_SIGNALS, tmp_path, swap, number) > 30
+
+
+def _moments(script, place, swap, number):
+    """Run a script that sends itself a signal at every moment there is; how many there were."""
+    command = [sys.executable, "-c", _BEGIN + script, str(place), str(swap), str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 30  # moments
+    return int(done.stdout)
 
 
 def test_what_is_simply_missing_does_not_return(tmp_path):

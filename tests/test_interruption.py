@@ -191,6 +191,30 @@ def test_deferred_signals_cancel_and_raise_at_the_end(listening: bool) -> None:
     assert done.stdout.split("\n")[:-1] == ["cancel", "went on", "raised"], done.stderr
 
 
+@pytest.mark.parametrize("listening", [True, False], ids=["listening", "alone"])
+def test_held_signals_wait_for_the_end_of_the_block(listening: bool) -> None:
+    """Also on leaving it with an error; then all is as before."""
+    block = """
+    before = [*map(signal.getsignal, interruption._SIGNALS)]
+    for fails in (False, True):
+        try:
+            with interruption.held():
+                ask()
+                print("went on")
+                fails and 1 / 0
+        except KeyboardInterrupt:
+            print("raised")
+        except ZeroDivisionError:
+            print("failed")
+    print([*map(signal.getsignal, interruption._SIGNALS)] == before)
+"""
+    begin = "with interruption.listening():" if listening else "if True:"
+    done = run(begin + block, signal.SIGTERM if listening else signal.SIGINT)
+    # The second signal is no news where the first was noted.
+    last = "failed" if listening else "raised"
+    assert done.stdout.split("\n")[:-1] == ["went on", "raised", "went on", last, "True"], done.stderr
+
+
 def test_deferring_after_a_lost_signal_raises_at_once() -> None:
     done = run(
         """

@@ -8,18 +8,23 @@ import json
 import math
 import os
 import random
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from hand_made import hand_made_bundle
+from hand_made import constant_network, hand_made_bundle
 
 import agln_fast
-from agln_fast.bundle import open_bundle, seal
+from agln_fast import bundle as bundle_module
+from agln_fast.bundle import Manifest, open_bundle, seal
 from agln_fast.cli.inspect import inspect
 from agln_fast.errors import AglnError, BundleError
+from agln_fast.export.onnx import export_onnx
+from agln_fast.export.rebuild import read_recipe
 
 _T = TypeVar("_T")
 CRAFTED = 1000
@@ -45,9 +50,19 @@ ODD: list[Any] = [
 ]
 
 
+BACKENDS = ("torch", "fused", "onnxruntime")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return hand_made_bundle(tmp_path_factory.mktemp("made") / "made.agln", label=1)
+    """With an engine that has a graph, too."""
+    bundle = hand_made_bundle(tmp_path_factory.mktemp("made") / "made.agln", label=1)
+    manifest = bundle.manifest
+    export_onnx(constant_network(1), bundle.path / "model.onnx", manifest.contract)
+    graph = replace(manifest.engines[0], name="onnxruntime-fp32", backend="onnxruntime", file="model.onnx")
+    for name in ("manifest.json", "SHA256SUMS"):
+        (bundle.path / name).unlink()
+    return replace(bundle, manifest=seal(bundle.path, replace(manifest, engines=(*manifest.engines, graph))))
 
 
 def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -107,28 +122,36 @@ def _outcome(act: Callable[[], _T]) -> _T | AglnError:
     return refusal
 
 
+@pytest.mark.slow
 def test_no_manifest_raises_what_is_no_error_of_ours(made, capsys):
-    """Neither on opening, nor in what comes after it: `inspect`, `load`, a run."""
+    """Neither on opening, nor in what comes after it: `inspect`, `load`, a run; nor in `rebuild`."""
     values, rng = made.manifest.to_dict(), random.Random(0)
-    image, accepted = np.zeros((40, 50, 3), np.uint8), 0
+    image, accepted, inspected, ran = np.zeros((40, 50, 3), np.uint8), 0, 0, Counter()
     for _ in range(CRAFTED):
         crafted = _mutate(values, rng)
         _put(made.path, json.dumps(crafted).encode())
+        recipe = _outcome(lambda: read_recipe(made.path))
+        if not isinstance(recipe, AglnError):
+            colours = recipe.options["classes"].palette
+            assert all(type(value) is int for colour in colours for value in colour)
         bundle = _outcome(lambda: open_bundle(made.path))
         if isinstance(bundle, AglnError):
             continue
         assert _holds(bundle.manifest.to_dict(), crafted), crafted
         accepted += 1
-        if accepted % 10:
+        if accepted % 2:
             continue
-        _outcome(lambda: inspect(str(made.path)))
-        segment = _outcome(lambda: agln_fast.load(made.path))
+        inspected += _outcome(lambda: inspect(str(made.path))) is None
+        backend = BACKENDS[accepted // 2 % 3]
+        segment = _outcome(lambda backend=backend: agln_fast.load(made.path, backend))
         if not isinstance(segment, AglnError):
             contract = segment.contract
             if contract.max_batch * contract.height * contract.width < 10**6:
                 assert segment(image).names == [bundle.manifest.classes[1]]
+                ran[backend] += 1
             segment.close()
-    assert accepted > CRAFTED / 20
+    assert inspected > CRAFTED / 40
+    assert all(ran[backend] > CRAFTED / 200 for backend in BACKENDS), ran
     capsys.readouterr()
 
 
@@ -138,7 +161,7 @@ def _class(name: str) -> Callable[[Any], None]:
 
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "integer as a float": (lambda v: v["contract"].update(height=128.0), r"\$\.contract\.height: 128\.0 is not of"),
-    "version as a float": (lambda v: v.update(schema_version=2.0), r"\$\.schema_version"),
+    "version as a float": (lambda v: v.update(schema_version=2.0), r"schema version '2\.0': it is not of agln-fast"),
     "mean that is no number": (lambda v: v["contract"].update(mean=[0.5, math.nan, 0.5]), "NaN is no number"),
     "infinite batch": (lambda v: v["contract"].update(max_batch=1e308), r"\$\.contract\.max_batch"),
     "absurd batch": (lambda v: v["contract"].update(max_batch=10**9), r"batch 1\.\.1000000000: needs"),
@@ -156,6 +179,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "markup": (lambda v: v["engines"][0].update(name="[/x]"), r"\$\.engines\[0\]\.name: '\[/x\]' does not match"),
     "an engine twice": (lambda v: v["engines"].append(v["engines"][0]), "names an engine twice"),
     "agreement above one": (lambda v: v["engines"][0]["verification"].update(agreement=1.5), r"verification"),
+    "a file without a hash": (lambda v: v["files"].pop("model.onnx"), "gives no hash for model.onnx"),
     "a hash of the hashes": (lambda v: v["files"].update({"SHA256SUMS": "0" * 64}), r"\$\.files"),
     "graph without weights": (lambda v: v["files"].update({"weights.xml": "0" * 64}), "weights.xml is missing"),
     "very deep": (lambda v: v.update(model=json.loads("[" * 900 + "]" * 900)), "too deep in each other"),
@@ -192,6 +216,75 @@ def test_what_is_no_plain_json_is_damaged(case, made):
     with pytest.raises(BundleError, match=r"manifest\.json is damaged") as caught:
         open_bundle(made.path)
     assert str(caught.value).isprintable()
+
+
+MOST = 32_767
+
+
+def _many(change: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> bytes:
+    change(values)
+    return json.dumps(values, indent=2).encode()
+
+
+def _named(count: int) -> dict[str, str]:
+    return {f"name-{index}": "x" for index in range(count)}
+
+
+LONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "colours": (lambda v: v.update(palette=[[1, 2, 3]] * 100_000), r"\$\.palette"),
+    "odd colours": (lambda v: v.update(palette=[[1.5, 2, 3]] * MOST), r"\$\.palette\[0\]\[0\]"),
+    "odd classes": (lambda v: v.update(classes=[""] * MOST), r"\$\.classes\[0\]"),
+    "classes twice": (
+        lambda v: v.update(classes=[*map(str, range(MOST - 1)), "0"], palette=[[1, 2, 3]] * MOST),
+        "'0' stands there twice",
+    ),
+    "engines": (lambda v: v.update(engines=v["engines"] * 1000), r"\$\.engines"),
+    "capabilities": (
+        lambda v: v["engines"][0].update(compute_capabilities=[f"sm{index}" for index in range(10, 9999)] * 20),
+        "compute_capabilities",
+    ),
+    "versions": (lambda v: v["engines"][0].update(versions=_named(200_000)), "versions"),
+    "left out": (lambda v: v.update(left_out=_named(200_000)), "left_out"),
+    "created with": (lambda v: v.update(created_with=_named(200_000)), "created_with"),
+    "files": (lambda v: v.update(files=_named(200_000)), "files"),
+    "parts of a model": (lambda v: v.update(model={**v["model"], **_named(200_000)}), "unknown field"),
+    "a list in a model": (lambda v: v["model"].update(encoder=["x"] * 500_000), "encoder"),
+    "rewrites": (lambda v: v["engines"][0].update(plan=_named(200_000)), "unknown rewrite"),
+    "a list in a plan": (lambda v: v["engines"][0]["plan"].update(mix_before_upsample=["x"] * 500_000), "mix_before"),
+    "other things": (lambda v: v.update(_named(200_000)), "Additional properties"),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_what_is_long_is_refused_at_once(case, made):
+    """Time of the processor, because others may use it, too."""
+    change, message = LONG[case]
+    _put(made.path, _many(change, made.manifest.to_dict()))
+    began = time.process_time()
+    with pytest.raises(BundleError, match=message) as caught:
+        open_bundle(made.path)
+    assert time.process_time() - began < 5
+    assert len(str(caught.value)) < 1500
+
+
+def test_as_many_classes_as_there_can_be_are_read_at_once(made):
+    values = made.manifest.to_dict()
+    values["model"]["num_classes"] = MOST
+    values["classes"] = [f"{index:-<180}" for index in range(MOST)]
+    values["palette"] = [[index % 256, 255, 128] for index in range(MOST)]
+    text = (json.dumps(values, indent=2) + "\n").encode()
+    began = time.process_time()
+    assert len(Manifest.from_dict(bundle_module._values(text)).classes) == MOST
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("part", ["line", "rgb"])
+def test_what_is_surely_right_is_so_by_the_schema(part):
+    schema = bundle_module._schema()["$defs"][part]
+    validator, surely_right = bundle_module._validator()(schema), bundle_module._SURELY_RIGHT[f"#/$defs/{part}"]
+    odd = [*ODD, "x" * 200, "x" * 201, [0, 0, 255], [0, 0, 256], [-1, 0, 0], [0, 0], [0.0, 1, 2], [True, 0, 0]]
+    for item in odd:
+        assert surely_right(item) == validator.is_valid(item), item
 
 
 def test_nothing_is_sealed_that_would_not_open(made, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import PurePath
@@ -36,7 +37,7 @@ class ClassSet:
             if not (name.strip() and name.isprintable()):
                 raise ConfigError(f"class set {self.name!r}: class name {name!r} cannot be printed")
         if len(set(self.classes)) < len(self.classes):
-            twice = max(self.classes, key=self.classes.count)
+            twice = Counter(self.classes).most_common(1)[0][0]
             raise ConfigError(f"class set {self.name!r}: class name {twice!r} stands there twice")
         for colour in self.palette:
             if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):

@@ -120,11 +120,6 @@ def test_targets_keep_their_own_precisions(old: Path) -> None:
     )
 
 
-def test_weights_without_a_hash_are_taken(old: Path) -> None:
-    rewrite_manifest(old, lambda values: values.update(files={}))
-    assert read_recipe(old).weights == (old / "weights.safetensors").read_bytes()
-
-
 REFUSED: dict[str, tuple[Change, str]] = {
     "newer": (lambda v: v.update(schema_version=3), "upgrade: pip install --upgrade agln-fast"),
     "true is no version": (lambda v: v.update(schema_version=True), "not of agln-fast"),
@@ -135,6 +130,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "impossible size": (lambda v: v["contract"].update(height=1), "size 1x96"),
     "engines of another kind": (lambda v: v.update(engines=[3]), r"\$\.engines\[0\]"),
     "capabilities of another kind": (lambda v: v["engines"][0].update(compute_capabilities=3), "compute_capabilities"),
+    "a colour of floats": (
+        lambda v: v["palette"].__setitem__(0, [128.0, 0, 0]),
+        r"\$\.palette\[0\]\[0\]: 128\.0 is not",
+    ),
+    "weights without a hash": (
+        lambda v: v.update(files={}),
+        "gives no hash for weights.safetensors; build it from the",
+    ),
     "changed weights": (
         lambda v: v["files"].update({"weights.safetensors": hashlib.sha256(b"").hexdigest()}),
         "weights.safetensors was changed after the build; copy the bundle again, or build it from the checkpoint",
