@@ -62,7 +62,6 @@ def main() -> None:
     where standard output cannot be written.
     """
     out = open_streams()
-    environment.keep_caches_together()
     with interruption.listening():
         try:
             code = _run_verb()
@@ -81,6 +80,7 @@ def _run_verb() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
+        environment.keep_caches_together()
         app(arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

@@ -151,7 +151,8 @@ def told(name, *arguments, **options):
         done = getattr(agln_fast, name)(*arguments, **options)
         if name == "load":
             done(numpy.zeros((300, 200, 3), numpy.uint8))
-    print(torch.get_num_threads(), len([w for w in caught if "with one thread in this forked process" in str(w.message)]))
+    warned = [w for w in caught if "with one thread in this forked process" in str(w.message)]
+    print(torch.get_num_threads(), len(warned))
 
 warnings.simplefilter("ignore", DeprecationWarning)
 bundle, weights, folder = sys.argv[1:]
