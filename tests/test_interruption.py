@@ -263,3 +263,23 @@ print("ended")
 """
     )
     assert done.stdout.split() == ["True", "ended"], done.stderr
+
+
+def test_a_signal_at_the_very_end_is_no_traceback() -> None:
+    """When the verb is through, and nothing but the listening is left to end."""
+    done = run(
+        """
+from agln_fast.cli import main
+real = signal.set_wakeup_fd
+
+def ask_and_set(descriptor, **options):
+    if descriptor == -1:
+        ask()
+    return real(descriptor, **options)
+
+signal.set_wakeup_fd = ask_and_set
+sys.argv[1:] = ["--version"]
+main()
+"""
+    )
+    assert (done.returncode, done.stderr) == (143, "interrupted by SIGTERM\n")

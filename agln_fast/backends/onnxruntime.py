@@ -82,6 +82,7 @@ class OnnxRuntimeBackend(Backend):
         try:
             with denormals_as_zero():
                 session = onnxruntime.InferenceSession(data, options, providers=providers)
+            session._model_bytes = None  # it would keep them as long as it lives, to start again elsewhere
         except Exception as error:  # its exceptions have no common base
             raise BackendError(f"onnxruntime cannot open {path}: {str(error).splitlines()[0]}") from None
         if session.get_providers()[0] != provider:

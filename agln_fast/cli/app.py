@@ -62,14 +62,15 @@ def main() -> None:
     where standard output cannot be written.
     """
     out = open_streams()
-    with interruption.listening():
-        try:
+    try:
+        with interruption.listening():
             code = _run_verb()
-        except KeyboardInterrupt:
-            code = 128 + signal.SIGINT
-        if signalled := interruption.noted():  # wherever its exception went
-            err.print(str(signalled))
-            code = signalled.exit_code
+            interruption.check()  # wherever a signal's exception went; until the end of the block others may come
+    except interruption.Interrupted as signalled:
+        err.print(str(signalled))
+        code = signalled.exit_code
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     sys.stdout.flush()
     if out.failure is not None and code == 0:
         code = _explain(out.failure)
