@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from agln_fast import forking  # noqa: F401  # sees the forks from now on
+
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle, open_bundle
     from agln_fast.data.classes import ClassSet

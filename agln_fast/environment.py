@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from agln_fast.errors import ConfigError
+from agln_fast.errors import ConfigError, printable
 
 __all__ = [
     "allow_telemetry",
@@ -17,6 +17,7 @@ __all__ = [
     "forbid_reports",
     "keep_caches_together",
     "max_pixels",
+    "obstacle_to_writing",
     "tuning_seconds",
 ]
 
@@ -89,8 +90,7 @@ def keep_caches_together() -> None:
     It is the home, too, of a user who has none: NNCF cannot be imported without.
     """
     folder = cache_folder()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if obstacle_to_writing(folder):
         try:
             folder = Path(tempfile.mkdtemp(prefix="agln-fast."))
         except OSError:
@@ -100,6 +100,17 @@ def keep_caches_together() -> None:
         os.environ.setdefault(name, str(folder / library))
     if _homeless():
         os.environ["HOME"] = str(folder)
+
+
+def obstacle_to_writing(folder: Path) -> str | None:
+    """Why nothing can be written into `folder`, which need not be there yet, e.g. "Not a directory: /x", or None."""
+    try:
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            return f"Not a directory: {there}"
+    except OSError as error:  # a name that is too long, a folder that must not be entered
+        return f"{error.strerror}: {printable(error.filename or folder)}"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"Permission denied: {there}"
 
 
 def _homeless() -> bool:

@@ -28,6 +28,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # `timeout` and other wrappers signal their child and then its whole group: that is one request, which arrives twice.
 _ONE_REQUEST_S = 0.5
 
+_SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the program to end; `except Exception` does not stop it.
@@ -71,7 +73,7 @@ def listening() -> Iterator[None]:
     global _noted
     _noted = None
     for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: one that is not Python's, and stays
             _handlers_before[number] = signal.signal(number, _handle)
     hook, sys.unraisablehook = sys.unraisablehook, _quiet_hook(sys.unraisablehook)
     # Python runs handlers between two of its instructions only. The bytes come at once, even inside a library's call.
@@ -175,6 +177,8 @@ def _watch(reader: socket.socket) -> None:
             if first is None:
                 first = time.monotonic()
             elif time.monotonic() - first >= _ONE_REQUEST_S:
+                if os.isatty(2):
+                    os.write(2, _SHOW_CURSOR)
                 os.write(2, b"interrupted again: ended at once, nothing was cleaned up\n")
                 os._exit(128 + number)
 

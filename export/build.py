@@ -32,6 +32,7 @@ from agln_fast.export.steps import Steps, about
 from agln_fast.export.tensorrt import build_tensorrt_engine, resolve_capabilities
 from agln_fast.export.tune import SHORT_S, suitable, tune_engine
 from agln_fast.files import whole_folder
+from agln_fast.forking import use_threads
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import ModelConfig
@@ -133,6 +134,7 @@ def build(
         threads=threads,
         overwrite=overwrite,
     )
+    use_threads()
     contract, destination = options.contract, options.destination
     wanted = _wanted(options.precisions)
     capabilities = {

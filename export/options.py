@@ -26,7 +26,7 @@ from agln_fast.contract import (
     parse_size,
 )
 from agln_fast.data.classes import ClassSet, class_set
-from agln_fast.errors import ConfigError, MissingPackageError, did_you_mean
+from agln_fast.errors import ConfigError, MissingPackageError, did_you_mean, printable
 from agln_fast.plan.plan import Plan, PlanChoice
 from agln_fast.runtime.agreement import check_minimum
 from agln_fast.runtime.images import list_images
@@ -150,7 +150,11 @@ def _destination(path: Path, overwrite: bool) -> Path:
     if not path.name:
         raise ConfigError(f"{path}: is no name for a bundle; give one such as {path / 'street.agln'}")
     path = path if path.suffix == ".agln" else path.with_name(path.name + ".agln")
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise ConfigError(f"{printable(path)}: cannot be written ({error.strerror}); choose another name") from None
+    if exists:
         if not overwrite:
             raise ConfigError(
                 f"{path}: exists already; choose another name, or replace it with --force (overwrite=True)"

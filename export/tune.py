@@ -24,6 +24,7 @@ from agln_fast.contract import IOContract, Precision
 from agln_fast.errors import ConfigError, did_you_mean
 from agln_fast.export.graphs import Graphs
 from agln_fast.files import scratch_folder
+from agln_fast.forking import use_threads
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.network import plan_network
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan
@@ -154,6 +155,7 @@ def tune(
     backends = [target] if target != "cpu" else [name for name in _CPU if not _obstacle(name, precision)]
     if not backends:
         raise ConfigError(f"no CPU engine runs in {precision} here: {_obstacle('openvino', precision)}")
+    use_threads()
     with scratch_folder() as folder:
         graphs = Graphs(model, contract, folder)
         tunings = [tune_engine(graphs, backend, precision, budget_s=budget_s, threads=threads) for backend in backends]

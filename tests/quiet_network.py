@@ -40,6 +40,7 @@ _HIDDEN = (
     "MPLCONFIGDIR",
     "XDG_CACHE_HOME",
 )
+_FOLDERS = ("home", "tmp", "work")
 
 
 def _permitted() -> bool:
@@ -57,7 +58,7 @@ class Watched:
     """What a command did: its exit code and standard error, the names it asked for, and what it left behind:
     files and empty folders.
 
-    left: relative to the folder that holds its `home` and its `tmp`, both empty before.
+    left: relative to the folder that holds its `home`, its `tmp` and its `work`, all empty before.
     """
 
     code: int
@@ -67,8 +68,8 @@ class Watched:
 
 
 def watch(command: list[str], folder: Path, **environment: str) -> Watched:
-    """Run `command` with a fresh home folder and a fresh folder for temporary files, both inside `folder`."""
-    for name in ("home", "tmp"):
+    """Run `command` with fresh folders for its home, its temporary files and its work, all inside `folder`."""
+    for name in _FOLDERS:
         (folder / name).mkdir(parents=True)
     (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     (folder / "nsswitch.conf").write_text("passwd: files\nhosts: files dns\n")
@@ -76,6 +77,7 @@ def watch(command: list[str], folder: Path, **environment: str) -> Watched:
     inside = [*_UNSHARE, "sh", "-c", _SET_UP, str(folder), sys.executable, __file__, *command]
     done = subprocess.run(
         inside,
+        cwd=folder / "work",
         env=kept | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")} | environment,
         capture_output=True,
         text=True,
@@ -83,7 +85,7 @@ def watch(command: list[str], folder: Path, **environment: str) -> Watched:
         check=True,
     )
     code, asked = json.loads(done.stdout)
-    left = (path for name in ("home", "tmp") for path in (folder / name).rglob("*") if not any(_content(path)))
+    left = (path for name in _FOLDERS for path in (folder / name).rglob("*") if not any(_content(path)))
     return Watched(code, done.stderr, tuple(asked), tuple(sorted(str(path.relative_to(folder)) for path in left)))
 
 

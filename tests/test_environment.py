@@ -75,6 +75,18 @@ def test_without_a_folder_caches_go_with_the_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_even_be_looked_at_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its name is too long, or the user must not enter the one before it, which root always may."""
+    assert environment.obstacle_to_writing(tmp_path / "new" / "folder") is None
+    assert (environment.obstacle_to_writing(tmp_path / ("1" * 5000)) or "").startswith("File name too long: ")
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert environment.obstacle_to_writing(tmp_path) == f"Permission denied: {tmp_path}"
+
+
 def test_without_any_folder_libraries_keep_to_their_own_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> str:
         raise FileNotFoundError("no usable temporary directory")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,52 @@ def test_a_build_ends_although_the_exception_was_lost(small_checkpoint: Path, tm
     left = sorted(path.name for path in tmp_path.rglob("*"))
     assert (done.returncode, left) == (129, ["bundles", "temporary"]), done.stderr
     assert done.stderr.splitlines()[-1] == "interrupted by SIGHUP"
+
+
+def test_a_second_signal_leaves_a_terminal_with_its_cursor() -> None:
+    """A progress bar hides it, and has no time to show it again."""
+    main, terminal = os.openpty()
+    command = [sys.executable, "-c", _BEGIN + _STUCK, "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+    assert os.read(main, 100).startswith(b"\x1b[?25hinterrupted again")
+    os.close(main)
+    os.close(terminal)
+
+
+def test_a_handler_that_is_not_pythons_stays() -> None:
+    done = run(
+        """
+real = signal.getsignal
+signal.getsignal = lambda number: None if number == signal.SIGHUP else real(number)
+with interruption.listening():
+    print(real(signal.SIGHUP) is signal.SIG_DFL)
+print("ended")
+"""
+    )
+    assert done.stdout.split() == ["True", "ended"], done.stderr
+
+
+def test_a_signal_at_the_very_end_is_no_traceback() -> None:
+    """When the verb is through, and nothing but the listening is left to end."""
+    done = run(
+        """
+from agln_fast.cli import main
+real = signal.set_wakeup_fd
+
+def ask_and_set(descriptor, **options):
+    if descriptor == -1:
+        ask()
+    return real(descriptor, **options)
+
+signal.set_wakeup_fd = ask_and_set
+sys.argv[1:] = ["--version"]
+main()
+"""
+    )
+    assert (done.returncode, done.stderr) == (143, "interrupted by SIGTERM\n")

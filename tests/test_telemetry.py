@@ -12,9 +12,24 @@ from PIL import Image
 from quiet_network import Watched, needs_namespaces, watch
 
 from agln_fast.bundle import Bundle
+from agln_fast.cli.app import app
 from agln_fast.data.scenes import Scenes
 
 _VERB = ("-c", "from agln_fast.cli import main; main()")
+_LINES = [
+    "run {bundle} {photo} -o {folder}/out --backend torch",
+    "run {bundle} {photo} -o {folder}/out --backend fused",
+    "verify {bundle}",
+    "build agln_nano -o {folder}/new --size 64x64 --precision fp32 --precision int8",
+    "rebuild {bundle} -o {folder}/again",
+    "bench agln_nano --size 64x64 --num-classes 5 --precision fp32,int8 --budget 60 --figures {folder}/figures",
+    "eval agln_nano --size 64x64 -n 2 --confusion {folder}/confusion.png --compare fpn_nano",
+    "train --model agln_nano --epochs 1 --train-samples 4 --val-samples 2 --crop 64 --batch-size 2 -o {folder}/run",
+    "visualize agln_nano {photo} -o {folder}/features.png",
+    "inspect {bundle}",
+    "doctor",
+    "scenes --write {folder}/scenes -n 2",
+]
 _HOLDING = """
 import sys, time, agln_fast
 segment = agln_fast.load(sys.argv[1], backend="onnxruntime")
@@ -43,6 +58,11 @@ def look(arguments: Sequence[str | Path], folder: Path, **environment: str) -> W
 
 def verb_of(line: str) -> str:
     return line.split()[0]
+
+
+def test_the_lines_are_of_every_verb() -> None:
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert set(map(verb_of, _LINES)) == verbs
 
 
 def is_ours(path: str) -> bool:
@@ -74,23 +94,7 @@ def test_libraries_report_where_that_is_allowed(bundle: Bundle, photo: Path, tmp
 @needs_namespaces
 @pytest.mark.slow
 @pytest.mark.openvino
-@pytest.mark.parametrize(
-    "line",
-    [
-        "run {bundle} {photo} -o {folder}/out --backend torch",
-        "run {bundle} {photo} -o {folder}/out --backend fused",
-        "verify {bundle}",
-        "build agln_nano -o {folder}/new --size 64x64 --precision fp32 --precision int8",
-        "bench agln_nano --size 64x64 --num-classes 5 --precision fp32,int8 --budget 60 --figures {folder}/figures",
-        "eval agln_nano --size 64x64 -n 2 --confusion {folder}/confusion.png --compare fpn_nano",
-        "train --model agln_nano --epochs 1 --train-samples 4 --val-samples 2 --crop 64 --batch-size 2 -o {folder}/run",
-        "visualize agln_nano {photo} -o {folder}/features.png",
-        "inspect {bundle}",
-        "doctor",
-        "scenes --write {folder}/scenes -n 2",
-    ],
-    ids=verb_of,
-)
+@pytest.mark.parametrize("line", _LINES, ids=verb_of)
 def test_every_verb_is_quiet(line: str, bundle: Bundle, photo: Path, tmp_path: Path) -> None:
     arguments = line.format(bundle=bundle.path, photo=photo, folder=tmp_path).split()
     assert_quiet(look(arguments, tmp_path / "watched"))

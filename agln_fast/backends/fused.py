@@ -156,5 +156,5 @@ class FusedBackend(FusedNetworkBackend):
     """Runs the bundle's weights, fused and in the engine's precision."""
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        network, precision = network_of(bundle, engine.file), cast(Precision, engine.precision)
+        network, precision = network_of(bundle, engine.file, threads), cast(Precision, engine.precision)
         super().__init__(network, bundle.manifest.contract, precision=precision, device=device, threads=threads)

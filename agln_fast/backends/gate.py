@@ -21,8 +21,10 @@ class Gate:
         """`name` says in messages what lies behind it, `again` how the user gets another one."""
         self._name, self._again = name, again
         self._process = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close what the thread that it interrupts is in
         self._open = True
+        self._inside = False
+        self._release: Callable[[], None] | None = None  # what whoever is inside calls on leaving
 
     def check(self) -> None:
         """
@@ -42,18 +44,28 @@ class Gate:
         """Wait until nobody is inside, and be inside. Raises as `check` does."""
         self.check()  # before the lock, which a thread that is not in this process may hold for ever
         with self._lock:
-            self.check()
-            yield
+            self._inside = True
+            try:
+                self.check()
+                yield
+            finally:
+                self._inside = False
+                release, self._release = self._release, None
+                if release is not None:
+                    release()
 
     def close(self, release: Callable[[], None]) -> None:
         """Wait until nobody is inside, let in nobody any more, and call `release`. Nothing, the second time.
 
-        Nor in a forked process: what lies behind the gate is its parent's.
+        Nor in a forked process: what lies behind the gate is its parent's. From inside, in a signal's handler,
+        nobody waits, and `release` is called on leaving.
         """
         if self._process == os.getpid():
             with self._lock:
                 was_open, self._open = self._open, False
-                if was_open:
+                if was_open and self._inside:
+                    self._release = release
+                elif was_open:
                     release()
 
 

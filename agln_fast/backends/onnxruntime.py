@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import platform
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from agln_fast.backends.base import Array, Backend, Port, as_promised, check_ports
 from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.backends.onnx_file import PRECISIONS, graph_precision, parse_graph
 from agln_fast.bundle import Bundle, EngineRecord
-from agln_fast.errors import BackendError
+from agln_fast.errors import BackendError, printable
 from agln_fast.telemetry import import_quietly
 
 __all__ = ["OnnxRuntimeBackend"]
 
 _TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def _import() -> Any:
+    """
+    Raises:
+        BackendError: it is not installed, or does not load.
+    """
+    try:
+        return import_quietly("onnxruntime")
+    except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            # It comes with agln-fast itself, without an extra.
+            raise BackendError('package "onnxruntime" is not installed: pip install onnxruntime') from None
+        raise BackendError(f'package "onnxruntime" is installed but does not load: {printable(error)}') from error
 
 
 def _obstacle_to_fp16() -> str | None:
@@ -32,9 +45,10 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def obstacle(cls, engine: EngineRecord) -> str | None:
-        if find_spec("onnxruntime") is None:
-            return "package onnxruntime is not installed: pip install onnxruntime"
-        onnxruntime = import_quietly("onnxruntime")
+        try:
+            onnxruntime = _import()
+        except BackendError as error:
+            return str(error)
         if engine.precision not in PRECISIONS.values():
             return f"onnxruntime has no {engine.precision} engines, which are for OpenVINO: take fp32 or fp16"
         if engine.precision == "fp16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -42,11 +56,7 @@ class OnnxRuntimeBackend(Backend):
         return None
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        try:
-            onnxruntime = import_quietly("onnxruntime")
-        except ImportError:
-            raise BackendError("package onnxruntime is not installed: pip install onnxruntime") from None
-
+        onnxruntime = _import()
         self.device = device or "cpu"
         self._bundle, self._engine = bundle, engine
         kind, _, index = self.device.partition(":")

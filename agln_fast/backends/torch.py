@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, Self, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,44 +16,19 @@ from agln_fast.bundle import Bundle, EngineRecord
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError, BundleError
+from agln_fast.forking import use_threads
 from agln_fast.models.checkpoint import load_weights
 from agln_fast.models.networks import SegmentationNetwork
 
-__all__ = ["NetworkBackend", "TorchBackend", "exact_float32", "network_of", "use_threads"]
+__all__ = ["NetworkBackend", "TorchBackend", "exact_float32", "network_of"]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _NO_INT8 = "{} has no int8, which is for OpenVINO: take fp32, bf16 or fp16"
 
 
-_loaded_in = os.getpid()
 _guard = threading.Lock()
 _users = 0
 _restore = ExitStack()
-
-
-def use_threads(threads: int | None) -> None:
-    """Have PyTorch compute with so many threads, in the whole process; None for as many as it does now.
-
-    In a process that was forked from one that had loaded PyTorch it is one thread: those of PyTorch's pool stayed
-    behind, and the first operation that has work for them would wait for ever. It warns where that is fewer than
-    before.
-
-    Raises:
-        BackendError: more than one there.
-    """
-    if os.getpid() == _loaded_in:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return
-    way_out = "load in a process started with spawn or forkserver (docs/concurrency.md)"
-    if threads not in (None, 1):
-        raise BackendError(
-            f"threads {threads}: after a fork PyTorch computes with one thread; take threads=1, or {way_out}"
-        )
-    if threads is None and torch.get_num_threads() > 1:
-        message = f"PyTorch computes with one thread in this forked process; for more, {way_out}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    torch.set_num_threads(1)
 
 
 def _forget_other_threads() -> None:
@@ -111,10 +85,6 @@ class NetworkBackend(Backend):
 
     name: ClassVar[str] = "torch"
 
-    def __new__(cls, *args: object, threads: int | None = None, **kwargs: object) -> Self:
-        use_threads(threads)  # before `__init__`, because reading weights is work for threads, too
-        return super().__new__(cls)
-
     @classmethod
     def obstacle(cls, engine: EngineRecord) -> str | None:
         return _NO_INT8.format(cls.name) if engine.precision == "int8" else None
@@ -140,6 +110,7 @@ class NetworkBackend(Backend):
         """
         if precision == "int8":
             raise BackendError(_NO_INT8.format(self.name))
+        use_threads(threads)
         self.device = device or self.default_device()
         self.precision = precision
         try:
@@ -158,6 +129,7 @@ class NetworkBackend(Backend):
 
     @torch.inference_mode()
     def _run(self, image: Array) -> Array:
+        use_threads()  # perhaps another thread than the one that loaded
         try:
             return cast(Array, self._forward(torch.from_numpy(image)).numpy())
         except RuntimeError as error:
@@ -178,13 +150,15 @@ class NetworkBackend(Backend):
         del self._network
 
 
-def network_of(bundle: Bundle, file: str) -> SegmentationNetwork:
-    """The network whose weights are the file of that name in the bundle.
+def network_of(bundle: Bundle, file: str, threads: int | None) -> SegmentationNetwork:
+    """The network whose weights are the file of that name in the bundle, read with so many threads; see `use_threads`.
 
     Raises:
+        BackendError: more threads than there may be.
         BundleError: it is not the one that the manifest describes, or not as it was when the bundle was opened.
         CheckpointError: the file holds no weights.
     """
+    use_threads(threads)
     name = str(bundle.path / file)
     network = load_weights(bundle.read(file), name)
     if network.config != bundle.manifest.model:
@@ -196,5 +170,5 @@ class TorchBackend(NetworkBackend):
     """Runs the bundle's weights as they are, without rewrites."""
 
     def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        network, precision = network_of(bundle, engine.file), cast(Precision, engine.precision)
+        network, precision = network_of(bundle, engine.file, threads), cast(Precision, engine.precision)
         super().__init__(network, bundle.manifest.contract, precision=precision, device=device, threads=threads)

@@ -62,15 +62,15 @@ def main() -> None:
     where standard output cannot be written.
     """
     out = open_streams()
-    environment.keep_caches_together()
-    with interruption.listening():
-        try:
+    try:
+        with interruption.listening():
             code = _run_verb()
-        except KeyboardInterrupt:
-            code = 128 + signal.SIGINT
-        if signalled := interruption.noted():  # wherever its exception went
-            err.print(str(signalled))
-            code = signalled.exit_code
+            interruption.check()  # wherever a signal's exception went; until the end of the block others may come
+    except interruption.Interrupted as signalled:
+        err.print(str(signalled))
+        code = signalled.exit_code
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     sys.stdout.flush()
     if out.failure is not None and code == 0:
         code = _explain(out.failure)
@@ -81,6 +81,7 @@ def _run_verb() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
+        environment.keep_caches_together()
         app(arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from agln_fast.errors import AglnError, ConfigError, ImageError, MissingPackageError
+from agln_fast.environment import obstacle_to_writing
+from agln_fast.errors import AglnError, ConfigError, ImageError, MissingPackageError, printable
 
 __all__ = ["check_figure", "check_file", "check_folder"]
 
@@ -16,11 +16,8 @@ def check_folder(path: Path, error: type[AglnError]) -> None:
     Raises:
         error: with the reason.
     """
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise error(f"{path}: cannot be created (Not a directory: {there}); choose another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise error(f"{path}: cannot be written (Permission denied: {there}); choose another folder")
+    if obstacle := obstacle_to_writing(path):
+        raise error(f"{printable(path)}: cannot be written ({obstacle}); choose another folder")
 
 
 def check_file(path: Path | None, error: type[AglnError] = ConfigError) -> None:
@@ -31,11 +28,14 @@ def check_file(path: Path | None, error: type[AglnError] = ConfigError) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise error(f"{path}: is a folder; name a file in it")
+    check_folder(path.parent, error)
+    try:
+        if path.is_dir():
+            raise error(f"{path}: is a folder; name a file in it")
+    except OSError as reason:
+        raise error(f"{printable(path)}: cannot be written ({reason.strerror}); choose another name") from None
     if not path.parent.is_dir():
         raise error(f"{path}: there is no folder {path.parent}; create it")
-    check_folder(path.parent, error)
 
 
 def check_figure(path: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
@@ -24,9 +25,9 @@ class Stream(io.FileIO):
         """Number of bytes written or swallowed."""
         if self.failure is None:
             try:
-                return super().write(data)
-            except BlockingIOError:
-                raise
+                while (written := super().write(data)) is None:  # the descriptor does not wait, so it is waited for
+                    select.select((), (self,), ())
+                return written
             except OSError as error:
                 self.failure = error
         return len(data)

@@ -43,7 +43,7 @@ def verify(
     engines = []
     with progress_bar("engines") as progress:
         task = progress.add_task("reference", total=len(opened.manifest.engines))
-        network = network_of(opened, "weights.safetensors")
+        network = network_of(opened, "weights.safetensors", threads)
         references = make_reference(network, opened, sample_frames(samples, opened.manifest.contract))
         for engine in opened.manifest.engines:
             progress.update(task, description=engine.name)

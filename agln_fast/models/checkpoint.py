@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from agln_fast.errors import CheckpointError, ConfigError, printable
+from agln_fast.forking import use_threads
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import ResNet
@@ -74,6 +75,7 @@ def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = N
             (missing, unexpected, misshapen entries are counted and the first ones named), or holds NaN, Inf or a
             negative variance.
     """
+    use_threads()
     path = find_checkpoint(path)
     return _network(*read_weights(path), str(path), config)
 
@@ -88,6 +90,7 @@ def load_weights(data: bytes, name: str) -> SegmentationNetwork:
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
+    use_threads()
     return _network(*read_safetensors(data, name), name, None)
 
 
@@ -156,6 +159,7 @@ def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
+    use_threads()
     path = Path(path)
     state, _ = read_weights(path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

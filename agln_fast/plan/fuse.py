@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from agln_fast.errors import ConfigError
+from agln_fast.forking import use_threads
 from agln_fast.models.blocks import AveragePoolingBlock, ContextFusionBlock, SemanticAggregationBlock
 from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork
 from agln_fast.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -56,6 +57,7 @@ def fuse(model: SegmentationNetwork) -> InferenceNetwork:
         raise ConfigError(
             f"fuse needs a SegmentationNetwork (create_model, load_checkpoint), got {type(model).__name__}"
         )
+    use_threads()
     folded = fold_batchnorm(model)
     return InferenceNetwork(
         model.config,

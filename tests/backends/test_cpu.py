@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
 
@@ -345,3 +346,35 @@ def test_threads_come_from_the_environment(bundle, monkeypatch):
     monkeypatch.setenv("AGLN_FAST_THREADS", "many")
     with pytest.raises(ConfigError, match="AGLN_FAST_THREADS='many': must be a positive whole number"):
         agln_fast.load(bundle, "onnxruntime")
+
+
+def test_onnxruntime_does_not_keep_its_file(bundle):
+    engine = bundle.engine("onnxruntime-fp32")
+    open_engine(bundle, engine).close()  # what is imported and remembered once
+    tracemalloc.start()
+    try:
+        with open_engine(bundle, engine):
+            kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < (bundle.path / engine.file).stat().st_size / 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("no", name="onnxruntime"), "is not installed: pip install onnxruntime"),
+        (ImportError("libonnxruntime.so: wrong ELF class"), "is installed but does not load: libonnxruntime.so: wrong"),
+        (ModuleNotFoundError("No module named 'flatbuffers'", name="flatbuffers"), "does not load: No module named"),
+    ],
+    ids=["missing", "broken", "a part is missing"],
+)
+def test_onnxruntime_that_cannot_be_imported_is_an_obstacle(error, message, bundle, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("agln_fast.backends.onnxruntime.import_quietly", fail)
+    with pytest.raises(
+        BackendError, match=f'engine onnxruntime-fp32 cannot run here: package "onnxruntime" .*{message}'
+    ):
+        open_engine(bundle, bundle.engine("onnxruntime-fp32"))

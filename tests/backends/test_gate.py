@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
@@ -40,3 +41,24 @@ def test_in_another_process_it_neither_lets_in_nor_releases(monkeypatch):
     with pytest.raises(BackendError, match="it was opened before this process was forked"), gate.turn():
         raise AssertionError("nobody comes in")
     gate.close(lambda: pytest.fail("released"))
+
+
+def test_closed_from_inside_it_is_released_on_leaving():
+    """A signal's handler runs in the thread that it interrupts, which may be inside."""
+    released = []
+    gate = Gate("it", "open it again")
+
+    def close():
+        with gate.turn():
+            for number in range(2):
+                gate.close(lambda number=number: released.append(number))
+            released.append("inside")
+
+    thread = threading.Thread(target=close, daemon=True)  # which a gate that waits for itself would keep
+    thread.start()
+    thread.join(10)
+    assert released == ["inside", 0]
+    gate.close(lambda: released.append("again"))
+    assert released == ["inside", 0]
+    with pytest.raises(BackendError, match="closed"), gate.turn():
+        raise AssertionError("nobody comes in")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from agln_fast.cli.streams import Stream
 
 _COMMAND = [sys.executable, "-c", "from agln_fast.cli import main; main()"]
 _TABLE = ("inspect", "agln_resnet18")
@@ -85,3 +91,46 @@ def test_a_pipe_gets_all_of_it() -> None:
     done = run("scenes", "--help", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.rstrip().endswith("╯")
+
+
+def test_a_cache_that_cannot_be_looked_at_is_none() -> None:
+    done = run("--version", AGLN_FAST_CACHE="1" * 5000)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "agln_nano", "-o", "{long}"),
+        ("build", "agln_nano", "-o", "{long}/x.agln"),
+        ("scenes", "--write", "{long}"),
+        ("visualize", "agln_nano", "photo.png", "-o", "{long}.png"),
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_looked_at_is_an_error_in_one_line(arguments: tuple[str, ...]) -> None:
+    done = run(*(word.format(long="1" * 300) for word in arguments))
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.returncode in (2, 4, 9)
+
+
+def test_a_full_pipe_that_does_not_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some terminals and runtimes of other languages hand over such descriptors."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 1000)
+    wait = select.select
+
+    def read_and_wait(*arguments: Any) -> Any:
+        os.read(reader, 10_000)
+        return wait(*arguments)
+
+    monkeypatch.setattr(select, "select", read_and_wait)
+    with open(reader, "rb") as pipe, io.BufferedWriter(Stream(writer, "w")) as stream:
+        stream.write(b"x" * 8_000)
+        stream.flush()
+        stream.close()
+        assert pipe.read().endswith(b"." + b"x" * 8_000)
