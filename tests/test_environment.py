@@ -19,7 +19,9 @@ def test_numbers_are_refused_in_a_short_line(name: str, text: str, monkeypatch: 
     """Python itself raises ValueError for more than 4300 digits."""
     monkeypatch.setenv(name, text)
     read = {"THREADS": environment.default_threads, "MAX_PIXELS": environment.max_pixels}
-    with pytest.raises(ConfigError, match=rf"^environment variable {name}='.*': must be a (positive )?whole number") as refused:
+    with pytest.raises(
+        ConfigError, match=rf"^environment variable {name}='.*': must be a (positive )?whole number"
+    ) as refused:
         read.get(name.removeprefix("AGLN_FAST_"), environment.tuning_seconds)()
     assert len(str(refused.value)) < 160
 

@@ -8,12 +8,11 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from agln_fast import __version__, environment, interruption
 from agln_fast.cli.bench import bench
 from agln_fast.cli.build import build
-from agln_fast.cli.console import err
+from agln_fast.cli.console import err, shown
 from agln_fast.cli.doctor import doctor
 from agln_fast.cli.eval import evaluate
 from agln_fast.cli.inspect import inspect
@@ -88,12 +87,12 @@ def _run_verb() -> int:
     except AglnError as error:
         if debug:
             raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        err.print(f"[bold red]error:[/] {shown(error)}", highlight=False)
         return error.exit_code
     except Exception as error:
         if debug:
             raise
-        what = escape(f"{type(error).__name__}: {error}")
+        what = shown(f"{type(error).__name__}: {error}")
         err.print(f"[bold red]unexpected error:[/] {what}; run again with --debug and report it", highlight=False)
         return 1
     return 0

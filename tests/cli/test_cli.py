@@ -49,6 +49,13 @@ def test_help_needs_no_heavy_package():
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).stderr == b"\n"
 
 
+def test_escape_sequences_in_names_do_not_reach_the_terminal(cli):
+    code, out, err = cli("inspect", "\x1b[31mred\x07.pth")
+    assert code == 3
+    assert "\\x1b[31mred\\x07.pth" in err
+    assert "\x1b" not in out + err
+
+
 def test_version(cli):
     assert cli("--version")[1].startswith("agln-fast ")
 
