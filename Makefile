@@ -23,10 +23,9 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)
 	@$(BIN)/python -m agln_fast.bench.demo pictures $(DEMO)
 	@show() { echo; echo "\$$ $$*"; PATH="$(BIN):$$PATH" "$$@"; }; \
-	for network in fpn agln agln_lite; do \
-		show agln-fast build $${network}_nano -o $(DEMO)/$$network.agln --size 128x128 --output logits \
-			--precision fp32 --precision fp16 --target cpu --target tensorrt-rtx --force || exit 1; \
-	done; \
+	build() { show agln-fast build "$$1"_nano -o $(DEMO)/"$$1".agln --size 128x128 --output logits --force $$2; }; \
+	build agln "--precision fp32 --precision fp16 --target cpu --target tensorrt-rtx" && \
+	build fpn "--precision fp32" && build agln_lite "--precision fp32" && \
 	show agln-fast run $(DEMO)/agln.agln $(DEMO)/scenes/images $(DEMO)/photograph.png -o $(DEMO)/out
 	@echo
 	@$(BIN)/python -m agln_fast.bench.demo compare $(DEMO)
