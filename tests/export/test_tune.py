@@ -101,6 +101,17 @@ def test_a_race_is_won_by_a_clear_lead_only(graphs, monkeypatch):
     assert race.candidates[EVERYTHING].milliseconds == pytest.approx(900)
 
 
+@pytest.mark.parametrize(("seconds", "winner"), [(0.95, NO_PLAN), (0.85, ALGEBRA)], ids=["a little", "by far"])
+def test_one_round_shows_large_leads_only(seconds, winner, graphs, monkeypatch):
+    """When the time is over after it."""
+    race = module._Race(graphs, "onnxruntime", "fp32", 0.0, 1)
+    ticks = iter(np.cumsum([0.0, 1.0, 0.0, seconds]))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(race, "_open", lambda plan: _Idle())
+    assert race.fastest([NO_PLAN, ALGEBRA]) == winner
+    assert race.exhausted
+
+
 @pytest.mark.parametrize(
     ("times", "clear"),
     [
@@ -387,8 +398,11 @@ def test_the_cost_model_counts_by_hand(small_network):
 
     arithmetic, traffic = Rates(1.0, 1.0, 1e30), Rates(1e30, 1e30, 1.0)
     direct = 9 * 32 * 16 * 32**2
-    full = 9 * 32 * 16 * 4**2 + 32 * 12**2 * 32 + 32 * 12 * 32**2
-    assert seconds(plain, arithmetic) - seconds(mixed, arithmetic) == pytest.approx(2 * (direct - full))
+    convolved, products = 9 * 32 * 16 * 4**2, 32 * 12**2 * 32 + 32 * 12 * 32**2
+    saved = 2 * (direct - convolved - products)
+    assert seconds(plain, arithmetic) - seconds(mixed, arithmetic) == pytest.approx(saved)
+    quick_products, saved = Rates(1.0, 2.0, 1e30), 2 * (direct - convolved - products / 2)
+    assert seconds(plain, quick_products) - seconds(mixed, quick_products) == pytest.approx(saved)
     assert seconds(plain, traffic, element_size=2) == seconds(plain, traffic) / 2
     assert seconds(plain, arithmetic, batch=3) == pytest.approx(3 * seconds(plain, arithmetic))
     assert seconds(plain, traffic, full_size=True) - seconds(plain, traffic) == 4 * 5 * (32**2 + 128**2)
