@@ -21,9 +21,9 @@ from agln_fast.backends import backend_class
 from agln_fast.backends.tensorrt import compute_capability
 from agln_fast.backends.tensorrt_library import Flavour, library_version
 from agln_fast.bench.workshop import HALVES, EngineRecipe, Recipe, TorchRecipe, Workshop
-from agln_fast.bundle import EngineRecord
 from agln_fast.contract import Precision
 from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.manifest import EngineRecord
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.runtime.turns import rounds
 

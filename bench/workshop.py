@@ -19,11 +19,12 @@ from agln_fast.backends.base import Array
 from agln_fast.backends.tensorrt import compute_capability
 from agln_fast.backends.tensorrt_library import Flavour
 from agln_fast.backends.torch import exact_float32
-from agln_fast.bundle import Bundle, EngineRecord, Manifest
+from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError
 from agln_fast.export.graphs import Graphs
+from agln_fast.manifest import EngineRecord, Manifest
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from agln_fast.backends.openvino import OpenVinoBackend
 from agln_fast.backends.tensorrt_library import Flavour
-from agln_fast.bundle import Bundle, EngineRecord, Manifest, PlanChosenBy, is_bundle, open_bundle, seal
+from agln_fast.bundle import Bundle, is_bundle, open_bundle, seal
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract, Layout, Output, Precision, Resize
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
 from agln_fast.errors import ConfigError, VerificationError, printable
@@ -33,6 +33,7 @@ from agln_fast.export.tensorrt import build_tensorrt_engine, resolve_capabilitie
 from agln_fast.export.tune import SHORT_S, suitable, tune_engine
 from agln_fast.files import whole_folder
 from agln_fast.forking import use_threads
+from agln_fast.manifest import EngineRecord, Manifest, PlanChosenBy
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import ModelConfig

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from agln_fast.backends import open_engine
-from agln_fast.bundle import Bundle, EngineRecord, Verification
+from agln_fast.bundle import Bundle
 from agln_fast.data.classes import class_set
 from agln_fast.data.scenes import Scenes
 from agln_fast.errors import VerificationError
 from agln_fast.evaluation.evaluate import compare
+from agln_fast.manifest import EngineRecord, Verification
 from agln_fast.runtime.segmenter import Segmenter
 from agln_fast.runtime.verify import Reference, verify_engine
 

@@ -119,7 +119,7 @@ def check_options(
     check_minimum(min_agreement)
     tune_s = environment.tuning_seconds() if tune_s is None else tune_s
     if tune_s is not None and not 0 <= tune_s < math.inf:
-        raise ConfigError(f"{tune_s} seconds to choose plans in: must be at least 0")
+        raise ConfigError(f"{tune_s} seconds to choose plans in: must be 0 or more, and end")
     check_threads(threads)
     if not isinstance(plan, Plan) and plan not in ("auto", "none"):
         raise ConfigError(f"plan {plan!r}: give 'auto', 'none', or an agln_fast.Plan")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from agln_fast.backends import BACKENDS
-from agln_fast.bundle import Bundle, check_schema, read_manifest, schema_error, unreadable
+from agln_fast.bundle import Bundle, read_manifest, unreadable
 from agln_fast.contract import IOContract, Precision
 from agln_fast.data.classes import ClassSet
 from agln_fast.errors import AglnError, BundleError, printable
 from agln_fast.export.options import TARGETS, check_options
+from agln_fast.manifest import check_schema, schema_error
 from agln_fast.models.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agln_fast.bundle import EngineRecord, Manifest
+from agln_fast.manifest import EngineRecord, Manifest
 
 __all__ = ["engine_table", "obstacles", "write_report"]
 

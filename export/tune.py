@@ -19,12 +19,13 @@ from typing import Any, Literal, get_args
 
 from agln_fast import environment, interruption, memory
 from agln_fast.backends import Backend, backend_class, check_threads, open_engine
-from agln_fast.bundle import Bundle, EngineRecord, Manifest
+from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract, Precision
 from agln_fast.errors import ConfigError, did_you_mean
 from agln_fast.export.graphs import Graphs
 from agln_fast.files import scratch_folder
 from agln_fast.forking import use_threads
+from agln_fast.manifest import EngineRecord, Manifest
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.network import plan_network
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan

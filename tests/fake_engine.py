@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from agln_fast.bundle import EngineRecord
 from agln_fast.contract import IOContract
 from agln_fast.data.classes import ClassSet, default_class_set
+from agln_fast.manifest import EngineRecord
 from agln_fast.runtime.segmenter import Segmenter
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 import agln_fast
-from agln_fast.bundle import Bundle, EngineRecord, Manifest, Verification, seal
+from agln_fast.bundle import Bundle, seal
 from agln_fast.contract import IOContract
 from agln_fast.data.classes import default_class_set
+from agln_fast.manifest import EngineRecord, Manifest, Verification
 from agln_fast.models.networks import SegmentationNetwork
 
 CLASSES = 5

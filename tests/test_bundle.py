@@ -12,8 +12,9 @@ import pytest
 from hand_made import hand_made_bundle
 
 import agln_fast
-from agln_fast.bundle import Manifest, open_bundle, seal
+from agln_fast.bundle import open_bundle, seal
 from agln_fast.errors import BundleError
+from agln_fast.manifest import Manifest
 
 
 @pytest.fixture

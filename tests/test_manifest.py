@@ -19,12 +19,13 @@ import pytest
 from hand_made import constant_network, hand_made_bundle
 
 import agln_fast
-from agln_fast import bundle as bundle_module
-from agln_fast.bundle import Manifest, open_bundle, seal
+from agln_fast import manifest as manifest_module
+from agln_fast.bundle import open_bundle, seal
 from agln_fast.cli.inspect import inspect
 from agln_fast.errors import AglnError, BundleError
 from agln_fast.export.onnx import export_onnx
 from agln_fast.export.rebuild import read_recipe
+from agln_fast.manifest import Manifest, parse_manifest
 
 _T = TypeVar("_T")
 CRAFTED = 1000
@@ -274,14 +275,14 @@ def test_as_many_classes_as_there_can_be_are_read_at_once(made):
     values["palette"] = [[index % 256, 255, 128] for index in range(MOST)]
     text = (json.dumps(values, indent=2) + "\n").encode()
     began = time.process_time()
-    assert len(Manifest.from_dict(bundle_module._values(text)).classes) == MOST
+    assert len(Manifest.from_dict(parse_manifest(text)).classes) == MOST
     assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("part", ["line", "rgb"])
 def test_what_is_surely_right_is_so_by_the_schema(part):
-    schema = bundle_module._schema()["$defs"][part]
-    validator, surely_right = bundle_module._validator()(schema), bundle_module._SURELY_RIGHT[f"#/$defs/{part}"]
+    schema = manifest_module._schema()["$defs"][part]
+    validator, surely_right = manifest_module._validator()(schema), manifest_module._SURELY_RIGHT[f"#/$defs/{part}"]
     odd = [*ODD, "x" * 200, "x" * 201, [0, 0, 255], [0, 0, 256], [-1, 0, 0], [0, 0], [0.0, 1, 2], [True, 0, 0]]
     for item in odd:
         assert surely_right(item) == validator.is_valid(item), item

@@ -11,9 +11,10 @@ from importlib import import_module
 
 from agln_fast import environment
 from agln_fast.backends.base import Backend
-from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.bundle import Bundle
 from agln_fast.contract import Precision, check_precision
 from agln_fast.errors import BackendError, ConfigError, did_you_mean
+from agln_fast.manifest import EngineRecord
 
 __all__ = [
     "BACKENDS",

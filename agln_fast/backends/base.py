@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from agln_fast.backends.gate import Gate, keep_after_fork
-from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.bundle import Bundle
 from agln_fast.errors import BundleError
+from agln_fast.manifest import EngineRecord
 
 __all__ = ["Array", "Backend", "Port", "as_promised", "check_ports"]
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from agln_fast.backends.torch import NetworkBackend, exact_float32, network_of
-from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError
 from agln_fast.kernels.label_upsample import label_upsample
+from agln_fast.manifest import EngineRecord
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.convolution import choose_convolutions
 from agln_fast.plan.fuse import fuse

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from agln_fast.backends.base import Array, Backend, Port, as_promised, check_ports
 from agln_fast.backends.denormals import denormals_as_zero
 from agln_fast.backends.onnx_file import PRECISIONS, graph_precision, parse_graph
-from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.bundle import Bundle
 from agln_fast.errors import BackendError, printable
+from agln_fast.manifest import EngineRecord
 from agln_fast.telemetry import import_quietly
 
 __all__ = ["OnnxRuntimeBackend"]

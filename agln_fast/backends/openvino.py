@@ -13,8 +13,9 @@ import numpy as np
 
 from agln_fast.backends.base import Array, Backend, Port, as_promised, check_ports
 from agln_fast.backends.denormals import denormals_as_zero
-from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.bundle import Bundle
 from agln_fast.errors import BackendError, MissingPackageError
+from agln_fast.manifest import EngineRecord
 from agln_fast.telemetry import import_quietly
 
 __all__ = ["OpenVinoBackend"]

@@ -12,8 +12,9 @@ import torch
 
 from agln_fast.backends.base import Array, Backend, Port, check_ports
 from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library
-from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.bundle import Bundle
 from agln_fast.errors import BackendError
+from agln_fast.manifest import EngineRecord
 
 __all__ = [
     "TensorRTBackend",

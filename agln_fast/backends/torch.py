@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from agln_fast.backends.base import Array, Backend
-from agln_fast.bundle import Bundle, EngineRecord
+from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError, BundleError
 from agln_fast.forking import use_threads
+from agln_fast.manifest import EngineRecord
 from agln_fast.models.checkpoint import load_weights
 from agln_fast.models.networks import SegmentationNetwork
 

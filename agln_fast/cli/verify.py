@@ -24,9 +24,10 @@ def verify(
     """Check every file's hash, run every engine that can run here, and compare its labels with the fp32 network."""
     from dataclasses import asdict, replace
 
-    from agln_fast.bundle import Bundle, Verification
+    from agln_fast.bundle import Bundle
     from agln_fast.cli.build import print_engines
     from agln_fast.cli.request import open_matching
+    from agln_fast.manifest import Verification
     from agln_fast.runtime.agreement import check_minimum
     from agln_fast.runtime.images import list_images
 

@@ -27,12 +27,13 @@ from agln_fast.backends import (
 from agln_fast.backends.fused import FusedNetworkBackend
 from agln_fast.backends.gate import Gate
 from agln_fast.backends.torch import NetworkBackend
-from agln_fast.bundle import Bundle, EngineRecord, open_bundle
+from agln_fast.bundle import Bundle, open_bundle
 from agln_fast.contract import IOContract, Resize, check_precision
 from agln_fast.data.classes import ClassSet, default_class_set
 from agln_fast.errors import BackendError, BundleChangedError, ConfigError
 from agln_fast.forking import use_threads
 from agln_fast.kernels.label_upsample.cpu import best_classes, upsample_labels
+from agln_fast.manifest import EngineRecord
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.runtime.augmentation import TestTimeAugmentation

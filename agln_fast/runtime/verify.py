@@ -16,11 +16,12 @@ import torch
 
 from agln_fast import interruption
 from agln_fast.backends import backend_class, open_engine
-from agln_fast.bundle import Bundle, EngineRecord, Verification
+from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract
 from agln_fast.data.scenes import Scenes
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BackendError, VerificationError
+from agln_fast.manifest import EngineRecord, Verification
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.runtime.agreement import MINIMUM_AGREEMENT
 from agln_fast.runtime.images import fit, list_images, load_image, pack

@@ -15,9 +15,10 @@ import torch
 
 from agln_fast.backends.tensorrt import TensorRTBackend, TensorRTRTXBackend, compute_capability, shared_logger
 from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES, import_library, library_version
-from agln_fast.bundle import Bundle, EngineRecord, Manifest
+from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract
 from agln_fast.errors import BackendError, BundleError, MissingPackageError
+from agln_fast.manifest import EngineRecord, Manifest
 from agln_fast.models.config import ModelConfig
 
 BACKENDS = pytest.mark.parametrize("backend", [TensorRTBackend, TensorRTRTXBackend], ids=lambda backend: backend.name)

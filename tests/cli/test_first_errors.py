@@ -37,7 +37,7 @@ CASES = [
     (f"{BUILD} --target tensort", 2, "did you mean 'tensorrt'"),
     (f"{BUILD} --precision int8 --target cuda", 2, "precision 'int8' is for target cpu, not for cuda"),
     (f"{BUILD} --precision int8 --target cpu --target tensorrt-rtx", 2, "not for tensorrt-rtx"),
-    (f"{BUILD} --tune nan", 2, "seconds to choose plans in"),
+    (f"{BUILD} --tune inf", 2, "seconds to choose plans in"),
     (f"{BUILD} --plan auot", 2, "did you mean 'auto'"),
     (f"{BUILD} --plan {{text}}", 2, "not a plan"),
     (f"{BUILD} --batch many", 2, "batch 'many'"),

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 import agln_fast
-from agln_fast.bundle import Verification
 from agln_fast.contract import parse_size
 from agln_fast.errors import (
     AglnError,
@@ -32,6 +31,7 @@ from agln_fast.errors import (
 from agln_fast.export import build as build_module
 from agln_fast.export import graphs as graphs_module
 from agln_fast.export import tune as tune_module
+from agln_fast.manifest import Verification
 from agln_fast.runtime.verify import make_reference, sample_images, verify_engine
 
 
