@@ -53,8 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_arithmetic() -> Iterator[None]:
-    """A library that switched denormals off in this thread would change the arithmetic of all tests after it."""
+    """A library that switched denormals off in this thread would change the arithmetic of all tests after it, and so
+    would another number of PyTorch's threads, which sum in another order."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     assert not denormals_are_zero()
 
 
