@@ -95,6 +95,7 @@ def test_shipped_configurations(capability, is_regular, dtype):
     check(kernel.attention_pool(x, w_theta, config), x, w_theta)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @settings(max_examples=25, deadline=None)
 @given(
