@@ -21,18 +21,18 @@ $(READY): pyproject.toml setup.py constraints.txt
 
 # Each command is shown as a user would type it.
 demo: $(READY)
-	@$(BIN)/python -m agln_fast.bench.demo pictures $(DEMO)
+	@$(BIN)/python -m agln_fast.bench.jobs.demo pictures $(DEMO)
 	@show() { echo; echo "\$$ $$*"; PATH="$(BIN):$$PATH" "$$@"; }; \
 	build() { show agln-fast build "$$1"_nano -o $(DEMO)/"$$1".agln --size 128x128 --output logits --force $$2; }; \
 	build agln "--precision fp32 --precision fp16 --target cpu --target tensorrt-rtx" && \
 	build fpn "--precision fp32" && build agln_lite "--precision fp32" && \
 	show agln-fast run $(DEMO)/agln.agln $(DEMO)/scenes/images $(DEMO)/photograph.png -o $(DEMO)/out
 	@echo
-	@$(BIN)/python -m agln_fast.bench.demo compare $(DEMO)
+	@$(BIN)/python -m agln_fast.bench.jobs.demo compare $(DEMO)
 
 # Trains the checkpoints in agln_fast/checkpoints again: hours on two cores. It may be stopped; it goes on.
 checkpoints: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m agln_fast.bench.checkpoints $(RUNS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m agln_fast.bench.jobs.checkpoints $(RUNS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "$(TESTS)"

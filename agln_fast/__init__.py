@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from agln_fast import forking  # noqa: F401  # sees the forks from now on
 
 if TYPE_CHECKING:
+    from agln_fast.builder.build import build
+    from agln_fast.builder.rebuild import rebuild
+    from agln_fast.builder.tune import tune
     from agln_fast.bundle import Bundle, open_bundle
     from agln_fast.data.classes import ClassSet
     from agln_fast.errors import AglnError
-    from agln_fast.export.build import build
-    from agln_fast.export.rebuild import rebuild
-    from agln_fast.export.tune import tune
     from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
     from agln_fast.models.config import ModelConfig, list_models
     from agln_fast.models.networks import create_model
@@ -40,7 +40,7 @@ _HOMES = {
     "Plan": "plan.plan",
     "Result": "runtime.result",
     "Segmenter": "runtime.segmenter",
-    "build": "export.build",
+    "build": "builder.build",
     "create_model": "models.networks",
     "fuse": "plan.fuse",
     "list_models": "models.config",
@@ -48,9 +48,9 @@ _HOMES = {
     "load_backbone": "models.checkpoint",
     "load_checkpoint": "models.checkpoint",
     "open_bundle": "bundle",
-    "rebuild": "export.rebuild",
+    "rebuild": "builder.rebuild",
     "save_checkpoint": "models.checkpoint",
-    "tune": "export.tune",
+    "tune": "builder.tune",
 }
 
 __all__ = [

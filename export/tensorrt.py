@@ -18,11 +18,10 @@ from typing import Any, get_args
 from rich.progress import Progress, TaskID
 
 from agln_fast import interruption
-from agln_fast.backends.tensorrt import compute_capability, shared_logger
-from agln_fast.backends.tensorrt_library import Flavour, import_library
 from agln_fast.contract import Output, Precision
+from agln_fast.engines.tensorrt import compute_capability, shared_logger
+from agln_fast.engines.tensorrt_library import Flavour, check_rtx_capabilities, import_library
 from agln_fast.errors import BuildError, ConfigError, did_you_mean
-from agln_fast.export.options import check_rtx_capabilities
 
 __all__ = ["TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import agln_fast
-from agln_fast.backends.denormals import denormals_are_zero
+from agln_fast.engines.denormals import denormals_are_zero
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan import rates
 from agln_fast.runtime import turns

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from agln_fast.bench.results_file import Results
-from agln_fast.bench.rows import Row
+from agln_fast.bench.race.results import Results
+from agln_fast.bench.race.rows import Row
 
 _ROW = Row(
     network="agln_resnet50",

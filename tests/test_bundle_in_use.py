@@ -14,8 +14,8 @@ from hand_made import constant_network, hand_made_bundle
 
 import agln_fast
 from agln_fast import bundle as bundle_module
-from agln_fast.backends import open_engine
 from agln_fast.bundle import Bundle, is_bundle, open_bundle
+from agln_fast.engines import open_engine
 from agln_fast.errors import BundleChangedError, BundleError
 from agln_fast.files import whole_folder
 

@@ -20,11 +20,11 @@ from hand_made import constant_network, hand_made_bundle
 
 import agln_fast
 from agln_fast import manifest as manifest_module
+from agln_fast.builder.rebuild import read_recipe
 from agln_fast.bundle import open_bundle, seal
 from agln_fast.cli.inspect import inspect
 from agln_fast.errors import AglnError, BundleError
 from agln_fast.export.onnx import export_onnx
-from agln_fast.export.rebuild import read_recipe
 from agln_fast.manifest import Manifest, parse_manifest
 
 _T = TypeVar("_T")

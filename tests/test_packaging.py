@@ -93,7 +93,7 @@ def test_wheel_and_sdist_hold_every_module_and_data_file(distributions):
     assert not [name for name in names if name.split("/")[0] in ("kernels", "export", "bench", "tests")]
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "pyproject.toml", "kernels/__init__.py", "export/build.py", "LICENSE"} <= inside
+    assert {"setup.py", "pyproject.toml", "kernels/__init__.py", "agln_fast/builder/build.py", "LICENSE"} <= inside
 
 
 def test_editable_install_points_into_the_checkout():

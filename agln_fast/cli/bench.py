@@ -14,7 +14,7 @@ from agln_fast.cli.console import Json, out, print_json, print_wide, progress_ba
 from agln_fast.cli.files import read_plan
 
 if TYPE_CHECKING:
-    from agln_fast.bench.results_file import Results
+    from agln_fast.bench.race.results import Results
 
 __all__ = ["bench"]
 
@@ -47,12 +47,12 @@ def bench(
     from dataclasses import asdict
     from datetime import UTC, datetime
 
-    from agln_fast.backends import check_threads
-    from agln_fast.backends.driver import check_driver
-    from agln_fast.bench import arguments
-    from agln_fast.bench.results_file import Results, load_results, save_results, write_csv
+    from agln_fast.bench.race import arguments
+    from agln_fast.bench.race.results import Results, load_results, save_results, write_csv
     from agln_fast.cli.places import check_file
     from agln_fast.contract import parse_size
+    from agln_fast.engines import check_threads
+    from agln_fast.engines.driver import check_driver
 
     old = None if compare is None else load_results(compare)
     device = arguments.choose_device(target, device)
@@ -72,9 +72,9 @@ def bench(
     check_driver(device)
 
     # From here on PyTorch is needed, which takes seconds to load.
-    from agln_fast.bench import networks as registry
-    from agln_fast.bench.machine import machine
-    from agln_fast.bench.measure import Case, Options, measure
+    from agln_fast.bench.race import cases as registry
+    from agln_fast.bench.race.measure import Case, Options, measure
+    from agln_fast.machine import machine
 
     entries, waiting = registry.choose_entries(device, precision.split(","), target, full=full)
     options = Options(
@@ -124,7 +124,7 @@ def _check_figures(folder: Path) -> None:
 
 
 def _print(results: Results, left_out: Sequence[str]) -> None:
-    from agln_fast.bench.presentation import (
+    from agln_fast.bench.pages.presentation import (
         NOTES,
         machine_line,
         markdown_ladder,
@@ -152,7 +152,7 @@ def _print(results: Results, left_out: Sequence[str]) -> None:
 
 
 def _draw(results: Results, folder: Path) -> None:
-    from agln_fast.bench.plots import draw_ladder, draw_latency, draw_pareto, draw_scaling
+    from agln_fast.bench.pages.plots import draw_ladder, draw_latency, draw_pareto, draw_scaling
     from agln_fast.errors import ConfigError
     from agln_fast.figures.saving import save_figure
 
@@ -174,6 +174,6 @@ def _draw(results: Results, folder: Path) -> None:
 
 
 def _print_comparison(old: Results, new: Results) -> None:
-    from agln_fast.bench.presentation import compare, comparison_table, differences
+    from agln_fast.bench.pages.presentation import compare, comparison_table, differences
 
     print_wide(comparison_table(compare(old, new), differences(old, new)))

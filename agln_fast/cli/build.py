@@ -60,9 +60,9 @@ def build(
 
     Example: agln-fast build agln_r50.pth -o street.agln --target cpu --target tensorrt-rtx --precision fp16
     """
+    from agln_fast.builder.options import check_options
     from agln_fast.cli.places import check_file
     from agln_fast.contract import parse_batch
-    from agln_fast.export.options import check_options
     from agln_fast.models.config import ModelConfig
     from agln_fast.models.shipped import find_checkpoint
 
@@ -93,7 +93,7 @@ def build(
     find_checkpoint(checkpoint)
 
     # From here on PyTorch is needed, which takes seconds to load.
-    from agln_fast.export.build import build as build_bundle
+    from agln_fast.builder.build import build as build_bundle
 
     with progress_bar("steps") as progress:
         bundle = build_bundle(checkpoint, output, config=model, strict=strict, progress=progress, **options)
@@ -125,7 +125,7 @@ def _colour(name: str, text: str) -> tuple[float, ...]:
 
 def print_engines(bundle: Bundle) -> None:
     """Show the bundle's engines with size, agreement and latency, and why some could not run."""
-    from agln_fast.export.report import engine_table, obstacles
+    from agln_fast.builder.report import engine_table, obstacles
 
     model, contract = bundle.manifest.model, bundle.manifest.contract
     title = f"{shown(bundle.path.name)}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"

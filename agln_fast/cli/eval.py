@@ -151,8 +151,8 @@ def _open(
 
 def _check_source(path: Path, backend: str, precision: str | None, device: str | None, threads: int | None) -> None:
     """Refuse what `_open` could not open, as far as names and files tell."""
-    from agln_fast.backends import check_network_precision
     from agln_fast.cli.request import check_engine, open_matching
+    from agln_fast.engines import check_network_precision
     from agln_fast.models.shipped import find_checkpoint
 
     if _is_bundle(path):

@@ -35,7 +35,7 @@ def rebuild(
 
     Example: agln-fast rebuild old.agln -o new.agln
     """
-    from agln_fast.export.rebuild import rebuild as rebuild_bundle
+    from agln_fast.builder.rebuild import rebuild as rebuild_bundle
 
     with progress_bar("steps") as progress:
         built = rebuild_bundle(

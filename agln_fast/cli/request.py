@@ -18,9 +18,9 @@ def check_engine(backend: str, precision: str | None, device: str | None, thread
         ConfigError: one of them makes no sense.
         BackendError: a GPU is asked for, and there is no driver of one.
     """
-    from agln_fast.backends import check_backend, check_device, check_threads
-    from agln_fast.backends.driver import check_driver
     from agln_fast.contract import check_precision
+    from agln_fast.engines import check_backend, check_device, check_threads
+    from agln_fast.engines.driver import check_driver
 
     if backend != "auto":
         check_backend(backend)

@@ -37,7 +37,7 @@ def verify(
     opened = open_matching(bundle, "auto", None, device, threads)
 
     # From here on PyTorch is needed, which takes seconds to load.
-    from agln_fast.backends.torch import network_of
+    from agln_fast.engines.torch import network_of
     from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
 
     failures: list[VerificationError] = []

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from agln_fast.kernels.label_upsample.cpu import Axis
+from agln_fast.decode import Axis
 
 __all__ = ["Scores", "lead", "resized", "softmax", "strips"]
 

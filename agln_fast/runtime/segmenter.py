@@ -14,7 +14,11 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 import numpy.typing as npt
 
-from agln_fast.backends import (
+from agln_fast.bundle import Bundle, open_bundle
+from agln_fast.contract import IOContract, Resize, check_precision
+from agln_fast.data.classes import ClassSet, default_class_set
+from agln_fast.decode import best_classes, upsample_labels
+from agln_fast.engines import (
     BACKENDS,
     Backend,
     backend_class,
@@ -24,15 +28,11 @@ from agln_fast.backends import (
     check_threads,
     open_engine,
 )
-from agln_fast.backends.fused import FusedNetworkBackend
-from agln_fast.backends.gate import Gate
-from agln_fast.backends.torch import NetworkBackend
-from agln_fast.bundle import Bundle, open_bundle
-from agln_fast.contract import IOContract, Resize, check_precision
-from agln_fast.data.classes import ClassSet, default_class_set
+from agln_fast.engines.fused import FusedNetworkBackend
+from agln_fast.engines.gate import Gate
+from agln_fast.engines.torch import NetworkBackend
 from agln_fast.errors import BackendError, BundleChangedError, ConfigError
 from agln_fast.forking import use_threads
-from agln_fast.kernels.label_upsample.cpu import best_classes, upsample_labels
 from agln_fast.manifest import EngineRecord
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork

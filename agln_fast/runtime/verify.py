@@ -15,11 +15,11 @@ import numpy.typing as npt
 import torch
 
 from agln_fast import interruption
-from agln_fast.backends import backend_class, open_engine
 from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract
 from agln_fast.data.scenes import Scenes
 from agln_fast.deployment import DeployedNetwork
+from agln_fast.engines import backend_class, open_engine
 from agln_fast.errors import BackendError, VerificationError
 from agln_fast.manifest import EngineRecord, Verification
 from agln_fast.models.networks import SegmentationNetwork

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from agln_fast.backends import check_threads
-from agln_fast.bench.arguments import DEFAULT_NETWORKS
-from agln_fast.bench.contestants import CONTESTANTS
-from agln_fast.bench.measure import Entry
-from agln_fast.bench.networks import choose_entries
-from agln_fast.bench.weights import random_network
-from agln_fast.bench.workshop import Workshop
+from agln_fast.bench.race.arguments import DEFAULT_NETWORKS
+from agln_fast.bench.race.cases import choose_entries
+from agln_fast.bench.race.contestants import CONTESTANTS
+from agln_fast.bench.race.measure import Entry
+from agln_fast.bench.race.weights import random_network
+from agln_fast.bench.race.workshop import Workshop
 from agln_fast.contract import IOContract
+from agln_fast.engines import check_threads
 
 CUDA = torch.cuda.is_available()
 DEVICE, SIDE = ("cuda", 512) if CUDA else ("cpu", 128)

@@ -2,9 +2,9 @@
 
 An op's file says what its op is compared with and how many multiply-adds it does. Here that becomes one test for each
 case (batch, side of the map, dtype) and contestant: `eager`, the plain operations of PyTorch; `compile`, torch.compile
-of them; `op`. On CUDA the time is the device's, the median of many (`agln_fast.bench.timing`); what pytest-benchmark
-itself shows are a few calls by the host's clock. The medians, and how close to its bound each comes, are in
-`extra_info`, and in the file that `--rows` names.
+of them; `op`. On CUDA the time is the device's, the median of many (`agln_fast.bench.race.timing`); what
+pytest-benchmark itself shows are a few calls by the host's clock. The medians, and how close to its bound each comes,
+are in `extra_info`, and in the file that `--rows` names.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from agln_fast.backends.torch import exact_float32
-from agln_fast.bench.machine import machine
-from agln_fast.bench.report import DEVICE_LOST, Report, describe, device_is_lost
-from agln_fast.bench.roofline import Roofline, measure_roofline
-from agln_fast.bench.timing import device_times
+from agln_fast.bench.kernels.roofline import Roofline, measure_roofline
+from agln_fast.bench.race.report import DEVICE_LOST, Report, describe, device_is_lost
+from agln_fast.bench.race.timing import device_times
+from agln_fast.engines.torch import exact_float32
+from agln_fast.machine import machine
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

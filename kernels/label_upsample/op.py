@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import SymInt, Tensor
 
+from agln_fast.decode import upsample_labels
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.label_upsample import reference
-from agln_fast.kernels.label_upsample.cpu import upsample_labels
 from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.registration import register
 

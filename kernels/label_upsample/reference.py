@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agln_fast.kernels.label_upsample.cpu import label_type
+from agln_fast.decode import label_type
 
 __all__ = ["empty_labels", "label_upsample"]
 

@@ -11,17 +11,17 @@ import onnx
 import pytest
 import torch
 
-from agln_fast.backends.openvino import OpenVinoBackend
-from agln_fast.bench import contestants, scaling
-from agln_fast.bench.arguments import choose_device
-from agln_fast.bench.contestants import CONTESTANTS, contestant
-from agln_fast.bench.measure import Entry
-from agln_fast.bench.networks import by_reason, choose_entries
-from agln_fast.bench.workshop import Workshop
+from agln_fast.bench.race import contestants, scaling
+from agln_fast.bench.race.arguments import choose_device
+from agln_fast.bench.race.cases import by_reason, choose_entries
+from agln_fast.bench.race.contestants import CONTESTANTS, contestant
+from agln_fast.bench.race.measure import Entry
+from agln_fast.bench.race.workshop import Workshop
+from agln_fast.builder.build import build
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
+from agln_fast.engines.openvino import OpenVinoBackend
 from agln_fast.errors import BackendError, ConfigError
-from agln_fast.export.build import build
 from agln_fast.plan.network import PlannedNetwork
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.runtime.verify import make_reference, sample_frames
@@ -156,7 +156,7 @@ def test_files_are_made_once(workshop):
 
 
 def test_int8_is_quantised(network, tmp_path, monkeypatch):
-    monkeypatch.setattr("agln_fast.export.build._CALIBRATION", 4)
+    monkeypatch.setattr("agln_fast.builder.build._CALIBRATION", 4)
     if CONTESTANTS["planned openvino"].obstacle("int8"):
         pytest.skip("needs NNCF, and a CPU with int8")
     recipe, _ = CONTESTANTS["planned openvino"].make(Workshop(network, IOContract(64, 64), tmp_path, 1), "int8")

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from agln_fast.bench.ladder import best_plan, cumulative, default_rungs, ladder
-from agln_fast.bench.measure import Case, Entry, Options
+from agln_fast.bench.race.ladder import best_plan, cumulative, default_rungs, ladder
+from agln_fast.bench.race.measure import Case, Entry, Options
 from agln_fast.errors import ConfigError
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 

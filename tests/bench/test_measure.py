@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from agln_fast.bench import measure as module
-from agln_fast.bench import memory
-from agln_fast.bench.contestants import CONTESTANTS, Contestant
-from agln_fast.bench.measure import FEWEST_ROUNDS, Case, Entry, Options, measure
-from agln_fast.bench.roofline import product_rate
+from agln_fast.bench.kernels.roofline import product_rate
+from agln_fast.bench.race import measure as module
+from agln_fast.bench.race import memory
+from agln_fast.bench.race.contestants import CONTESTANTS, Contestant
+from agln_fast.bench.race.measure import FEWEST_ROUNDS, Case, Entry, Options, measure
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.metrics import SegmentationMetrics

@@ -8,10 +8,10 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from agln_fast.bench import models
-from agln_fast.bench.models import CONTESTANTS, Case, compare, jobs, main
-from agln_fast.bench.report import DEVICE_LOST, Report
-from agln_fast.bench.tables import model_table
+from agln_fast.bench.pages.tables import model_table
+from agln_fast.bench.race import models
+from agln_fast.bench.race.models import CONTESTANTS, Case, compare, jobs, main
+from agln_fast.bench.race.report import DEVICE_LOST, Report
 
 CASE = Case("agln_nano", (64, 96), 2, "bf16", 5)
 CPU = torch.device("cpu")

@@ -9,9 +9,15 @@ from dataclasses import replace
 import pytest
 from synthetic_rows import results
 
-from agln_fast.bench.pages import FIGURES, PAGES, SECTIONS, fill, main, stale
-from agln_fast.bench.presentation import NOTES, markdown_ladder, markdown_overview, markdown_scaling, markdown_table
-from agln_fast.bench.results_file import save_results
+from agln_fast.bench.pages.fill import FIGURES, PAGES, SECTIONS, fill, main, stale
+from agln_fast.bench.pages.presentation import (
+    NOTES,
+    markdown_ladder,
+    markdown_overview,
+    markdown_scaling,
+    markdown_table,
+)
+from agln_fast.bench.race.results import save_results
 from agln_fast.errors import ConfigError
 
 PICTURES = [f"{FIGURES}/{name}.svg" for name in ("latency", "ladder", "pareto", "scaling")]
@@ -83,7 +89,7 @@ def test_stale_pages_are_found_written_and_then_fresh(checkout, capsys):
     assert _main(checkout, "--check") == 1
     told = capsys.readouterr().out.splitlines()
     assert told[:-1] == [f"{name}: stale" for name in (*PAGES, *PICTURES)]
-    assert told[-1] == f"run: python -m agln_fast.bench.pages {checkout.parent / 'results.json'}"
+    assert told[-1] == f"run: python -m agln_fast.bench.pages.fill {checkout.parent / 'results.json'}"
     assert {name: (checkout / name).read_text() for name in PAGES} == before
     assert not (checkout / FIGURES).exists()
 
@@ -114,7 +120,7 @@ def test_a_page_that_is_missing(checkout, capsys):
 
 
 def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "agln_fast.bench.pages", tmp_path / "nowhere.json", "--check"]
+    command = [sys.executable, "-m", "agln_fast.bench.pages.fill", tmp_path / "nowhere.json", "--check"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == ConfigError.exit_code
     assert "nowhere.json: cannot be read" in answer.stderr

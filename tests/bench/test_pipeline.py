@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import agln_fast
-from agln_fast.bench import pipeline
+from agln_fast.bench.jobs import pipeline
 
 
 def test_rows_of_every_engine_and_size(small_network, tmp_path, monkeypatch, capsys):

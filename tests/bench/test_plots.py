@@ -13,8 +13,8 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from synthetic_rows import results, row
 
-from agln_fast.bench import plots
-from agln_fast.bench.plots import OURS, draw_ladder, draw_latency, draw_pareto, draw_scaling
+from agln_fast.bench.pages import plots
+from agln_fast.bench.pages.plots import OURS, draw_ladder, draw_latency, draw_pareto, draw_scaling
 from agln_fast.errors import ConfigError, MissingPackageError
 
 DRAW = {

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from synthetic_rows import MACHINE, results, row
 
-from agln_fast.bench.presentation import (
+from agln_fast.bench.pages.presentation import (
     by_case,
     case_names,
     compare,
@@ -26,7 +26,7 @@ from agln_fast.bench.presentation import (
     row_table,
     scaling_series,
 )
-from agln_fast.bench.results_file import Results
+from agln_fast.bench.race.results import Results
 from agln_fast.errors import ConfigError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from synthetic_rows import row
 
-from agln_fast.bench import scaling
-from agln_fast.bench.measure import Case, Entry, Measured, Options
-from agln_fast.bench.scaling import fit_rows, scale
+from agln_fast.bench.race import scaling
+from agln_fast.bench.race.measure import Case, Entry, Measured, Options
+from agln_fast.bench.race.scaling import fit_rows, scale
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.plan.plan import NO_PLAN, Plan
 

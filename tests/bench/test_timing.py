@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from agln_fast.bench.report import Report, describe
-from agln_fast.bench.roofline import Roofline, measure_roofline
-from agln_fast.bench.tables import kernel_table, main
-from agln_fast.bench.timing import device_times, elapsed_ms
+from agln_fast.bench.kernels.roofline import Roofline, measure_roofline
+from agln_fast.bench.pages.tables import kernel_table, main
+from agln_fast.bench.race.report import Report, describe
+from agln_fast.bench.race.timing import device_times, elapsed_ms
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

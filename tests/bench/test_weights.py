@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from agln_fast.bench.weights import random_network
+from agln_fast.bench.race.weights import random_network
 from agln_fast.contract import IOContract
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import sample_images

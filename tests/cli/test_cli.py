@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from synthetic_rows import row as suite_row
 
-from agln_fast.bench import measure, networks
-from agln_fast.bench.arguments import BUDGET_S
-from agln_fast.bench.measure import Measured
-from agln_fast.bench.networks import choose_entries
+from agln_fast.bench.race import cases as networks
+from agln_fast.bench.race import measure
+from agln_fast.bench.race.arguments import BUDGET_S
+from agln_fast.bench.race.cases import choose_entries
+from agln_fast.bench.race.measure import Measured
 from agln_fast.cli import main
 from agln_fast.cli.app import app
 from agln_fast.plan.plan import Plan
@@ -62,7 +63,7 @@ def test_version(cli):
 
 @pytest.mark.openvino
 def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint, tmp_path, monkeypatch):
-    from agln_fast.backends.openvino import OpenVinoBackend
+    from agln_fast.engines.openvino import OpenVinoBackend
 
     real = OpenVinoBackend.run
     monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)
@@ -81,7 +82,7 @@ def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint,
 
 @pytest.mark.openvino
 def test_a_rebuild_that_loses_an_engine_says_so(cli, bundle, tmp_path, monkeypatch):
-    from agln_fast.backends.openvino import OpenVinoBackend
+    from agln_fast.engines.openvino import OpenVinoBackend
 
     real = OpenVinoBackend.run
     monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)

@@ -175,7 +175,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise RuntimeError("torch was imported")
 
 sys.meta_path.insert(0, Block())
-from agln_fast.backends import driver
+from agln_fast.engines import driver
 driver._LIBRARIES = {platform.system(): "no_such_library"}
 driver._ROCM = pathlib.Path("no such file")
 from agln_fast.cli import app, console

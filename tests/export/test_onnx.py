@@ -13,9 +13,9 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from agln_fast.backends.onnx_file import graph_precision, parse_graph
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
+from agln_fast.engines.onnx_file import graph_precision, parse_graph
 from agln_fast.errors import BackendError, BuildError
 from agln_fast.export.onnx import OPSET, export_onnx
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from agln_fast.backends.tensorrt_library import RTX_CAPABILITIES
+from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES
 from agln_fast.errors import BuildError, ConfigError, MissingPackageError
 from agln_fast.export.tensorrt import _check_plan, build_tensorrt_engine
 

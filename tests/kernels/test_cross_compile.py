@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agln_fast.bench.cross_compile import CAPABILITIES, DTYPES, OPS, Compiled, compile_op, to_markdown
+from agln_fast.bench.kernels.cross_compile import CAPABILITIES, DTYPES, OPS, Compiled, compile_op, to_markdown
 from agln_fast.errors import ConfigError
 
 # Kernels without a matrix product: they merge, sum, look up, or interpolate.
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 def compiled(*arguments):
     """In a process of its own: Triton decides at its import whether it interprets or compiles."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "agln_fast.bench.cross_compile", *arguments, "--json"]
+    command = [sys.executable, "-m", "agln_fast.bench.kernels.cross_compile", *arguments, "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert answer.returncode == 0, answer.stderr[-2000:]
     rows = [Compiled(**row) for row in json.loads(answer.stdout)]
@@ -42,7 +42,7 @@ def test_op_compiles_everywhere(op):
     }
     documented = DOCS.read_text()
     for line in to_markdown(rows).splitlines()[2:]:
-        assert line in documented, "run `python -m agln_fast.bench.cross_compile --write docs/kernels.md`"
+        assert line in documented, "run `python -m agln_fast.bench.kernels.cross_compile --write docs/kernels.md`"
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_spills_are_seen():
     """A tile of twice as many pixels as the shipped one, on half as many warps."""
     program = (
         "import torch\n"
-        "from agln_fast.bench import cross_compile as c\n"
+        "from agln_fast.bench.kernels import cross_compile as c\n"
         "from agln_fast.kernels.launch import LaunchConfig\n"
         "tile = {'P': 32, 'K': 64, 'H': 8, 'W': 8}\n"
         "c.load_configs = lambda *_: (LaunchConfig(('float16',), tile, num_warps=4, num_stages=1),)\n"

@@ -15,7 +15,7 @@ from released import normalised_image, released_shapes, weights
 from safetensors.torch import save_file
 
 import agln_fast
-from agln_fast.bench.weights import random_network, released_state_dict
+from agln_fast.bench.race.weights import random_network, released_state_dict
 from agln_fast.errors import CheckpointError, ConfigError
 from agln_fast.models.checkpoint import _width, infer_config, load_weights
 from agln_fast.models.config import ModelConfig

@@ -12,7 +12,7 @@ from fake_engine import colours, fake_segmenter
 from PIL import Image
 
 import agln_fast
-from agln_fast.backends import open_engine
+from agln_fast.engines import open_engine
 from agln_fast.errors import BackendError
 
 _LONG = 60  # seconds, for what takes none

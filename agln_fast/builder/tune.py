@@ -1,0 +1,452 @@
+"""Choose the plan of an engine: by a short race of the few best of a cost model, or by the model where nothing runs.
+
+With more time (`budget_s`, `--tune`) one decision after the other is timed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
+from operator import or_
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from agln_fast import environment, interruption, memory
+from agln_fast.builder.graphs import Graphs
+from agln_fast.bundle import Bundle
+from agln_fast.contract import IOContract, Precision
+from agln_fast.engines import Backend, backend_class, check_threads, open_engine
+from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.files import scratch_folder
+from agln_fast.forking import use_threads
+from agln_fast.manifest import EngineRecord, Manifest
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.network import plan_network
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan
+from agln_fast.plan.rates import Rates, cpu_rates
+from agln_fast.runtime.turns import rounds
+
+__all__ = ["SHORT_S", "Candidate", "Tuning", "suitable", "tune", "tune_engine"]
+
+ChosenBy = Literal["timing", "cost model"]
+
+SHORT_S = 10.0
+"""Seconds that the race of an engine's plans may take, once they are exported, if nobody asks for more."""
+
+_CPU = ("openvino", "onnxruntime")
+_GPU = ("tensorrt", "tensorrt-rtx")
+_ROUNDS = 5
+_REST_S = 0.02  # between runs: none of these engines goes on spinning
+_GAIN = 1.01  # a plan must be faster by this much: less is noise
+_CLEAR = (1.15, 1.08, 1.03)  # after so many rounds, a lead that further ones would not turn
+_MOST_CANDIDATES = 1000
+_MEMORY_FORMAT = 3
+# Achieved by a data-centre GPU. Only their relation counts.
+_GPU_RATES = {"fp32": Rates(4e13, 4e13, 2e12), "fp16": Rates(4e14, 4e14, 2e12)}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was tried, and its milliseconds: the median of the timed runs, or the cost model's."""
+
+    plan: Plan
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` chose.
+
+    backend, precision: of the engine that the plan is for. complete: every decision was tried.
+    """
+
+    backend: str
+    precision: Precision
+    plan: Plan
+    chosen_by: ChosenBy
+    complete: bool
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def milliseconds(self) -> float:
+        """Of the plan that was chosen."""
+        return next(c.milliseconds for c in self.candidates if c.plan == self.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            **asdict(self),
+            "plan": self.plan.to_dict(),
+            "candidates": [{"plan": c.plan.to_dict(), "milliseconds": c.milliseconds} for c in self.candidates],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Tuning:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: not what `to_dict` gives, in names, types and ranges.
+        """
+        names = ("backend", "precision", "plan", "chosen_by", "complete", "candidates")
+        if not isinstance(values, dict) or values.keys() != set(names):
+            raise ConfigError(f"a tuning is a JSON object of {', '.join(names)}")
+        listed = values["candidates"]
+        if not isinstance(listed, list) or len(listed) > _MOST_CANDIDATES:
+            raise ConfigError(f"tuning: candidates must be a list of at most {_MOST_CANDIDATES}")
+        candidates = []
+        for candidate in listed:
+            if not isinstance(candidate, dict) or candidate.keys() != {"plan", "milliseconds"}:
+                raise ConfigError("tuning: a candidate has a plan and milliseconds")
+            milliseconds = candidate["milliseconds"]
+            if not isinstance(milliseconds, float) or not 0 < milliseconds < math.inf:
+                raise ConfigError("tuning: milliseconds must be a number above 0")
+            candidates.append(Candidate(Plan.from_dict(candidate["plan"]), milliseconds))
+        plan = Plan.from_dict(values["plan"])
+        backend, precision, chosen_by, complete = (values[name] for name in (*names[:2], *names[3:5]))
+        if (
+            backend not in (*_CPU, *_GPU)
+            or precision not in get_args(Precision)
+            or chosen_by not in get_args(ChosenBy)
+            or not isinstance(complete, bool)
+            or plan not in [candidate.plan for candidate in candidates]
+            or suitable(plan, backend, precision) != plan
+        ):
+            raise ConfigError("tuning: an unknown name, or a plan that is no candidate or does not suit the engine")
+        return cls(backend, precision, plan, chosen_by, complete, tuple(candidates))
+
+
+def tune(
+    model: SegmentationNetwork,
+    target: str = "cpu",
+    size: tuple[int, int] = (512, 512),
+    precision: Precision = "fp32",
+    *,
+    batch: int = 1,
+    budget_s: float | None = None,
+    threads: int | None = None,
+) -> Tuning:
+    """Find the rewrites with which `model` runs fastest.
+
+    Plans are compared by timing them in turns on this machine, from an image in memory to labels in memory; for
+    TensorRT, by a cost model. What was measured is remembered, by network, machine and versions.
+
+    Args:
+        target: "openvino", "onnxruntime", "tensorrt" or "tensorrt-rtx"; "cpu" for the faster of the first two.
+        size: (height, width), pixels.
+        precision: of the engine.
+        batch: images a run.
+        budget_s: seconds of wall clock to time one decision after the other in, going on from what is remembered;
+            None for `AGLN_FAST_TUNE_SECONDS`, and without that for a race of the few that a cost model takes for the
+            best, of at most 10 seconds. With 0 nothing is timed: what was measured before is taken, or the model.
+        threads: CPU threads; None for `AGLN_FAST_THREADS`, or the library's own choice.
+
+    Raises:
+        ConfigError: an unknown target, or an impossible size, precision or budget.
+    """
+    known = ["cpu", *_CPU, *_GPU]
+    if target not in known:
+        raise ConfigError(f"unknown target {target!r}{did_you_mean(target, known)}; known: {', '.join(known)}")
+    contract = IOContract(*size, batch, batch)
+    backends = [target] if target != "cpu" else [name for name in _CPU if not _obstacle(name, precision)]
+    if not backends:
+        raise ConfigError(f"no CPU engine runs in {precision} here: {_obstacle('openvino', precision)}")
+    use_threads()
+    with scratch_folder() as folder:
+        graphs = Graphs(model, contract, folder)
+        tunings = [tune_engine(graphs, backend, precision, budget_s=budget_s, threads=threads) for backend in backends]
+    return min(tunings, key=lambda tuning: tuning.milliseconds)
+
+
+def suitable(plan: Plan, backend: str, precision: Precision) -> Plan:
+    """`plan` without what does not suit an engine.
+
+    Winograd's sums are for fp32 on CPUs: in bf16 they cost labels, int8 would not be quantised, and TensorRT has
+    convolutions of that kind of its own. A plan of TensorRT is served as it is, with nobody to make labels of logits.
+    """
+    if backend not in _CPU:
+        plan = replace(plan, low_resolution_labels=False)
+    return plan if backend in _CPU and precision == "fp32" else replace(plan, winograd=0)
+
+
+def tune_engine(
+    graphs: Graphs,
+    backend: str,
+    precision: Precision,
+    *,
+    budget_s: float | None = None,
+    threads: int | None = None,
+) -> Tuning:
+    """As `tune`, for one backend, with graphs that several calls share."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision {precision!r}: must be one of {', '.join(get_args(Precision))}")
+    if precision == "int8":
+        # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
+        tuning = tune_engine(graphs, backend, "bf16", budget_s=budget_s, threads=threads)
+        return replace(tuning, precision="int8")
+    budget_s = environment.tuning_seconds() if budget_s is None else budget_s
+    if budget_s is not None and not 0 <= budget_s < math.inf:
+        raise ConfigError(f"budget of {budget_s} seconds to tune in: must be at least 0")
+    threads = check_threads(threads)
+    if backend not in _CPU or _obstacle(backend, precision):
+        return _predict(graphs, backend, precision, threads)
+    file = _memory(graphs, backend, precision, threads)
+    known = _remembered(file, backend, precision)
+    if known is not None and (known.complete or not budget_s):
+        return known
+    if budget_s == 0:
+        return _predict(graphs, backend, precision, threads)
+    shortlist = [] if known is not None else _shortlist(graphs, backend, precision, threads)
+    if budget_s is None:
+        race = _Race(graphs, backend, precision, SHORT_S, threads)
+        race.prepare(shortlist)
+    else:
+        race = _Race(graphs, backend, precision, budget_s, threads)
+    if known is not None:
+        race.candidates |= {candidate.plan: candidate for candidate in known.candidates}
+    best = known.plan if known is not None else race.fastest(shortlist)
+    for changes in () if budget_s is None else _decisions(graphs, backend, precision, timed=True):
+        _remember(file, race, best, complete=False)
+        if race.exhausted:
+            break
+        plans = [replace(best, **change) for change in changes(best)]
+        if plans := [plan for plan in plans if plan not in race.candidates]:
+            best = race.fastest([best, *plans])
+    return _remember(file, race, best, complete=budget_s is not None and not race.exhausted)
+
+
+@dataclass(eq=False)
+class _Model:
+    """Compares plans by what they cost on a machine of known rates. `candidates`: all that were compared."""
+
+    graphs: Graphs
+    backend: str
+    precision: Precision
+    threads: int | None
+    candidates: dict[Plan, Candidate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        half = self.precision != "fp32"
+        self._element_size = 2 if half else 4
+        self._rates = cpu_rates(half, self.threads) if self.backend in _CPU else _GPU_RATES["fp16" if half else "fp32"]
+
+    def fastest(self, plans: Sequence[Plan]) -> Plan:
+        """The first of `plans`, unless another one is clearly faster."""
+        best = plans[0]
+        for plan in plans:
+            if plan not in self.candidates:
+                self.candidates[plan] = Candidate(plan, 1e3 * self.seconds(plan))
+            if self.candidates[best].milliseconds > _GAIN * self.candidates[plan].milliseconds:
+                best = plan
+        return best
+
+    def seconds(self, plan: Plan) -> float:
+        """Of one run."""
+        full_size = self.graphs.contract.output == "logits" or not plan.low_resolution_labels
+        return self.graphs.cost.seconds(plan, self._rates, element_size=self._element_size, full_size=full_size)
+
+
+@dataclass(eq=False)
+class _Race:
+    """Compares plans by timing them. `candidates`: all that were compared; `exhausted`: the time is over."""
+
+    graphs: Graphs
+    backend: str
+    precision: Precision
+    budget_s: float
+    threads: int | None
+    candidates: dict[Plan, Candidate] = field(default_factory=dict)
+    exhausted: bool = False
+
+    def __post_init__(self) -> None:
+        self._image = self.graphs.sample
+        self._deadline = time.monotonic() + self.budget_s
+
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Export `plans` off the clock: the bundle needs one of them anyway."""
+        for plan in plans:
+            interruption.check()
+            self.graphs(_graph_type(self.precision), plan)
+        self._deadline = time.monotonic() + self.budget_s
+
+    def fastest(self, plans: Sequence[Plan]) -> Plan:
+        """The first of `plans`, unless another one is clearly faster; they run in turns.
+
+        The race ends early where nobody can change the result any more.
+        """
+        with ExitStack() as stack:
+            opened = [stack.enter_context(self._open(plan)) for plan in plans]
+            for backend in opened:
+                interruption.check()
+                backend.run(self._image)
+            times: list[list[float]] = []
+            for seconds in islice(rounds([partial(backend.run, self._image) for backend in opened], _REST_S), _ROUNDS):
+                interruption.check()
+                times.append(seconds)
+                self.exhausted = time.monotonic() > self._deadline
+                if self.exhausted or _is_clear(times):
+                    break
+        for plan, column in zip(plans, zip(*times, strict=True), strict=True):
+            self.candidates[plan] = Candidate(plan, 1e3 * statistics.median(column))
+        gains = [statistics.median(column) for column in zip(*_ratios(times), strict=True)]
+        winner = max(range(len(plans)), key=lambda i: gains[i])
+        needed = (*_CLEAR[:-1], _GAIN)[min(len(times), len(_CLEAR)) - 1]  # few rounds show large leads only
+        return plans[winner] if gains[winner] >= needed else plans[0]
+
+    def _open(self, plan: Plan) -> Backend:
+        interruption.check()
+        graph = self.graphs(_graph_type(self.precision), plan)
+        record = _record(self.backend, self.precision, graph.name, plan)
+        draft = Manifest(self.graphs.network.config, (), (), self.graphs.contract, ())
+        return open_engine(Bundle(graph.parent, draft), record, threads=self.threads)
+
+
+def _ratios(times: Sequence[Sequence[float]]) -> list[list[float]]:
+    """For each round how many times as fast as the first each one was."""
+    return [[first / seconds for seconds in (first, *others)] for first, *others in times]
+
+
+def _is_clear(times: Sequence[Sequence[float]]) -> bool:
+    """In all rounds all were faster or slower than the first by more than the noise, and at most one was faster."""
+    lead = _CLEAR[min(len(times), len(_CLEAR)) - 1]
+    columns = list(zip(*_ratios(times), strict=True))[1:]
+    faster = [min(column) > lead for column in columns]
+    slower = [max(column) < 1 / lead for column in columns]
+    return all(map(or_, faster, slower)) and sum(faster) <= 1
+
+
+def _predict(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> Tuning:
+    """What the cost model chooses: from a plan that is good everywhere, one decision after the other."""
+    model = _Model(graphs, backend, precision, threads)
+    best = model.fastest([_start(backend), NO_PLAN])
+    for changes in _decisions(graphs, backend, precision, timed=False):
+        best = model.fastest([best, *(replace(best, **change) for change in changes(best))])
+    return Tuning(backend, precision, best, "cost model", True, tuple(model.candidates.values()))
+
+
+def _shortlist(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> list[Plan]:
+    """The few plans to race: the model's best, one of another kind, and what is exported already, if there is time.
+
+    What the model knows least about is Winograd's transforms, and then how fast the resizes are as products.
+    """
+    tuning = _predict(graphs, backend, precision, threads)
+    best = tuning.plan
+    others = [candidate for candidate in tuning.candidates if candidate.milliseconds != tuning.milliseconds]
+    others.sort(key=lambda candidate: candidate.milliseconds)
+    exported = [plan for plan in graphs.plans(_graph_type(precision)) if suitable(plan, backend, precision) == plan]
+    known = [*exported, *(candidate.plan for candidate in others), _start(backend)]
+    kinds: tuple[Callable[[Plan], object], ...] = (_has_winograd, _mixed_groups)
+    another = next((plan for kind in kinds for plan in known if kind(plan) != kind(best)), known[-1])
+    # Each is opened, warmed up, and timed at least once: about four runs. One is no race, and what is slowest to time
+    # goes by the model.
+    count = min(3, max(1, int(1e3 * SHORT_S / (4 * tuning.milliseconds))))
+    return list(dict.fromkeys([best, another, *exported]))[:count]
+
+
+def _has_winograd(plan: Plan) -> bool:
+    return plan.winograd > 0
+
+
+def _mixed_groups(plan: Plan) -> list[bool]:
+    return [form != "none" for form in plan.mix_before_upsample]
+
+
+def _start(backend: str) -> Plan:
+    """What only leaves work out; on CPUs, whose convolutions keep channels adjacent, so does the attention."""
+    return replace(ALGEBRA, pixel_major_attention=backend in _CPU)
+
+
+Changes = Callable[[Plan], list[dict[str, Any]]]
+
+
+def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: bool) -> Iterator[Changes]:
+    """For each decision a function from the best plan so far to the changes that may improve it; the largest first.
+
+    Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does. So
+    is the plain graph, in case an engine does better by itself.
+    `suitable` says what else is not for every engine.
+    """
+    network = plan_network(graphs.network)
+    fusions = list(network.fusions())
+    if timed:
+        yield lambda best: [vars(NO_PLAN)]
+
+    def switch(name: str) -> Changes:
+        return lambda best: [{name: not getattr(best, name)}]
+
+    def forms(group: int) -> Changes:
+        return lambda best: _forms(best, group)
+
+    groups = [] if network.decoder is None else list(range(len(network.decoder.lateral)))
+    for group in groups[:-1]:
+        yield forms(group)
+    if suitable(Plan(winograd=1), backend, precision).winograd:
+        # The coarsest stage, 1/32, has too few tiles for it.
+        yield lambda best: [{"winograd": count} for count in range(STAGES) if count != best.winograd]
+    for group in groups[-1:]:  # whether it pays hangs on how fast the convolution is that it makes smaller
+        yield forms(group)
+    if graphs.contract.output == "labels" and timed:
+        yield switch("low_resolution_labels")
+    if fusions:
+        yield switch("pixel_major_attention")
+        yield switch("distribute_before_upsample")
+        if any(fusion.enhance is None and fusion.terms.refines for fusion in fusions):
+            yield switch("energy_before_upsample")
+
+
+def _forms(best: Plan, group: int) -> list[dict[str, Any]]:
+    forms = best.mix_before_upsample
+    others = [form for form in get_args(MixForm) if form != forms[group]]
+    return [
+        {"fold_batchnorm": True, "mix_before_upsample": (*forms[:group], form, *forms[group + 1 :])} for form in others
+    ]
+
+
+def _record(backend: str, precision: Precision, file: str, plan: Plan) -> EngineRecord:
+    return EngineRecord(f"{backend}-{precision}", backend, precision, file, "cpu", plan=plan)
+
+
+def _obstacle(backend: str, precision: Precision) -> str | None:
+    if backend == "onnxruntime" and precision == "bf16":
+        return "onnxruntime has no bf16 convolution on CPUs"
+    return backend_class(backend).obstacle(_record(backend, precision, "", NO_PLAN))
+
+
+def _graph_type(precision: Precision) -> Precision:
+    """Of the ONNX file: OpenVINO computes in bf16 from the one in fp32."""
+    return "fp32" if precision == "bf16" else precision
+
+
+def _memory(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> Path:
+    """Named by everything that the choice depends on: of the weights only which branches they switch off."""
+    facts = {
+        "format": _MEMORY_FORMAT,
+        "model": graphs.network.config.to_json(),
+        "terms": [(f.terms.refines, f.terms.distributes) for f in plan_network(graphs.network).fusions()],
+        "contract": graphs.contract.to_dict(),
+        "engine": [backend, precision, threads],
+    }
+    return memory.place("tuning", facts, ("agln-fast", "torch", "onnx", backend))
+
+
+def _remember(file: Path, race: _Race, best: Plan, *, complete: bool) -> Tuning:
+    """What is known so far, for this run and for the next one."""
+    candidates = tuple(race.candidates.values())
+    tuning = Tuning(race.backend, race.precision, best, "timing", complete, candidates)
+    memory.remember(file, tuning.to_dict())
+    return tuning
+
+
+def _remembered(file: Path, backend: str, precision: Precision) -> Tuning | None:
+    """What was measured before; a file that cannot be used, or is another engine's, is as good as none."""
+    try:
+        tuning = Tuning.from_dict(memory.recall(file))
+    except ConfigError:
+        return None
+    fits = (tuning.backend, tuning.precision, tuning.chosen_by) == (backend, precision, "timing")
+    return tuning if fits else None

@@ -1,0 +1,246 @@
+"""Backends for TensorRT and TensorRT-RTX engines. The two libraries share one Python API but for a few calls."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from agln_fast.bundle import Bundle
+from agln_fast.engines.base import Array, Backend, Port, check_ports
+from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library
+from agln_fast.errors import BackendError
+from agln_fast.manifest import EngineRecord
+
+__all__ = [
+    "TensorRTBackend",
+    "TensorRTRTXBackend",
+    "compute_capability",
+    "shared_logger",
+]
+
+_REBUILD = "build it again from the bundle's own weights with `agln-fast rebuild`"
+_TORCH_TYPES = {"UINT8": torch.uint8, "INT32": torch.int32, "FLOAT": torch.float32}
+
+
+def compute_capability(device: int | None = None) -> str | None:
+    """The compute capability of a CUDA device (None: the current one), e.g. "sm89"; None where there is no device."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def shared_logger(library: Any) -> Any:
+    """The `ILogger` for all uses of `library` in this process; it forwards to the Python logger "agln_fast.tensorrt".
+
+    It keeps the latest hundred messages in each of `errors` and `warnings`, until `clear()`; `last_error` is one line.
+    """
+    # While one of its objects lives, the library itself keeps to the first logger and ignores all others, so a logger
+    # for each build or engine would be silent, or be freed while it is still in use.
+    return _logger(library.ILogger)
+
+
+@cache
+def _logger(interface: Any) -> Any:
+    levels = {
+        interface.Severity.INTERNAL_ERROR: logging.ERROR,
+        interface.Severity.ERROR: logging.ERROR,
+        interface.Severity.WARNING: logging.WARNING,
+        interface.Severity.INFO: logging.INFO,
+        interface.Severity.VERBOSE: logging.DEBUG,
+    }
+    python_logger = logging.getLogger("agln_fast.tensorrt")
+    # Without any handler Python prints warnings to standard error; here they come back in results and errors.
+    python_logger.addHandler(logging.NullHandler())
+
+    class Logger(interface):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: deque[str] = deque(maxlen=100)
+            self.warnings: deque[str] = deque(maxlen=100)
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels[severity]
+            python_logger.log(level, "%s", message)
+            if level == logging.ERROR:
+                self.errors.append(message)
+            elif level == logging.WARNING:
+                self.warnings.append(message)
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.warnings.clear()
+
+        @property
+        def last_error(self) -> str:
+            return " ".join(self.errors[-1].split()) if self.errors else "the library gave no reason"
+
+    return Logger()
+
+
+class _Engine(Backend):
+    """What both flavours share. `threads` has no meaning on a GPU."""
+
+    flavour: ClassVar[Flavour]
+
+    @classmethod
+    def obstacle(cls, engine: EngineRecord) -> str | None:
+        return cls._obstacle(engine, None)
+
+    @classmethod
+    def default_device(cls) -> str:
+        return "cuda"
+
+    @classmethod
+    def _obstacle(cls, engine: EngineRecord, device: int | None) -> str | None:
+        try:
+            version = str(import_library(cls.flavour).__version__)
+        except BackendError as error:
+            return str(error)
+        built_with = engine.versions.get(cls.flavour, "an unknown version")
+        if version != built_with:
+            return f"built with {cls.flavour} {built_with}, but {version} is installed: {_REBUILD}"
+        built_for = ", ".join(engine.compute_capabilities)
+        present = compute_capability(device)
+        if present is None:
+            return f"no CUDA device is present, and it needs a GPU of {built_for}"
+        if present not in engine.compute_capabilities:
+            target = cls.flavour if present in RTX_CAPABILITIES else "tensorrt"
+            return f"built for {built_for}, but this GPU is {present}: {_build_for(target)}"
+        return None
+
+    def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
+        index = _device_index(device)
+        if reason := self._obstacle(engine, index):
+            raise BackendError(f"engine {engine.name!r}: {reason}")
+        library = import_library(self.flavour)
+        contract = bundle.manifest.contract
+        self._log = shared_logger(library)
+        self._torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        self.device = str(self._torch_device)
+        self.precision = engine.precision
+        self._output = contract.output
+        with torch.cuda.device(self._torch_device):
+            self._runtime = library.Runtime(self._log)
+            self._engine = self._deserialize(library, engine, bundle.path / engine.file, bundle.read(engine.file))
+            modes = library.TensorIOMode
+            check_ports(bundle, engine, self._ports(modes.INPUT), self._ports(modes.OUTPUT))
+            self._context = self._create_context(library)
+            if self._context is None:
+                raise BackendError(f"engine {engine.name!r}: no execution context: {self._log.last_error}")
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            image_shape = (contract.max_batch, *contract.input_shape[1:])
+            self._allocate("image", image_shape)
+            self._context.set_input_shape("image", image_shape)
+            self._allocate(self._output, tuple(self._context.get_tensor_shape(self._output)))
+
+    def _deserialize(self, library: Any, record: EngineRecord, file: Path, data: bytes) -> Any:
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BackendError(f"engine {record.name!r}: {library.__name__} refuses {file}: {self._log.last_error}")
+        return engine
+
+    def _ports(self, mode: Any) -> list[Port]:
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        return [self._port(name) for name in names if self._engine.get_tensor_mode(name) == mode]
+
+    def _port(self, name: str) -> Port:
+        kind = self._engine.get_tensor_dtype(name).name
+        shape = [None if side < 0 else int(side) for side in self._engine.get_tensor_shape(name)]
+        return Port(name, str(_TORCH_TYPES.get(kind, kind)).removeprefix("torch."), shape)
+
+    def _create_context(self, library: Any) -> Any:
+        return self._engine.create_execution_context()
+
+    def _allocate(self, name: str, shape: tuple[Any, ...]) -> None:
+        """Pinned host memory and device memory for the tensor `name` at its largest `shape`."""
+        dtype = _TORCH_TYPES[self._engine.get_tensor_dtype(name).name]
+        on_device = torch.empty(shape, dtype=dtype, device=self._torch_device)
+        self._context.set_tensor_address(name, on_device.data_ptr())
+        self._buffers[name] = torch.empty(shape, dtype=dtype, pin_memory=True), on_device
+
+    def _run(self, image: Array) -> Array:
+        source = torch.from_numpy(image)
+        host_image, device_image = self._buffers["image"]
+        host_result, device_result = self._buffers[self._output]
+        count = len(source)
+        # Tensors are packed: a smaller batch fills the first rows of buffers that were made for the largest.
+        with torch.cuda.device(self._torch_device), torch.cuda.stream(self._stream):
+            if source.dtype != host_image.dtype or not self._context.set_input_shape("image", tuple(source.shape)):
+                raise BackendError(
+                    f"image of {source.dtype} {tuple(source.shape)}: the engine takes {host_image.dtype} "
+                    f"{tuple(host_image.shape)}, or a smaller batch where it was built for one"
+                )
+            host_image[:count].copy_(source)
+            device_image[:count].copy_(host_image[:count], non_blocking=True)
+            if not self._context.execute_async_v3(self._stream.cuda_stream):
+                raise BackendError(f"{self.flavour} did not run the engine: {self._log.last_error}")
+            host_result[:count].copy_(device_result[:count], non_blocking=True)
+            self._stream.synchronize()
+        return host_result[:count].numpy().copy()
+
+    def _release(self) -> None:
+        # A context must go before its engine, and an engine before its runtime.
+        self._context = None
+        self._engine = None
+        self._runtime = None
+        self._buffers.clear()
+
+
+class TensorRTBackend(_Engine):
+    """TensorRT: an engine runs with the very version and on the compute capability that it was built for."""
+
+    name = "tensorrt"
+    flavour = "tensorrt"
+
+
+class TensorRTRTXBackend(_Engine):
+    """TensorRT-RTX: one engine for several compute capabilities; its kernels are compiled when it is opened."""
+
+    name = "tensorrt-rtx"
+    flavour = "tensorrt-rtx"
+
+    def _deserialize(self, library: Any, record: EngineRecord, file: Path, data: bytes) -> Any:
+        validity, diagnostics = self._runtime.get_engine_validity(data[: self._runtime.engine_header_size])
+        if validity == library.EngineValidity.INVALID:
+            known = library.EngineInvalidityDiagnostics.__members__.items()
+            reasons = [name.lower().replace("_", " ") for name, bit in known if diagnostics & int(bit)]
+            raise BackendError(
+                f"engine {record.name!r}: tensorrt_rtx refuses {file} "
+                f"({', '.join(reasons) or self._log.last_error}): {_REBUILD}"
+            )
+        return super()._deserialize(library, record, file, data)
+
+    def _create_context(self, library: Any) -> Any:
+        config = self._engine.create_runtime_config()
+        # By default a new batch size first runs on slower general kernels while its own are compiled in the
+        # background, so that the same call takes different times.
+        strategies = library.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self._engine.create_execution_context(config)
+
+
+def _build_for(target: str) -> str:
+    return f"build it again with `agln-fast build ... --target {target}`"
+
+
+def _device_index(device: str | None) -> int | None:
+    """The index in a device string such as "cuda:1"; None for the current device."""
+    if device is None:
+        return None
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        parsed = None
+    if parsed is None or parsed.type != "cuda":
+        raise BackendError(f"device {device!r}: TensorRT engines run on CUDA devices only, such as 'cuda:0'")
+    if parsed.index is not None and torch.cuda.is_available() and parsed.index >= torch.cuda.device_count():
+        raise BackendError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return parsed.index

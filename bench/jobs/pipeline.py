@@ -1,0 +1,101 @@
+"""What is done around an engine, against the engine: milliseconds before, in and after it, for images of three sizes.
+
+python -m agln_fast.bench.jobs.pipeline BUNDLE [-o FILE.json] [--rounds N] [--threads N]
+
+Every engine of the bundle that runs on this CPU, in turns, on drawn scenes of 128x128, 512x512 and 1080x1920 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from agln_fast.bundle import open_bundle
+from agln_fast.data.scenes import Scenes
+from agln_fast.machine import machine
+from agln_fast.runtime.images import ImageArray
+from agln_fast.runtime.result import Timing
+from agln_fast.runtime.segmenter import Segmenter, load, runnable_engines
+from agln_fast.runtime.turns import rounds as in_turns
+
+__all__ = ["GOALS_MS", "main", "measure"]
+
+GOALS_MS = {(128, 128): 1.5, (512, 512): 8.0, (1080, 1920): 30.0}
+"""(height, width), pixels -> milliseconds before and after an engine that gives 12 maps of logits of 128x128."""
+_WARM_UP = 3
+
+
+def measure(bundle: str | Path, rounds: int = 30, threads: int | None = None) -> list[dict[str, Any]]:
+    """For each engine on the CPU and each size: medians and minima of pre, engine and post, milliseconds.
+
+    Raises:
+        BundleError: there is no such bundle.
+    """
+    opened = open_bundle(bundle)
+    records = [record for record, obstacle in runnable_engines(opened) if obstacle is None and record.target == "cpu"]
+    rows = []
+    with ExitStack() as stack:
+        segmenters = [
+            stack.enter_context(load(opened, record.backend, precision=record.precision, threads=threads))
+            for record in records
+        ]
+        for size in GOALS_MS:
+            image = Scenes("val", size=size)[0].image
+            timings: list[list[Timing]] = [[] for _ in segmenters]
+            turns = [partial(_turn, *pair, image) for pair in zip(segmenters, timings, strict=True)]
+            for _ in islice(in_turns(turns), _WARM_UP + rounds):
+                pass
+            rows += [_row(record.name, size, found[_WARM_UP:]) for record, found in zip(records, timings, strict=True)]
+    return rows
+
+
+def _turn(segment: Segmenter, timings: list[Timing], image: ImageArray) -> None:
+    segment(image)  # the engine's threads are awake from now on, as they are in a stream of images
+    timings.append(segment(image).timing)
+
+
+def _row(name: str, size: tuple[int, int], timings: Sequence[Timing]) -> dict[str, Any]:
+    columns = {
+        "pre": [timing.preprocess for timing in timings],
+        "engine": [timing.engine for timing in timings],
+        "post": [timing.postprocess for timing in timings],
+        "pre_and_post": [timing.preprocess + timing.postprocess for timing in timings],
+    }
+    row: dict[str, Any] = {"engine_name": name, "height": size[0], "width": size[1]}
+    for column, values in columns.items():
+        row[f"{column}_ms"], row[f"least_{column}_ms"] = statistics.median(values), min(values)
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m agln_fast.bench.jobs.pipeline", description="Time what is done around engines."
+    )
+    parser.add_argument("bundle")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args(arguments)
+    rows = measure(options.bundle, options.rounds, options.threads)
+    table = Table("engine", "image", "pre ms", "engine ms", "post ms", "pre + post ms")
+    for row in rows:
+        times = (f"{row[f'{column}_ms']:.2f}" for column in ("pre", "engine", "post", "pre_and_post"))
+        table.add_row(row["engine_name"], f"{row['height']}x{row['width']}", *times)
+    Console().print(table)
+    if options.output is not None:
+        found = {"machine": machine(options.threads), "rounds": options.rounds, "rows": rows}
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

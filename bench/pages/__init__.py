@@ -1,0 +1,1 @@
+"""What the rows say to readers: tables, figures, and pages filled with them."""

@@ -1,0 +1,1 @@
+"""Networks side by side: contestants in turns, their rows, and the files of these."""

@@ -1,0 +1,77 @@
+"""A ladder: from a peer to the whole of a plan, one rewrite more at each rung, all rungs timed in turns."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from agln_fast.bench.race.measure import Case, Entry, Measured, Options, measure
+from agln_fast.bench.race.weights import random_network
+from agln_fast.bench.race.workshop import Workshop
+from agln_fast.contract import IOContract, Precision
+from agln_fast.engines import check_threads
+from agln_fast.errors import ConfigError
+from agln_fast.plan.plan import NO_PLAN, Plan
+
+__all__ = ["best_plan", "cumulative", "default_rungs", "ladder"]
+
+
+def ladder(
+    case: Case, rungs: Sequence[Entry], options: Options | None = None, progress: Progress | None = None
+) -> Measured:
+    """A row for each rung, called by its title, in order.
+
+    Raises:
+        ConfigError: fewer than two rungs, or two of one title and precision.
+        BackendError: none of them can run here.
+    """
+    names = [rung.name for rung in rungs]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ConfigError(
+            f"a ladder of {', '.join(names) or 'nothing'}: give at least two rungs, with different titles"
+        )
+    return measure([case], rungs, options, progress)
+
+
+def cumulative(plan: Plan) -> list[tuple[str, Plan]]:
+    """Each rewrite of `plan` added to those before it, in the order of `Plan`; the last one is `plan` itself."""
+    steps, so_far = [], NO_PLAN
+    for field in fields(Plan):
+        wanted = getattr(plan, field.name)
+        if wanted != getattr(NO_PLAN, field.name):
+            so_far = replace(so_far, **{field.name: wanted})
+            forms = f"({', '.join(wanted)})" if field.name == "mix_before_upsample" else ""
+            steps.append((field.name + forms, so_far))
+    return steps
+
+
+def default_rungs(
+    plan: Plan, peer: str = "openvino", ours: str = "planned openvino", reduced: Precision | None = "bf16"
+) -> list[Entry]:
+    """The peer, our engine with one rewrite after the other in fp32; then `reduced` precision, with what suits it."""
+    rungs = [Entry(peer, "fp32", title=f"{peer}, best peer")]
+    rungs += [Entry(ours, "fp32", step, title) for title, step in cumulative(plan)]
+    return rungs if reduced is None else [*rungs, Entry(ours, reduced, plan, reduced)]
+
+
+def best_plan(
+    case: Case, backend: str = "openvino", precision: Precision = "fp32", options: Options | None = None
+) -> Plan:
+    """The plan that a workshop chooses for `backend` at this case, as `options` say."""
+    options = options or Options()
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(
+            random_network(case.network, case.num_classes),
+            IOContract(*case.size, case.batch, case.batch),
+            Path(folder),
+            check_threads(options.threads) or torch.get_num_threads(),
+            options.device,
+            options.plan,
+            options.tune_s,
+        )
+        return workshop.chosen(backend, precision)[0]

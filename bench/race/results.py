@@ -1,0 +1,121 @@
+"""A run of the suite as a file: JSON that is read back, and CSV for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from agln_fast.bench.race.rows import Row
+from agln_fast.errors import ConfigError
+
+__all__ = ["Results", "load_results", "save_results", "write_csv"]
+
+_PARTS = "rows", "ladder", "scaling"
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run of the suite.
+
+    machine: what `bench.machine.machine` found.
+    command: that measured it, as it was typed.
+    date: YYYY-MM-DD.
+    rows: contestants by networks.
+    ladder: from the best peer to the whole of what the plan does: each row holds all rungs above it, too, and its
+        contestant is the name of the rung.
+    scaling: contestants over sizes, and over batches.
+    """
+
+    machine: dict[str, Any]
+    command: str
+    date: str
+    rows: tuple[Row, ...]
+    ladder: tuple[Row, ...] = ()
+    scaling: tuple[Row, ...] = ()
+
+
+def save_results(results: Results, path: str | Path) -> None:
+    """Write `results` as JSON, whole or not at all; a file there is replaced.
+
+    Raises:
+        ConfigError: the file cannot be written.
+        ValueError: a number is not finite.
+    """
+    _write(Path(path), json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def load_results(path: str | Path) -> Results:
+    """Read what `save_results` wrote.
+
+    Raises:
+        ConfigError: no such file, no JSON, or not the columns of this version.
+    """
+    path = Path(path)
+    again = "measure again with agln-fast bench"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}; {again}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged, no JSON: {error}; {again}") from error
+    expected = {field.name for field in fields(Results)}
+    if not isinstance(found, dict) or set(found) != expected:
+        raise ConfigError(f"{path}: no results of the suite, which hold {', '.join(sorted(expected))}; {again}")
+    if not isinstance(found["machine"], dict) or not all(isinstance(found[key], str) for key in ("command", "date")):
+        raise ConfigError(f"{path}: machine, command or date is damaged; {again}")
+    for part in _PARTS:
+        if not isinstance(found[part], list):
+            raise ConfigError(f"{path}: {part} is no list; {again}")
+        for number, row in enumerate(found[part]):
+            if wrong := _wrong(row):
+                raise ConfigError(f"{path}: {part}[{number}]: {wrong}; {again}")
+        found[part] = tuple(Row(**row) for row in found[part])
+    return Results(**found)
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> None:
+    """Write `rows` as CSV, a column for each field of `Row`, empty where None; whole or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows(map(astuple, rows))
+    _write(Path(path), text.getvalue())
+
+
+def _wrong(row: Any) -> str:
+    """What makes `row` no row, or an empty string."""
+    if not isinstance(row, dict):
+        return "is no row"
+    columns = {field.name: str(field.type) for field in fields(Row)}
+    if missing := columns.keys() - row.keys():
+        return f"without {', '.join(sorted(missing))}"
+    if strange := row.keys() - columns.keys():
+        return f"with {', '.join(sorted(strange))}, of another version"
+    for name, annotation in columns.items():
+        kind, _, optional = annotation.partition(" | ")
+        # type(), because a bool is an int to isinstance.
+        if type(row[name]) not in _KINDS[kind] and not (optional and row[name] is None):
+            return f"{name} is {row[name]!r}, not {annotation}"
+    return ""
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
+    finally:
+        part.unlink(missing_ok=True)

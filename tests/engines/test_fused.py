@@ -1,0 +1,312 @@
+"""The fused backend: the reference's labels, a bounded set of programs, static buffers that are never stale."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import agln_fast
+from agln_fast.contract import IOContract
+from agln_fast.engines import fused
+from agln_fast.engines.fused import FusedNetworkBackend
+from agln_fast.engines.torch import NetworkBackend, exact_float32
+from agln_fast.errors import BackendError, ConfigError
+from agln_fast.models.blocks import resize
+from agln_fast.plan.convolution import choose_convolutions
+from agln_fast.runtime.segmenter import load_network, runnable_engines
+
+LABELS = IOContract(64, 96, max_batch=4)
+LOGITS = IOContract(64, 96, max_batch=4, output="logits")
+
+
+def images(batch=1, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (batch, 64, 96, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["fpn_resnet18", "fcn8s_resnet18", "agln_resnet18", "agln_lite_resnet18"])
+def test_labels_are_those_of_the_reference(name, small_network):
+    network = small_network(name)
+    with FusedNetworkBackend(network, LABELS, device="cpu") as ours, NetworkBackend(network, LABELS) as reference:
+        labels, expected = ours.run(images(2)), reference.run(images(2))
+    assert (labels.dtype, labels.shape) == (expected.dtype, expected.shape)
+    assert (labels == expected).mean() > 0.9999
+    assert len(np.unique(expected)) > 1
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-4), ("fp16", 0.05), ("bf16", 0.5)])
+def test_logits_in_every_precision(precision, error, small_network):
+    """Errors are relative to the spread of the logits, which `small_network` sets to 1."""
+    network = small_network()
+    with (
+        FusedNetworkBackend(network, LOGITS, precision=precision, device="cpu") as ours,
+        NetworkBackend(network, LOGITS) as reference,
+    ):
+        logits, expected = ours.run(images()), reference.run(images())
+        assert ours.precision == precision
+    assert logits.dtype == np.float32
+    assert np.sqrt(np.square(logits - expected).mean()) < error
+
+
+def test_more_than_256_classes(small_network):
+    network = small_network(num_classes=300)
+    with FusedNetworkBackend(network, LABELS, device="cpu") as ours, NetworkBackend(network, LABELS) as reference:
+        labels, expected = ours.run(images()), reference.run(images())
+    assert labels.dtype == expected.dtype == np.int32
+    assert (labels == expected).mean() > 0.9999
+
+
+def test_a_bundle_lists_and_runs_it(bundle):
+    assert bundle.engine("fused-fp32").verification.agreement > 0.9999
+    photo = images()[0]
+    with agln_fast.load(bundle, "fused", device="cpu") as segment, agln_fast.load(bundle, "torch") as reference:
+        assert (segment.engine.name, segment.device, segment.precision) == ("fused-fp32", "cpu", "fp32")
+        assert (segment(photo).labels == reference(photo).labels).mean() > 0.9999
+
+
+def test_target_cuda_builds_half_precision(small_checkpoint, tmp_path):
+    built = agln_fast.build(small_checkpoint, tmp_path / "gpu", size=(64, 96), targets="cuda")
+    assert [engine.name for engine in built.manifest.engines] == ["fused-fp16", "fused-fp32", "torch-fp32"]
+    assert built.engine("fused-fp16").target == "cuda"
+    assert built.engine("fused-fp16").verification.weighted_agreement > 0.99
+    assert {path.name for path in built.path.iterdir()} >= {"weights.safetensors", "manifest.json"}
+    assert not list(built.path.glob("*.onnx"))
+
+
+def test_a_network_in_memory(small_network):
+    with load_network(small_network(), size=(64, 96), resize="stretch", backend="fused", device="cpu") as segment:
+        assert segment.engine.name == "fused-fp32"
+        assert segment(images()[0]).labels.shape == (64, 96)
+    with pytest.raises(ConfigError, match="backend 'openvino': a network in memory runs on torch or fused"):
+        load_network(small_network(), backend="openvino")
+
+
+def test_the_reference_is_left_alone(small_network):
+    network = small_network().train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with FusedNetworkBackend(network, LABELS, precision="fp16", device="cpu") as ours:
+        ours.run(images())
+    assert network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_programs_used_least_recently_go_first(small_network, monkeypatch):
+    monkeypatch.setattr(fused, "_PROGRAMS", 2)
+    with FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend:
+        for batch in (1, 2, 1, 3):
+            assert len(backend.run(images(batch))) == batch
+        assert [shape[0] for shape in backend._programs] == [1, 3]
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64, 3), (1, 96, 64, 3), (64, 96, 3)])
+def test_an_image_of_another_size_is_refused(shape, small_network):
+    with (
+        FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend,
+        pytest.raises(BackendError, match=r"the engine takes \('batch', 64, 96, 3\)"),
+    ):
+        backend.run(np.zeros(shape, np.uint8))
+
+
+def test_an_impossible_device_is_named(small_network):
+    with pytest.raises(BackendError, match="fused cannot use device 'warp'"):
+        FusedNetworkBackend(small_network(), LABELS, device="warp")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_threads_share_a_backend_or_have_their_own(device, small_network):
+    network = small_network()
+    inputs = [images(1 + seed % 3, seed) for seed in range(12)]
+    with FusedNetworkBackend(network, LABELS, device=device) as backend:
+        expected = [backend.run(image) for image in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            shared = list(pool.map(backend.run, inputs))
+
+    def alone(image):
+        with FusedNetworkBackend(network, LABELS, device=device) as own:
+            return own.run(image)
+
+    with ThreadPoolExecutor(4) as pool:
+        separate = list(pool.map(alone, inputs))
+    for first, second, third in zip(expected, shared, separate, strict=True):
+        assert np.array_equal(first, second)
+        assert (first == third).mean() >= 0.999  # another instance may have chosen other algorithms
+
+
+class Recording(TorchDispatchMode):
+    """A capture on the CPU: every operation, with the tensors that it read and wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, result))
+        return result
+
+
+class RecordedGraph:
+    """Replays a recording into the same memory, as a CUDA graph does: nothing of Python runs again."""
+
+    def replay(self):
+        for func, args, kwargs, result in self.steps:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded_graphs(monkeypatch):
+    """CUDA graphs are recorded on the CPU; gives the list of those that were captured."""
+    captured = []
+
+    @contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        with Recording() as recording:
+            yield
+        graph.steps = recording.steps
+        captured.append(graph)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(fused, "_pinned", torch.empty_like)
+    return captured
+
+
+@pytest.mark.parametrize("contract", [LABELS, LOGITS], ids=["labels", "logits"])
+def test_replays_see_the_new_image(contract, recorded_graphs, small_network, monkeypatch):
+    """Three images through one graph: each result is that image's, and stays so when the next one runs."""
+    network = small_network()
+    with FusedNetworkBackend(network, contract, device="cpu") as backend:
+        expected = [backend.run(images(2, seed)) for seed in range(3)]
+        backend._programs.clear()
+        prepare = fused._Graph
+        monkeypatch.setattr(backend, "_prepare", lambda image: prepare(backend._network, image, None))
+        results = [backend.run(images(2, seed)) for seed in range(3)]
+    assert len(recorded_graphs) == 1
+    for result, wanted in zip(results, expected, strict=True):
+        assert np.array_equal(result, wanted)
+    assert not np.array_equal(expected[0], expected[1])
+
+
+def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_network, monkeypatch):
+    """Neither in a run, nor where a graph is captured and convolutions are chosen."""
+    sizes = []
+    monkeypatch.setattr(
+        "agln_fast.plan.inference.resize", lambda x, size: sizes.append(tuple(size[-2:])) or resize(x, size)
+    )
+    chosen = partial(choose_convolutions, race=lambda steps, one_call: (1.0, 2.0))
+    monkeypatch.setattr(fused, "choose_convolutions", chosen)
+    with FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend:
+        fused._Graph(backend._network, torch.from_numpy(images()), None)
+    assert len(recorded_graphs) == 1
+    assert sizes
+    assert (64, 96) not in sizes
+
+
+def test_the_last_thread_puts_the_settings_back():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_float32():
+            with exact_float32(benchmark=True):
+                assert torch.backends.cudnn.benchmark
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.benchmark
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_settings_of_the_process_neither_count_nor_change(small_network):
+    network = small_network()
+    with FusedNetworkBackend(network, LOGITS, device="cpu") as backend:
+        expected = backend.run(images())
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            assert np.array_equal(backend.run(images()), expected)
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(backend.run, [images()] * 4))
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def test_after_closing_it_says_so(small_network):
+    backend = FusedNetworkBackend(small_network(), LABELS, device="cpu")
+    backend.close()
+    with pytest.raises(BackendError, match="fused: this backend is closed"):
+        backend.run(images())
+
+
+def test_errors_of_the_library_are_ours(small_network, monkeypatch):
+    with NetworkBackend(small_network(), LABELS, device="cpu") as backend:
+        monkeypatch.setattr(backend, "_network", lambda image: (_ for _ in ()).throw(RuntimeError("out of memory\nat")))
+        with pytest.raises(
+            BackendError, match=r"torch failed on cpu with an image of \(1, 64, 96, 3\): out of memory$"
+        ):
+            backend.run(images())
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "message"),
+    [(False, (9, 0), "need Triton, which is not installed: pip install triton"), (True, (7, 5), "this one is sm75")],
+    ids=["no-triton", "old-gpu"],
+)
+def test_a_gpu_that_cannot_run_the_kernels_is_refused(triton, capability, message, small_network, monkeypatch):
+    monkeypatch.setattr(fused, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert FusedNetworkBackend.default_device() == "cpu"
+    with pytest.raises(BackendError, match=message):
+        FusedNetworkBackend(small_network(), LABELS, device="cuda")
+
+
+def test_auto_goes_by_the_device_that_is_asked_for(bundle, monkeypatch):
+    """With a GPU, the fused engine comes first; asked for the CPU, the engine that was fastest there."""
+    monkeypatch.setattr(FusedNetworkBackend, "default_device", classmethod(lambda cls: "cuda"))
+    slow, quick = (
+        replace(engine, verification=replace(engine.verification, latency_ms=latency))
+        for engine, latency in ((bundle.engine("fused-fp32"), 1e6), (bundle.engine("onnxruntime-fp32"), 1.0))
+    )
+    two = replace(bundle, manifest=replace(bundle.manifest, engines=(quick, slow)))
+    assert [engine for engine, _ in runnable_engines(two)] == [slow, quick]
+    with agln_fast.load(two, device="cpu") as segment:
+        assert segment.engine == quick
+
+
+@pytest.mark.gpu
+def test_a_steady_state_takes_no_memory(small_network):
+    with FusedNetworkBackend(small_network(), LABELS, device="cuda") as backend:
+        backend.run(images())
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        backend.run(images(seed=1))
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_graphs_on_the_gpu(precision, small_network, monkeypatch):
+    monkeypatch.setattr(fused, "_PROGRAMS", 2)
+    network = small_network()
+    with (
+        FusedNetworkBackend(network, LABELS, precision=precision, device="cuda") as gpu,
+        FusedNetworkBackend(network, LABELS, precision=precision, device="cpu") as cpu,
+    ):
+        for batch in (1, 2, 1, 3, 2):
+            result = gpu.run(images(batch, batch))
+            assert np.array_equal(result, gpu.run(images(batch, batch))), "differs from run to run"
+            assert (result == cpu.run(images(batch, batch))).mean() > (0.999 if precision == "fp32" else 0.98)
+        assert len(gpu._programs) == 2
