@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from agln_fast.errors import BundleChangedError, BundleError, did_you_mean, printable
+from agln_fast.errors import BundleChangedError, BundleError, choose, did_you_mean, printable
 from agln_fast.files import is_returning
 from agln_fast.manifest import (
     LARGEST,
@@ -55,11 +55,8 @@ class Bundle:
         Raises:
             BundleError: there is none; the message lists those that there are.
         """
-        for engine in self.manifest.engines:
-            if engine.name == name:
-                return engine
-        known = [engine.name for engine in self.manifest.engines]
-        raise BundleError(f"{self.path}: no engine {name!r}{did_you_mean(name, known)}; it has {', '.join(known)}")
+        engines = {engine.name: engine for engine in self.manifest.engines}
+        return engines[choose("engine", name, engines, where=str(self.path), error=BundleError)]
 
     def matching(self, backend: str = "auto", precision: str | None = None) -> tuple[EngineRecord, ...]:
         """The engines of `backend` ("auto" for any) in `precision` (None for any); at least one.

@@ -11,7 +11,7 @@ import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, choose
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -74,8 +74,7 @@ class IOContract:
             ("output", self.output, get_args(Output)),
             ("resize", self.resize, get_args(Resize)),
         ):
-            if value not in allowed:
-                raise ConfigError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
+            choose(name, value, allowed)
         # Images are padded with the mean colour: it must be one.
         for name, colour, least, most in (
             ("mean", self.mean, 0, 1),
@@ -148,7 +147,4 @@ def check_precision(name: str, *also: str) -> Precision:
     Raises:
         ConfigError: it is neither.
     """
-    known = [*get_args(Precision), *also]
-    if name not in known:
-        raise ConfigError(f"unknown precision {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-    return cast(Precision, name)
+    return cast(Precision, choose("precision", name, [*get_args(Precision), *also]))

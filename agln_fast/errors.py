@@ -19,6 +19,7 @@ the tree that they belong to follows.
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
 
 __all__ = [
     "AglnError",
@@ -33,9 +34,12 @@ __all__ = [
     "MissingPackageError",
     "TrainingError",
     "VerificationError",
+    "choose",
     "did_you_mean",
     "printable",
 ]
+
+T = TypeVar("T")
 
 
 class AglnError(Exception):
@@ -110,6 +114,35 @@ class TrainingError(AglnError):
     """A training that diverged, or whose state cannot be saved."""
 
     exit_code = 10
+
+
+def choose(
+    what: str,
+    value: object,
+    known: Iterable[T],
+    *,
+    where: str = "",
+    listed: str = "",
+    error: type[AglnError] = ConfigError,
+) -> T:
+    """`value`, which is one of `known`.
+
+    Args:
+        what: what it names, e.g. "backend".
+        where: what the message begins with, e.g. the file in which it stands.
+        listed: where the known ones are listed, if they are too many for a message.
+
+    Raises:
+        error: it is none of them; the message has those that may be meant, and all that are known.
+    """
+    known = list(known)
+    for one in known:
+        if one == value:
+            return one
+    names = [str(one) for one in known]
+    hint = did_you_mean(str(value), names) or ";"
+    place = where and f"{where}: "
+    raise error(f"{place}unknown {what} {printable(repr(value))}{hint} known: {listed or ', '.join(names)}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,9 +1,9 @@
-"""Folders that appear whole or not at all, and folders for a while; what a dead process left is removed.
+"""Files and folders that appear whole or not at all, and folders for a while.
 
-A folder that is not finished has a name of its own and, beside it, a lock file that its process holds. The kernel lets
-go of the lock when the process ends, however it ends: what has a free lock is nobody's. The lock lies beside the
-folder, not in it, because it outlives the folder and must not become part of it; a lock on the folder itself would do
-on local disks, but network file systems lock no folders.
+What dead processes left of folders is removed. A folder that is not finished has a name of its own and, beside it, a
+lock file that its process holds. The kernel lets go of the lock when the process ends, however it ends: what has a free
+lock is nobody's. The lock lies beside the folder, not in it, because it outlives the folder and must not become part of
+it; a lock on the folder itself would do on local disks, but network file systems lock no folders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from agln_fast import interruption
 from agln_fast.errors import AglnError, BuildError
 
-__all__ = ["is_returning", "scratch_folder", "whole_folder"]
+__all__ = ["is_returning", "replacing", "scratch_folder", "whole_folder"]
 
 _SCRATCH = "agln-fast-"
 _TOKEN = "[0-9a-f]{8}"
@@ -33,6 +33,38 @@ _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _NO_SUCH_RENAME = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], error: type[AglnError]) -> Iterator[Path]:
+    """An empty file beside `path` that takes its place at the end, or vanishes when anything fails.
+
+    It follows the umask, and is on the disk before it takes the place. Where `path` is a link, what it points to is
+    replaced. A kill leaves `path` as it was, and beside it at most a hidden file that ends in ".part".
+
+    Raises:
+        error: it cannot be written.
+        OSError: that of the block, which has nothing to do with the file.
+    """
+    target = _real(Path(path))
+    part, in_block = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part"), False
+    try:
+        part.touch(exist_ok=False)
+        in_block = True
+        yield part
+        in_block = False
+        _sync(part)
+        part.replace(target)
+    except OSError as reason:
+        # Writing to an open file fails without its name.
+        if in_block and reason.filename is not None and not _is_about(reason, part):
+            raise
+        raise error(_cannot_be_written(path, reason)) from None
+    finally:
+        try:
+            part.unlink(missing_ok=True)
+        finally:  # a signal that cut the first one short has raised, and does so once
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -70,8 +102,7 @@ def whole_folder(destination: Path, replaceable: Callable[[Path], bool] | None =
     except OSError as error:
         if in_block and not _is_about(error, folder):
             raise
-        hint = "free some space" if error.errno in _NO_SPACE else "check the folder and its permissions"
-        raise BuildError(f"{destination}: cannot be written ({error}); {hint}") from None
+        raise BuildError(_cannot_be_written(destination, error)) from None
 
 
 @contextmanager
@@ -248,7 +279,14 @@ def _renamed(one: Path, other: Path, flag: int) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
+def _cannot_be_written(path: str | os.PathLike[str], error: OSError) -> str:
+    if error.errno is None:  # a library's own, such as for a picture that is too large for its format
+        return f"{path}: cannot be written ({error})"
+    hint = "free some space" if error.errno in _NO_SPACE else "check the folder and its permissions"
+    return f"{path}: cannot be written ({error.strerror}); {hint}"
+
+
 def _is_about(error: OSError, folder: Path) -> bool:
-    """Whether an error is due to the folder: writing to a full disk names no file."""
+    """Whether an error is due to the folder, or file: writing to a full disk names no file."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return error.errno in _NO_SPACE or any(Path(name).is_relative_to(folder) for name in names)

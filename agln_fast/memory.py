@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from agln_fast import environment
+from agln_fast.errors import ConfigError
+from agln_fast.files import replacing
 
 __all__ = ["place", "recall", "remember"]
 
@@ -41,14 +43,10 @@ def recall(file: Path) -> Any:
 
 def remember(file: Path, values: Any) -> None:
     """Write plain JSON types, whole or not at all; where nothing can be written, nothing is remembered."""
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError, ConfigError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(values, indent=1) + "\n")
-        unfinished.replace(file)
-    except OSError:
-        with suppress(OSError):
-            unfinished.unlink()
+        with replacing(file, ConfigError) as part:
+            part.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _processor() -> list[str]:

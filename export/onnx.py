@@ -21,6 +21,7 @@ from torch import nn
 from agln_fast.contract import IOContract, Precision
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BuildError, ConfigError
+from agln_fast.files import replacing
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.low_resolution_labels import LowResolutionLogits
 from agln_fast.plan.plan import NO_PLAN, Plan
@@ -95,14 +96,11 @@ def export_onnx(
         if plan != NO_PLAN:
             _fold_constants(program.model)
         program.model.metadata_props.update({"agln_fast.contract": json.dumps(contract.to_dict()), **(metadata or {})})
-        program.save(path, external_data=False)
-        onnx.checker.check_model(path, full_check=True)
+        with replacing(path, BuildError) as part:
+            program.save(part, external_data=False)
+            onnx.checker.check_model(part, full_check=True)
     except (RuntimeError, ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        path.unlink(missing_ok=True)
         raise BuildError(f"ONNX export failed: {_reason(error)}") from error
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise BuildError(f"{path}: cannot be written ({error}); check the folder and its free space") from None
 
 
 def _fold_constants(model: ir.Model) -> None:

@@ -6,7 +6,6 @@ a precision. It is read back instead, and must be the one that was asked for.
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -21,7 +20,8 @@ from agln_fast import interruption
 from agln_fast.contract import Output, Precision
 from agln_fast.engines.tensorrt import compute_capability, shared_logger
 from agln_fast.engines.tensorrt_library import Flavour, check_rtx_capabilities, import_library
-from agln_fast.errors import BuildError, ConfigError, did_you_mean
+from agln_fast.errors import BuildError, ConfigError, choose
+from agln_fast.files import replacing
 
 __all__ = ["TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
 
@@ -89,7 +89,7 @@ def build_tensorrt_engine(
         BuildError: the model cannot be parsed, built or written, or is not in `precision`.
         KeyboardInterrupt: Ctrl-C, or such a signal.
     """
-    _check_choice("precision", precision, tuple(_PRECISIONS.values()))
+    choose("precision", precision, _PRECISIONS.values())
     if flavour == "tensorrt-rtx" and timing_cache is not None:
         raise ConfigError("timing cache: tensorrt-rtx has none, because it chooses kernels where they run")
     compute_capabilities = resolve_capabilities(flavour, compute_capabilities)
@@ -129,8 +129,10 @@ def build_tensorrt_engine(
             raise BuildError(f"{onnx_path}: {flavour} cannot build it: {_build_error(log)}")
     in_plan = _check_plan(bytes(plan), convolutions, precision, onnx_path) if flavour == "tensorrt-rtx" else 0
     if timing_cache is not None:
-        _write_whole(timing_cache, config.get_timing_cache().serialize())
-    _write_whole(engine_path, plan)
+        with replacing(timing_cache, BuildError) as part:
+            part.write_bytes(config.get_timing_cache().serialize())
+    with replacing(engine_path, BuildError) as part:
+        part.write_bytes(plan)
     return TensorRTBuild(
         engine_path=engine_path,
         precision=precision,
@@ -152,18 +154,13 @@ def resolve_capabilities(flavour: Flavour, asked: Sequence[str] = ()) -> tuple[s
         MissingPackageError: the library is not installed.
         BuildError: tensorrt needs a GPU, and there is none.
     """
-    _check_choice("flavour", flavour, get_args(Flavour))
+    choose("flavour", flavour, get_args(Flavour))
     if flavour == "tensorrt":
         import_library(flavour)
         return _capability_here(asked)
     capabilities = check_rtx_capabilities(asked)
     import_library(flavour)
     return capabilities
-
-
-def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{what} {value!r}: must be one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def _capability_here(asked: Sequence[str]) -> tuple[str]:
@@ -301,14 +298,3 @@ def _create_monitor(library: Any, progress: Progress) -> Any:
                 progress.remove_task(task)
 
     return Monitor()
-
-
-def _write_whole(file: Path, data: Any) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(file)
-    except OSError as error:
-        raise BuildError(f"{file}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -99,7 +99,7 @@ FOREIGN = {
     "absolute path": (lambda v: v["engines"][0].update(file="/etc/passwd"), r"\$\.engines\[0\]\.file"),
     "unlisted file": (lambda v: v["engines"][0].update(file="other.onnx"), "gives no hash for other.onnx"),
     "impossible size": (lambda v: v["contract"].update(height=1), "size 1x96"),
-    "impossible model": (lambda v: v["model"].update(encoder="vgg"), "encoder 'vgg' is unknown"),
+    "impossible model": (lambda v: v["model"].update(encoder="vgg"), "unknown encoder 'vgg'"),
 }
 
 

@@ -21,7 +21,7 @@ from agln_fast.errors import ConfigError
         ({"width": 100_000}, "size 64x100000"),
         ({"min_batch": 0}, r"batch 0\.\.1"),
         ({"min_batch": 4, "max_batch": 2}, r"batch 4\.\.2: needs 1 <= smallest <= largest"),
-        ({"layout": "chw"}, "layout 'chw': must be one of uint8_nhwc, float_nchw"),
+        ({"layout": "chw"}, "unknown layout 'chw'; .*known: uint8_nhwc, float_nchw"),
         ({"output": "masks"}, "output 'masks'"),
         ({"resize": "crop"}, "resize 'crop'"),
         ({"height": 64.0}, r"size 64\.0x64"),

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whatever is killed and wherever; and nothing is left of dead processes."""
+"""Files and folders that appear whole or not at all, whatever is killed; and nothing is left of dead processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from contextlib import nullcontext
 import pytest
 
 from agln_fast import files
-from agln_fast.errors import BuildError, BundleError
-from agln_fast.files import is_returning, scratch_folder, whole_folder
+from agln_fast.errors import BuildError, BundleError, ImageError
+from agln_fast.files import is_returning, replacing, scratch_folder, whole_folder
 
 BOTH = pytest.mark.parametrize("swap", [True, False], ids=["one step", "two steps, where the kernel has none"])
 
@@ -220,6 +220,66 @@ def test_what_is_not_on_the_disk_is_not_put_in_place(code, raised, tmp_path, mon
     assert os.listdir(tmp_path) == ([] if raised else ["x"])
 
 
+def _replace(path, text, error=None):
+    with replacing(path, ImageError) as part:
+        part.write_text(text)
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("name", ["x", "link"])
+def test_a_file_appears_and_is_replaced(name, tmp_path):
+    (tmp_path / "link").symlink_to("x")
+    for text in ("first", "second"):
+        with replacing(str(tmp_path / name), ImageError) as part:
+            assert (part.parent, part.read_bytes()) == (tmp_path, b"")
+            part.write_text(text)
+            assert text == "first" or (tmp_path / "x").read_text() == "first"
+        assert (tmp_path / "x").read_text() == text
+        assert (tmp_path / "link").is_symlink()
+        assert sorted(os.listdir(tmp_path)) == ["link", "x"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (OSError(errno.ENOSPC, "full"), ImageError, r"/x: cannot be written \(full\); free some space"),
+        (OSError(errno.EIO, "broken"), ImageError, r"/x: cannot be written \(broken\); check the folder"),
+        (OSError("too wide"), ImageError, r"/x: cannot be written \(too wide\)$"),
+        (FileNotFoundError(errno.ENOENT, "no image", "/a.png"), FileNotFoundError, r"no image.*/a\.png"),
+        (ValueError("NaN"), ValueError, "^NaN$"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+    ids=["full-disk", "write-that-fails", "library", "another-file", "nothing-of-files", "interrupt"],
+)
+def test_a_file_that_fails_leaves_the_old_one(error, raised, message, tmp_path):
+    _replace(tmp_path / "x", "first")
+    with pytest.raises(raised, match=message):
+        _replace(tmp_path / "x", "second", error)
+    assert os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_text() == "first"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("none/x", "No such file"), ("taken", "Is a directory")])
+def test_a_place_for_no_file_is_one_clear_error(name, reason, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ImageError, match=rf"{name}: cannot be written \({reason}.*\); check the folder and its perm"):
+        _replace(tmp_path / name, "text")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_file_follows_the_umask_and_is_on_the_disk_first(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append((tmp_path / "x").exists()), fsync(file)))
+    before = os.umask(0o027)
+    try:
+        _replace(tmp_path / "x", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+    assert synced == [False]
+
+
 def test_scratch_folders_vanish_and_are_for_their_user_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with scratch_folder() as folder:
@@ -233,7 +293,7 @@ def test_scratch_folders_vanish_and_are_for_their_user_alone(tmp_path, monkeypat
 
 _BEGIN = """
 import os, signal, sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from agln_fast import files, interruption
 
@@ -336,6 +396,39 @@ print(asked)
 def test_a_signal_at_any_moment_leaves_a_whole_version_and_nothing_else(swap, number, tmp_path):
     """Also one that comes while it is cleaned up; and it is always raised."""
     assert _moments(_SIGNALS, tmp_path, swap, number) > 30
+
+
+_FILE = """
+def replace(text):
+    with files.replacing(target, files.BuildError) as part:
+        part.write_text(text)
+    with suppress(ValueError), files.replacing(target, files.BuildError) as part:
+        part.write_text("wrong")
+        raise ValueError
+
+
+asked = 0
+replace("0")
+for number_of_events in range(1000):
+    left = number_of_events
+    try:
+        with interruption.listening() if number == signal.SIGTERM else nullcontext():
+            replace(str(number_of_events + 1))
+    except KeyboardInterrupt:
+        asked += 1
+    over, left = left is not None, None
+    assert target.read_text() in map(str, range(number_of_events + 2))
+    assert sorted(os.listdir(place)) == ["temporary", "x"], (number_of_events, os.listdir(place))
+    if over:
+        break
+assert asked == number_of_events, (asked, number_of_events)
+print(asked)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["command line", "Ctrl-C in any program"])
+def test_a_signal_at_any_moment_leaves_a_whole_file_and_nothing_else(number, tmp_path):
+    assert _moments(_FILE, tmp_path, True, number) > 10
 
 
 def _moments(script, place, swap, number):

@@ -26,7 +26,7 @@ from agln_fast.contract import (
 from agln_fast.data.classes import ClassSet, class_set
 from agln_fast.engines import check_threads
 from agln_fast.engines.tensorrt_library import check_rtx_capabilities
-from agln_fast.errors import ConfigError, MissingPackageError, did_you_mean, printable
+from agln_fast.errors import ConfigError, MissingPackageError, choose, printable
 from agln_fast.plan.plan import Plan, PlanChoice
 from agln_fast.runtime.agreement import check_minimum
 from agln_fast.runtime.images import list_images
@@ -95,8 +95,7 @@ def check_options(
     if not precisions or not all(precisions.values()):
         raise ConfigError(f"give at least one precision, and one target of {', '.join(TARGETS)}")
     for target in targets:
-        if target not in TARGETS:
-            raise ConfigError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
+        choose("target", target, TARGETS)
     for target, kinds in precisions.items():
         if "int8" in kinds and target != "cpu":
             raise ConfigError(f"precision 'int8' is for target cpu, not for {target}: build them as two bundles")

@@ -20,9 +20,9 @@ from typing import Any, Literal, get_args
 from agln_fast import environment, interruption, memory
 from agln_fast.builder.graphs import Graphs
 from agln_fast.bundle import Bundle
-from agln_fast.contract import IOContract, Precision
+from agln_fast.contract import IOContract, Precision, check_precision
 from agln_fast.engines import Backend, backend_class, check_threads, open_engine
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, choose
 from agln_fast.files import scratch_folder
 from agln_fast.forking import use_threads
 from agln_fast.manifest import EngineRecord, Manifest
@@ -149,9 +149,7 @@ def tune(
     Raises:
         ConfigError: an unknown target, or an impossible size, precision or budget.
     """
-    known = ["cpu", *_CPU, *_GPU]
-    if target not in known:
-        raise ConfigError(f"unknown target {target!r}{did_you_mean(target, known)}; known: {', '.join(known)}")
+    choose("target", target, ["cpu", *_CPU, *_GPU])
     contract = IOContract(*size, batch, batch)
     backends = [target] if target != "cpu" else [name for name in _CPU if not _obstacle(name, precision)]
     if not backends:
@@ -183,8 +181,7 @@ def tune_engine(
     threads: int | None = None,
 ) -> Tuning:
     """As `tune`, for one backend, with graphs that several calls share."""
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision {precision!r}: must be one of {', '.join(get_args(Precision))}")
+    check_precision(precision)
     if precision == "int8":
         # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
         tuning = tune_engine(graphs, backend, "bf16", budget_s=budget_s, threads=threads)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import PurePath
 
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, choose
 
 __all__ = ["ClassSet", "class_set", "default_class_set", "list_class_sets"]
 
@@ -57,9 +57,7 @@ def class_set(name: str) -> ClassSet:
     Raises:
         ConfigError: there is no class set of that name.
     """
-    known = list_class_sets()
-    if name not in known:
-        raise ConfigError(f"class set {name!r} is unknown{did_you_mean(name, known)} (known: {', '.join(known)})")
+    choose("class set", name, list_class_sets())
     values = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     palette = tuple((red, green, blue) for red, green, blue in values["palette"])
     return ClassSet(name, values["title"], tuple(values["classes"]), palette)

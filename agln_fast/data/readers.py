@@ -17,7 +17,7 @@ from PIL import Image
 
 from agln_fast.data.classes import class_set
 from agln_fast.data.dataset import IGNORE_INDEX, Sample, SegmentationDataset
-from agln_fast.errors import ConfigError, DatasetError, did_you_mean
+from agln_fast.errors import ConfigError, DatasetError, choose
 
 __all__ = ["ADE20K", "FolderDataset", "PascalContext", "PascalVOC"]
 
@@ -131,11 +131,7 @@ class FolderDataset(SegmentationDataset):
 
     @classmethod
     def _resolve(cls, split: str) -> str:
-        name = _ALIASES.get(split, split)
-        if name not in cls._splits:
-            known = f"{did_you_mean(split, cls._splits)} (known: {', '.join(cls._splits)})"
-            raise ConfigError(f"{cls.__name__}: split {split!r} is unknown{known}")
-        return name
+        return choose("split", _ALIASES.get(split, split), cls._splits, where=cls.__name__)
 
     def __len__(self) -> int:
         return len(self._names)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from agln_fast.data.dataset import SegmentationDataset
 from agln_fast.data.readers import ADE20K, FolderDataset, PascalContext, PascalVOC
 from agln_fast.data.scenes import Scenes
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, choose
 
 __all__ = ["DATASETS", "open_dataset"]
 
@@ -46,8 +46,7 @@ def open_dataset(
         ConfigError: an unknown name or split, or an option that is missing or does not belong to that dataset.
         DatasetError: the dataset on disk is missing, incomplete or damaged.
     """
-    if name not in DATASETS:
-        raise ConfigError(f"dataset {name!r} is unknown{did_you_mean(name, DATASETS)} (known: {', '.join(DATASETS)})")
+    choose("dataset", name, DATASETS)
     if name == "scenes":
         if root is not None:
             raise ConfigError("dataset 'scenes' is drawn, not read: leave --data-root (root) away")

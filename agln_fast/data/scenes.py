@@ -26,7 +26,7 @@ from agln_fast import interruption
 from agln_fast.data.canvas import Array, Camera, Canvas, Colour, Mask, Part, Surface, floats, noise
 from agln_fast.data.classes import class_set
 from agln_fast.data.dataset import Sample, SegmentationDataset
-from agln_fast.errors import ConfigError, DatasetError, did_you_mean
+from agln_fast.errors import ConfigError, DatasetError, choose
 
 __all__ = ["SCENE_SIZE", "Scenes", "write_scenes"]
 
@@ -75,8 +75,7 @@ class Scenes(SegmentationDataset):
         Raises:
             ConfigError: an unknown split, a size outside 32..8192, a length below 1, or a negative seed.
         """
-        if split not in _SPLITS:
-            raise ConfigError(f"scenes: no split {split!r}{did_you_mean(split, _SPLITS)}; it has {', '.join(_SPLITS)}")
+        choose("split", split, _SPLITS, where="scenes")
         size = SCENE_SIZE if size is None else size
         if not all(32 <= side <= _LARGEST for side in size):
             raise ConfigError(f"scenes of {size[0]}x{size[1]} pixels: each side must be from 32 to {_LARGEST}")

@@ -13,7 +13,7 @@ from agln_fast import environment
 from agln_fast.bundle import Bundle
 from agln_fast.contract import Precision, check_precision
 from agln_fast.engines.base import Backend
-from agln_fast.errors import BackendError, ConfigError, did_you_mean
+from agln_fast.errors import BackendError, ConfigError, choose, did_you_mean
 from agln_fast.manifest import EngineRecord
 
 __all__ = [
@@ -56,8 +56,7 @@ def check_backend(name: str) -> None:
     Raises:
         ConfigError: there is no such backend.
     """
-    if name not in BACKENDS:
-        raise ConfigError(f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
+    choose("backend", name, BACKENDS)
 
 
 def check_device(name: str | None) -> None:

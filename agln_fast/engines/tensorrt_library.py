@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from agln_fast.errors import BackendError, ConfigError, MissingPackageError, did_you_mean
+from agln_fast.errors import BackendError, ConfigError, MissingPackageError, choose
 
 __all__ = ["RTX_CAPABILITIES", "Flavour", "check_rtx_capabilities", "import_library", "library_version"]
 
@@ -59,8 +59,5 @@ def check_rtx_capabilities(asked: Sequence[str]) -> tuple[str, ...]:
     for capability in asked:
         if capability in _DATA_CENTRE:
             raise ConfigError(f"compute capability {capability!r}: tensorrt-rtx does not serve it, tensorrt does")
-        if capability not in _RTX_SUPPORTED:
-            known = ", ".join(_RTX_SUPPORTED)
-            hint = did_you_mean(capability, _RTX_SUPPORTED)
-            raise ConfigError(f"compute capability {capability!r}: must be one of {known}{hint}")
+        choose("compute capability", capability, _RTX_SUPPORTED)
     return tuple(dict.fromkeys(asked)) or RTX_CAPABILITIES

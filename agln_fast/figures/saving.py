@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agln_fast.errors import ImageError
+from agln_fast.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,12 +32,5 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> None:
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise ImageError(f"{path}: suffix {suffix!r} is none for figures: use {', '.join(FORMATS)}")
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file, matplotlib.rc_context({"svg.hashsalt": "agln-fast"}):
-            figure.savefig(file, format=suffix[1:], dpi=dpi, metadata=FORMATS[suffix])
-        part.replace(path)
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, ImageError) as part, matplotlib.rc_context({"svg.hashsalt": "agln-fast"}):
+        figure.savefig(part, format=suffix[1:], dpi=dpi, metadata=FORMATS[suffix])

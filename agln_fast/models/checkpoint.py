@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from agln_fast.errors import CheckpointError, ConfigError, printable
+from agln_fast.files import replacing
 from agln_fast.forking import use_threads
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
@@ -139,18 +139,9 @@ def save_checkpoint(
         name: (tensor.detach().to("cpu", dtype) if tensor.ndim > 1 else tensor.detach().cpu()).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
+    with replacing(path, CheckpointError) as part:
         # Not `save_file`: it would make the file readable for its owner only, whatever the umask.
-        with part.open("xb") as file:
-            file.write(save(state, metadata={_METADATA_KEY: model.config.to_json()}))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from None
-    finally:
-        part.unlink(missing_ok=True)
+        part.write_bytes(save(state, metadata={_METADATA_KEY: model.config.to_json()}))
 
 
 def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> None:

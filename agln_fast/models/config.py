@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, choose
 
 __all__ = ["Architecture", "Encoder", "Formulation", "ModelConfig", "list_models", "preset"]
 
@@ -64,10 +64,7 @@ class ModelConfig:
             "pooling": ("attention", "average"),
         }
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                hint = did_you_mean(str(value), allowed) or f"; known: {', '.join(allowed)}"
-                raise ConfigError(f"{name} {value!r} is unknown{hint}")
+            choose(name, getattr(self, name), allowed)
         if self.num_descriptors is None:
             default = 1 if self.pooling == "average" else _DESCRIPTORS[self.formulation]
             object.__setattr__(self, "num_descriptors", default)
@@ -96,8 +93,7 @@ class ModelConfig:
         """
         known = [field.name for field in fields(cls)]
         for name in values:
-            if name not in known:
-                raise ConfigError(f"model config: unknown field {name!r}{did_you_mean(name, known)}")
+            choose("field", name, known, where="model config")
         missing = [name for name in ("architecture", "encoder", "num_classes") if name not in values]
         if missing:
             raise ConfigError(f"model config: missing field {missing[0]!r}")
@@ -168,7 +164,5 @@ def preset(name: str, num_classes: int, **overrides: Any) -> ModelConfig:
     Raises:
         ConfigError: an unknown name or field (with the closest known ones), or an impossible value.
     """
-    if name not in _PRESETS:
-        hint = did_you_mean(name, _PRESETS)
-        raise ConfigError(f"unknown model {name!r}{hint or '; agln_fast.list_models() names them all'}")
-    return ModelConfig.from_dict({**_PRESETS[name], "num_classes": num_classes, **overrides})
+    settings = _PRESETS[choose("model", name, _PRESETS, listed="agln_fast.list_models()")]
+    return ModelConfig.from_dict({**settings, "num_classes": num_classes, **overrides})

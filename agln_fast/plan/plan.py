@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, choose
 
 __all__ = ["ALGEBRA", "NOT_MIXED", "NO_PLAN", "STAGES", "MixForm", "Plan", "PlanChoice"]
 
@@ -87,8 +87,7 @@ class Plan:
             raise ConfigError("a plan is a JSON object of rewrites; `agln-fast inspect BUNDLE --json` shows some")
         known = [field.name for field in fields(cls)]
         for name in values:
-            if name not in known:
-                raise ConfigError(f"unknown rewrite {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+            choose("rewrite", name, known)
         return cls(**values)
 
     @classmethod

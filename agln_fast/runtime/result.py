@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -14,7 +13,8 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from agln_fast.data.classes import ClassSet
-from agln_fast.errors import ConfigError, ImageError
+from agln_fast.errors import ConfigError, ImageError, choose
+from agln_fast.files import replacing
 from agln_fast.runtime.images import SOFTWARE, ImageArray
 from agln_fast.runtime.pixels import boxes
 
@@ -133,8 +133,7 @@ class Result:
             ImageError: an unknown suffix, or one that would alter labels; the file cannot be written.
         """
         path = Path(path)
-        if kind not in get_args(Kind):
-            raise ConfigError(f"kind {kind!r}: must be one of {', '.join(get_args(Kind))}")
+        choose("kind", kind, get_args(Kind))
         formats = _FORMATS if kind == "overlay" else _EXACT_FORMATS
         suffix = path.suffix.lower()
         if suffix not in formats:
@@ -142,15 +141,11 @@ class Result:
         image = self.overlay() if kind == "overlay" else self.label_image()
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = SOFTWARE
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with part.open("xb") as file:
-                image.save(file, formats[suffix], exif=exif)
-            part.replace(path)
-        except (OSError, ValueError) as error:
-            raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path, ImageError) as part:
+            try:
+                image.save(part, formats[suffix], exif=exif)
+            except ValueError as error:  # too large for the format
+                raise OSError(error) from error
 
     def _legend_rows(self) -> list[_Row]:
         colours = dict(zip(self.class_set.classes, self.class_set.palette, strict=True))

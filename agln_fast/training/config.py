@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from agln_fast.errors import ConfigError, MissingPackageError, did_you_mean
+from agln_fast.errors import ConfigError, MissingPackageError, choose
 from agln_fast.models.config import preset
 
 __all__ = ["RECIPES", "Recipe", "TrainingConfig"]
@@ -105,10 +105,7 @@ class TrainingConfig:
     save_every: int = _option(100, "Iterations between saved states.")
 
     def __post_init__(self) -> None:
-        if self.data not in RECIPES:
-            hint = did_you_mean(self.data, RECIPES)
-            raise ConfigError(f"no recipe for dataset {self.data!r}{hint}; known: {', '.join(RECIPES)}")
-        for name, value in asdict(RECIPES[self.data]).items():
+        for name, value in asdict(RECIPES[choose("dataset", self.data, RECIPES)]).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name, (low, high) in _LIMITS.items():
@@ -117,12 +114,8 @@ class TrainingConfig:
                 raise ConfigError(f"{name} {value}: must be from {low:g} to {high:g}")
         if self.max_scale < self.min_scale:
             raise ConfigError(f"max_scale {self.max_scale}: is below min_scale {self.min_scale}")
-        if self.precision not in get_args(TrainingPrecision):
-            known = ", ".join(get_args(TrainingPrecision))
-            raise ConfigError(f"precision {self.precision!r} is unknown; known: {known}")
-        if self.accelerator not in _ACCELERATORS:
-            hint = did_you_mean(self.accelerator, _ACCELERATORS)
-            raise ConfigError(f"accelerator {self.accelerator!r} is unknown{hint}; known: {', '.join(_ACCELERATORS)}")
+        choose("precision", self.precision, get_args(TrainingPrecision))
+        choose("accelerator", self.accelerator, _ACCELERATORS)
         if self.precision == "fp16" and self.accelerator == "cpu":
             raise ConfigError("precision fp16: CPUs train in fp32 or bf16")
         if self.batch_size % self.devices:
@@ -143,8 +136,7 @@ class TrainingConfig:
         hints = typing.get_type_hints(cls)
         converted = {}
         for name, value in values.items():
-            if name not in hints:
-                raise ConfigError(f"training config: unknown field {name!r}{did_you_mean(str(name), hints)}")
+            choose("field", name, hints, where="training config")
             converted[name] = _convert(name, value, hints[name])
         return cls(**converted)
 

@@ -26,6 +26,7 @@ from agln_fast.data.augment import Augmentation
 from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, SegmentationDataset
 from agln_fast.data.registry import open_dataset
 from agln_fast.errors import AglnError, CheckpointError, ConfigError, TrainingError
+from agln_fast.files import replacing
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork, create_model
@@ -323,9 +324,12 @@ class _Trainer:
                 self._diverged("weights are NaN or infinite", self.optimizer.param_groups[0]["lr"])
             try:
                 save_checkpoint(self.network, folder / WEIGHTS_FILE)
-                _replace(folder / LOG_FILE, self._write_log)
-                _replace(folder / STATE_FILE, lambda part: torch.save(state, part))
-            except (OSError, RuntimeError, CheckpointError) as error:  # PyTorch raises RuntimeError on a full disk
+                with replacing(folder / LOG_FILE, TrainingError) as part:
+                    self._write_log(part)
+                with replacing(folder / STATE_FILE, TrainingError) as part:
+                    torch.save(state, part)
+            # PyTorch raises RuntimeError on a full disk.
+            except (RuntimeError, CheckpointError, TrainingError) as error:
                 message = f"{folder}: the state cannot be saved ({_first_line(error)}); resume once there is room"
                 raise TrainingError(message) from None
         self.fabric.barrier()
@@ -412,22 +416,11 @@ def _prepare_folder(folder: Path, config: TrainingConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob(".*.part"):
             part.unlink()
-        _replace(folder / CONFIG_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+        with replacing(folder / CONFIG_FILE, TrainingError) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a sibling, and put it in the place of `path` once it is on the disk."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

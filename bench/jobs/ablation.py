@@ -23,6 +23,7 @@ from agln_fast.data.dataset import CachedDataset
 from agln_fast.data.scenes import Scenes
 from agln_fast.errors import ConfigError
 from agln_fast.evaluation.evaluate import evaluate
+from agln_fast.files import replacing
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import preset
 from agln_fast.runtime.segmenter import load_network
@@ -97,9 +98,8 @@ def run(model: str, seed: int, epochs: float, size: int, folder: Path, data: dic
         trained.log[-1].seconds,
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {version('torch')}",
     )
-    part = stored.with_suffix(".part")
-    part.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
-    part.replace(stored)
+    with replacing(stored, ConfigError) as part:
+        part.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
     return outcome
 
 

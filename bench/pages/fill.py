@@ -27,7 +27,7 @@ from agln_fast.bench.pages.presentation import (
     markdown_table,
 )
 from agln_fast.bench.race.results import Results, load_results
-from agln_fast.errors import AglnError, ConfigError, did_you_mean
+from agln_fast.errors import AglnError, ConfigError, choose
 from agln_fast.figures.saving import save_figure
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def fill(text: str, results: Results, name: str = "page") -> str:
     done, position = [], 0
     while marker := _OPEN.search(text, position):
         section = marker[1]
-        if section not in SECTIONS:
-            known = f"use {', '.join(SECTIONS)}{did_you_mean(section, SECTIONS)}"
-            raise ConfigError(f"{name}: no section {section!r}: {known}")
+        choose("section", section, SECTIONS, where=name)
         end = text.find(_CLOSE, marker.end())
         following = _OPEN.search(text, marker.end())
         if end < 0 or (following and following.start() < end):

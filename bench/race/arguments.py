@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from agln_fast.contract import IOContract, check_precision
 from agln_fast.engines import check_device
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import ConfigError, choose
 from agln_fast.models.config import preset
 
 __all__ = [
@@ -33,10 +33,7 @@ def choose_device(targets: Sequence[str], device: str | None = None) -> str:
         ConfigError: an unknown target or device, or targets of two devices.
     """
     for target in targets:
-        if target not in _TARGETS:
-            raise ConfigError(
-                f"unknown target {target!r}{did_you_mean(target, _TARGETS)}; known: {', '.join(_TARGETS)}"
-            )
+        choose("target", target, _TARGETS)
     kinds = {"cpu" if target == "cpu" else "cuda" for target in targets}
     if device is None and len(kinds) != 1:
         raise ConfigError(f"targets {', '.join(targets)}: measure those of the CPU and of the GPU one after the other")

@@ -22,7 +22,7 @@ from agln_fast.contract import Precision
 from agln_fast.engines import backend_class
 from agln_fast.engines.tensorrt import compute_capability
 from agln_fast.engines.tensorrt_library import Flavour, library_version
-from agln_fast.errors import ConfigError, did_you_mean
+from agln_fast.errors import choose
 from agln_fast.manifest import EngineRecord
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.runtime.turns import rounds
@@ -92,11 +92,7 @@ def contestant(name: str) -> Contestant:
     Raises:
         ConfigError: there is no such contestant.
     """
-    if name not in CONTESTANTS:
-        raise ConfigError(
-            f"unknown contestant {name!r}{did_you_mean(name, CONTESTANTS)}; it is {', '.join(CONTESTANTS)}"
-        )
-    return CONTESTANTS[name]
+    return CONTESTANTS[choose("contestant", name, CONTESTANTS)]
 
 
 def _record(backend: str, precision: Precision, file: str, kind: str, plan: Plan) -> EngineRecord:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from agln_fast.errors import ConfigError
+from agln_fast.files import replacing
 
 __all__ = ["DEVICE_LOST", "Report", "describe", "device_is_lost"]
 
@@ -58,9 +60,8 @@ class Report:
         """Write the file, whole or not at all."""
         if self._path is None:
             return
-        unfinished = self._path.with_suffix(".partial")
-        unfinished.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1) + "\n")
-        os.replace(unfinished, self._path)
+        with replacing(self._path, ConfigError) as part:
+            part.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1) + "\n")
 
 
 def describe(error: BaseException) -> str:

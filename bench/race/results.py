@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from agln_fast.bench.race.rows import Row
 from agln_fast.errors import ConfigError
+from agln_fast.files import replacing
 
 __all__ = ["Results", "load_results", "save_results", "write_csv"]
 
@@ -48,7 +48,9 @@ def save_results(results: Results, path: str | Path) -> None:
         ConfigError: the file cannot be written.
         ValueError: a number is not finite.
     """
-    _write(Path(path), json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path, ConfigError) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def load_results(path: str | Path) -> Results:
@@ -90,7 +92,8 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(Row)])
     writer.writerows(map(astuple, rows))
-    _write(Path(path), text.getvalue())
+    with replacing(path, ConfigError) as part:
+        part.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _wrong(row: Any) -> str:
@@ -108,14 +111,3 @@ def _wrong(row: Any) -> str:
         if type(row[name]) not in _KINDS[kind] and not (optional and row[name] is None):
             return f"{name} is {row[name]!r}, not {annotation}"
     return ""
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
-    finally:
-        part.unlink(missing_ok=True)

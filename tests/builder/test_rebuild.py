@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no classes": (lambda v: v.pop("classes"), "'classes' is a required property"),
     "classes twice": (lambda v: v.update(classes=["a"] * 5), "stands there twice"),
     "colours missing": (lambda v: v["palette"].pop(), "5 classes and 4 colours"),
-    "foreign model": (lambda v: v["model"].update(encoder="vgg"), "encoder 'vgg' is unknown"),
+    "foreign model": (lambda v: v["model"].update(encoder="vgg"), "unknown encoder 'vgg'"),
     "impossible size": (lambda v: v["contract"].update(height=1), "size 1x96"),
     "engines of another kind": (lambda v: v.update(engines=[3]), r"\$\.engines\[0\]"),
     "capabilities of another kind": (lambda v: v["engines"][0].update(compute_capabilities=3), "compute_capabilities"),

@@ -341,8 +341,8 @@ def test_file_in_the_place_of_a_folder_is_missing(voc: Path) -> None:
     ("kind", "split", "complaint"),
     [
         pytest.param(PascalVOC, "trian", "did you mean 'train'.*known: train, val, trainval, trainaug", id="voc"),
-        pytest.param(PascalVOC, "test", "'test' is unknown", id="voc-test-has-no-masks"),
-        pytest.param(PascalContext, "trainaug", "PascalContext: split 'trainaug' is unknown", id="context"),
+        pytest.param(PascalVOC, "test", "unknown split 'test'", id="voc-test-has-no-masks"),
+        pytest.param(PascalContext, "trainaug", "PascalContext: unknown split 'trainaug'", id="context"),
         pytest.param(ADE20K, "vals", "did you mean 'val'", id="ade"),
     ],
 )
@@ -368,7 +368,7 @@ def test_size_length_and_seed_reach_the_scenes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param({"name": "ade20"}, "'ade20' is unknown; did you mean 'ade20k'", id="unknown-name"),
+        pytest.param({"name": "ade20"}, "unknown dataset 'ade20'; did you mean 'ade20k'", id="unknown-name"),
         pytest.param(
             {"name": "scenes", "root": "x"}, "'scenes' is drawn, not read: .*--data-root", id="scenes-in-a-root"
         ),
@@ -377,7 +377,7 @@ def test_size_length_and_seed_reach_the_scenes() -> None:
             r"--data-root .*\nVOCdevkit/VOC2012\n[\s\S]*trainaug\.txt[\s\S]*SegmentationClassAug",
             id="no-root",
         ),
-        pytest.param({"name": "ade20k", "split": "tests"}, "split 'tests' is unknown", id="unknown-split-without-root"),
+        pytest.param({"name": "ade20k", "split": "tests"}, "unknown split 'tests'", id="unknown-split-without-root"),
         pytest.param({"name": "ade20k", "root": "x", "size": (64, 96)}, "size 64x96: .*'ade20k'", id="size-of-images"),
     ],
 )

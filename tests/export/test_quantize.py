@@ -276,6 +276,6 @@ def test_missing_packages_name_the_extra(package, tiny, tmp_path, monkeypatch):
 def test_int8_is_no_type_of_the_other_exports(small_network, tiny, tmp_path):
     with pytest.raises(ConfigError, match="ONNX export in 'int8': it is fp32, fp16, bf16; int8 is made of the fp32"):
         export_onnx(small_network(), tmp_path / "model.onnx", LABELS, "int8")
-    with pytest.raises(ConfigError, match="precision 'int8': must be one of fp32, fp16, bf16"):
+    with pytest.raises(ConfigError, match="unknown precision 'int8'; known: fp32, fp16, bf16"):
         build_tensorrt_engine(tiny, tmp_path / "model.engine", flavour="tensorrt-rtx", precision="int8")
     assert not list(tmp_path.iterdir())

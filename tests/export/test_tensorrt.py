@@ -179,7 +179,7 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 
 @needs_rtx
 def test_folder_that_is_not_there(rtx: Any, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="cannot be written: No such file or directory"):
+    with pytest.raises(BuildError, match=r"cannot be written \(No such file or directory\)"):
         build_tensorrt_engine(
             write_network(tmp_path / "small.onnx"), tmp_path / "no" / "x", flavour="tensorrt-rtx", precision="fp32"
         )
@@ -189,7 +189,7 @@ def test_folder_that_is_not_there(rtx: Any, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"flavour": "tensorrt-rxt"}, "did you mean 'tensorrt-rtx'"),
-        ({"precision": "fp8"}, "'fp8': must be one of fp32, fp16, bf16"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'.* known: fp32, fp16, bf16"),
         ({"compute_capabilities": ("sm90",)}, "does not serve it, tensorrt does"),
         ({"compute_capabilities": ("sm89", "sm100")}, "does not serve it, tensorrt does"),
         ({"compute_capabilities": ("sm8",)}, "did you mean 'sm8"),

@@ -198,11 +198,11 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(example, tmp_path, 
     (tmp_path / "a.png").write_bytes(b"old")
 
     def full(file, **options):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure, "savefig", full)
-    with pytest.raises(ImageError, match=r"a\.png: cannot be written: No space left"):
+    with pytest.raises(ImageError, match=r"a\.png: cannot be written \(No space left"):
         save_figure(figure, tmp_path / "a.png")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.png", b"old")]
 

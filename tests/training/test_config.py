@@ -56,7 +56,7 @@ def test_yaml_round_trip_and_overrides(tmp_path: Path) -> None:
         ({"batch_size": 1, "crop": 32}, "batch normalisation needs more"),
         ({"model": "agln_nan"}, "did you mean 'agln_nano'"),
         ({1: 2}, "unknown field 1"),
-        ({"precision": "fp8"}, "precision 'fp8' is unknown"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"batch_size": "many"}, "batch_size must be int, got 'many'"),
         ({"seed": True}, "seed must be int, got True"),
         ({"batch_size": 16, "devices": 3}, "batch size 16 cannot be divided among 3"),

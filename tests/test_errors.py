@@ -1,0 +1,40 @@
+"""What is chosen by its name is known, or the message helps to find it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agln_fast.errors import BundleError, ConfigError, choose
+
+FRUIT = ("apple", "fig")
+
+
+def test_the_known_one_is_returned():
+    assert choose("fruit", "fig", FRUIT) is FRUIT[1]
+    assert choose("fruit", "fig", iter(FRUIT)) == "fig"
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        ("aple", {}, "unknown fruit 'aple'; did you mean 'apple'? known: apple, fig"),
+        ("x", {}, "unknown fruit 'x'; known: apple, fig"),
+        ("x", {"where": "a.json"}, "a.json: unknown fruit 'x'; known: apple, fig"),
+        ("x", {"listed": "list_fruit()"}, "unknown fruit 'x'; known: list_fruit()"),
+        (["apple"], {}, "unknown fruit ['apple']; did you mean 'apple'? known: apple, fig"),
+        ("\x1b[2J", {}, r"unknown fruit '\x1b[2J'; known: apple, fig"),
+        ("x" * 1000, {}, f"unknown fruit '{'x' * 199}…; known: apple, fig"),
+    ],
+    ids=["close", "far", "in a file", "too many", "another type", "escape sequence", "long"],
+)
+def test_the_message_helps(value: object, options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as raised:
+        choose("fruit", value, FRUIT, **options)
+    assert str(raised.value) == message
+
+
+def test_the_class_of_the_error_is_given():
+    with pytest.raises(BundleError, match="unknown engine 'x'"):
+        choose("engine", "x", FRUIT, error=BundleError)
