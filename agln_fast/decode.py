@@ -1,4 +1,6 @@
-"""label_upsample in NumPy, for CPUs: labels = argmax_K(resize(logits)), in the thread that calls it alone.
+"""Logits become labels: argmax, resize and type, in NumPy, in the thread that calls it alone.
+
+`upsample_labels` is label_upsample for CPUs: labels = argmax_K(resize(logits)).
 
 Target pixels lie in cells between four source pixels. Where those have the same label L, that is the answer, and no
 logits are read: the resize is a convex combination, so a class that is at most L at four corners is at most L between
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Axis", "best_classes", "label_type", "upsample_labels"]
+__all__ = ["Axis", "best_classes", "decode", "labels_dtype", "upsample_labels"]
 
 _STRIP_BYTES = 2**19  # fastest of 64 KiB to 1 MiB: scores stay in the cache of a core, calls are few
 _CELLS = 16  # the least that are taken at once: loops run over cells
@@ -56,19 +58,32 @@ class Axis(NamedTuple):
         return [(int(count), np.flatnonzero(self.held == count)) for count in np.unique(self.held) if count]
 
 
-def label_type(classes: int) -> str:
-    """The smallest of PyTorch's integer types, by name, that holds the ids of so many classes."""
-    return "uint8" if classes <= 256 else "int16" if classes <= 32767 else "int32"
+def labels_dtype(num_classes: int) -> str:
+    """Of labels, whoever makes them, by name."""
+    return "uint8" if num_classes <= 256 else "int32"
+
+
+def decode(output: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+    """What an engine gives for one image, logits (K, h, w) or labels (h, w) -> labels (H, W), resampled once.
+
+    Logits are resized, then compared; labels are those of the nearest pixels. C-contiguous.
+    """
+    if output.ndim == 3:
+        return upsample_labels(output, size)
+    if output.shape == size:
+        return np.ascontiguousarray(output)
+    nearest = [((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in zip(size, output.shape, strict=True)]
+    return output[np.ix_(*nearest)]
 
 
 def best_classes(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
-    """(K, ...) -> (...): the class of the largest score, of `label_type`; the lowest one if there are several.
+    """(K, ...) -> (...): the class of the largest score, of `labels_dtype`; the lowest one if there are several.
 
     An argmax. NumPy's own takes ten times as long over a first axis.
     """
     classes = len(scores)
     # The code of a class is the larger the lower it is, so that the largest code is the lowest class of the best.
-    codes = np.arange(classes - 1, -1, -1, dtype=label_type(classes)).reshape(-1, *[1] * (scores.ndim - 1))
+    codes = np.arange(classes - 1, -1, -1, dtype=labels_dtype(classes)).reshape(-1, *[1] * (scores.ndim - 1))
     best = np.equal(scores, scores.max(0)).view(np.uint8) * codes
     labels: npt.NDArray[Any] = np.subtract(codes[0], best.max(0), dtype=codes.dtype)
     return labels
@@ -83,13 +98,13 @@ def upsample_labels(logits: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDAr
         size: (H, W) of the result, pixels; smaller than (h, w) is allowed.
 
     Returns:
-        (H, W) class ids, C-contiguous, of `label_type`.
+        (H, W) class ids, C-contiguous, of `labels_dtype`.
     """
     classes, height, width = logits.shape
     flat = np.ascontiguousarray(logits, np.float32).reshape(classes, height * width)
     rows, columns = Axis.between(height, size[0]), Axis.between(width, size[1])
     if size[0] * size[1] < height * width:  # many source pixels lie around no target pixel
-        labels = np.empty(size, label_type(classes))
+        labels = np.empty(size, labels_dtype(classes))
         mixed = np.ones((len(rows.after), len(columns.after)), np.bool_)
     else:
         coarse = _in_strips(flat).reshape(height, width)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from agln_fast.contract import IOContract
+from agln_fast.decode import labels_dtype
 
 __all__ = ["DeployedNetwork"]
 
@@ -25,7 +26,7 @@ class DeployedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.contract = contract
-        self.labels_dtype = torch.uint8 if num_classes <= 256 else torch.int32
+        self.labels_dtype = getattr(torch, labels_dtype(num_classes))
         device = next(network.parameters()).device
         self.register_buffer("mean", torch.tensor(contract.mean, device=device).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(contract.std, device=device).view(1, 3, 1, 1), persistent=False)

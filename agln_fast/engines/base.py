@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agln_fast.bundle import Bundle
+from agln_fast.decode import decode, labels_dtype
 from agln_fast.engines.gate import Gate, keep_after_fork
 from agln_fast.errors import BundleError
 from agln_fast.manifest import EngineRecord
@@ -26,11 +27,7 @@ def as_promised(output: Array, bundle: Bundle, engine: EngineRecord) -> Array:
     contract = bundle.manifest.contract
     if contract.output == "logits" or not engine.plan.low_resolution_labels:
         return output
-    # Imported here: what may run is asked before PyTorch, which the kernels import, is loaded.
-    from agln_fast.decode import upsample_labels
-
-    labels = np.stack([upsample_labels(logits, (contract.height, contract.width)) for logits in output])
-    return labels.astype(np.uint8 if output.shape[1] <= 256 else np.int32, copy=False)
+    return np.stack([decode(logits, (contract.height, contract.width)) for logits in output])
 
 
 class Port(NamedTuple):
@@ -65,7 +62,7 @@ def check_ports(bundle: Bundle, engine: EngineRecord, inputs: Sequence[Port], ou
     elif engine.plan.low_resolution_labels:
         result = Port("logits", "float32", (batch, classes, None, None))
     else:
-        result = Port("labels", "uint8" if classes <= 256 else "int32", (batch, *size))
+        result = Port("labels", labels_dtype(classes), (batch, *size))
     for verb, found, wanted in (("takes", inputs, image), ("gives", outputs, result)):
         if len(found) != 1 or not found[0].serves(wanted):
             told = ", ".join(map(str, found))

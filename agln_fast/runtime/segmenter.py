@@ -17,7 +17,7 @@ import numpy.typing as npt
 from agln_fast.bundle import Bundle, open_bundle
 from agln_fast.contract import IOContract, Resize, check_precision
 from agln_fast.data.classes import ClassSet, default_class_set
-from agln_fast.decode import best_classes, upsample_labels
+from agln_fast.decode import best_classes, decode
 from agln_fast.engines import (
     BACKENDS,
     Backend,
@@ -266,7 +266,7 @@ class Segmenter:
                 rows = slice(placement.top, placement.top + placement.height)
                 columns = slice(placement.left, placement.left + placement.width)
                 output = output[..., rows, columns]
-                labels = self._to_own_size(output, size)
+                labels = cast(Labels, decode(output, size))
                 ahead = None
                 if margin and self.contract.output == "logits":
                     ahead = np.concatenate([lead(strip) for strip in resized(output, size)])
@@ -278,19 +278,6 @@ class Segmenter:
         """Frames (H, W, 3) -> the engine's input; short batches are filled up with the last frame."""
         missing = self.contract.min_batch - len(frames)
         return pack([*frames, *[frames[-1]] * missing], self.contract)
-
-    def _to_own_size(self, output: npt.NDArray[Any], size: tuple[int, int]) -> Labels:
-        """The engine's labels (h, w) or logits (K, h, w) of one image -> labels (H, W), resampled once."""
-        if self.contract.output == "logits":
-            return self._as_labels(upsample_labels(output, size))
-        if output.shape == size:
-            return np.ascontiguousarray(output)
-        nearest = [((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in zip(size, output.shape, strict=True)]
-        return output[np.ix_(*nearest)]
-
-    def _as_labels(self, ids: npt.NDArray[Any]) -> Labels:
-        """Class ids (H, W) of any integer type -> uint8, or int32 for more than 256 classes."""
-        return cast(Labels, ids.astype(np.uint8 if len(self.class_set.classes) <= 256 else np.int32, copy=False))
 
     def _slide(
         self,
@@ -310,9 +297,7 @@ class Segmenter:
             else:
                 bands = (logits[0] for logits in slide(run, image, self.contract))
             parts = [
-                (self._as_labels(best_classes(scores)), lead(scores) if margin else None)
-                for band in bands
-                for scores in strips(band)
+                (best_classes(scores), lead(scores) if margin else None) for band in bands for scores in strips(band)
             ]
             labels = np.concatenate([labels for labels, _ in parts])
             ahead = np.concatenate([first for _, first in parts if first is not None]) if margin else None

@@ -18,6 +18,7 @@ from agln_fast import interruption
 from agln_fast.bundle import Bundle
 from agln_fast.contract import IOContract
 from agln_fast.data.scenes import Scenes
+from agln_fast.decode import best_classes
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.engines import backend_class, open_engine
 from agln_fast.errors import BackendError, VerificationError
@@ -145,7 +146,7 @@ def verify_engine(
                     if output.shape != reference.logits.shape or not np.isfinite(output).all():
                         raise VerificationError(f"{engine.name}: logits of shape {output.shape} or not finite")
                     worst = max(worst or 0.0, float(np.abs(output - reference.logits).max()))
-                    output = output.argmax(1)
+                    output = np.stack([best_classes(logits) for logits in output])
                 if output.shape != reference.labels.shape:
                     raise VerificationError(f"{engine.name}: labels {output.shape}, reference {reference.labels.shape}")
                 same = output == reference.labels

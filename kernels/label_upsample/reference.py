@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agln_fast.decode import label_type
+from agln_fast.decode import labels_dtype
 
 __all__ = ["empty_labels", "label_upsample"]
 
@@ -28,7 +28,7 @@ def label_upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
         size: (H, W) of the result, pixels; smaller than (h, w) is allowed.
 
     Returns:
-        (B, H, W) class ids: uint8 for K <= 256, int16 for K <= 32767, int32 above.
+        (B, H, W) class ids: uint8 for K <= 256, int32 above.
 
     Raises:
         TypeError: `logits` is no tensor of such a dtype, or `size` is not two integers.
@@ -52,9 +52,9 @@ def label_upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def empty_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """An uninitialised label map for (B, K, h, w) logits: (B, H, W), of the smallest dtype that holds K classes."""
+    """An uninitialised label map for (B, K, h, w) logits: (B, H, W), of the dtype of all labels."""
     batch, classes = logits.shape[:2]
-    return torch.empty(batch, *size, dtype=getattr(torch, label_type(classes)), device=logits.device)
+    return torch.empty(batch, *size, dtype=getattr(torch, labels_dtype(classes)), device=logits.device)
 
 
 def _rows(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,6 @@ from agln_fast.bundle import Bundle
 from agln_fast.engines import BACKENDS, backend_class, open_engine
 from agln_fast.engines.denormals import denormals_are_zero, denormals_as_zero
 from agln_fast.engines.fused import FusedNetworkBackend
-from agln_fast.engines.onnx_file import parse_graph
 from agln_fast.engines.torch import NetworkBackend
 from agln_fast.errors import BackendError, BundleError, ConfigError
 from agln_fast.export.onnx import export_onnx
@@ -167,22 +166,6 @@ def test_graphs_with_weights_elsewhere_are_refused(name, bundle, tmp_path):
     assert (tmp_path / "elsewhere.bin").stat().st_size > 0
     with pytest.raises(BundleError, match="refused: some of its weights lie in another file"):
         open_engine(_draft(bundle, tmp_path), bundle.engine(name))
-
-
-def test_weights_elsewhere_are_found_in_every_part_of_a_graph():
-    tensor = onnx.TensorProto(name="w", data_location=onnx.TensorProto.EXTERNAL)
-    inner = onnx.helper.make_graph([], "inner", [], [], initializer=[tensor])
-    node = onnx.helper.make_node("If", ["condition"], ["result"], then_branch=inner, else_branch=inner)
-    constant = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
-    outer = onnx.helper.make_graph([node], "outer", [], [])
-    function = onnx.helper.make_function("own", "f", [], ["c"], [constant], [])
-    for model in (
-        onnx.helper.make_model(outer),
-        onnx.helper.make_model(onnx.helper.make_graph([constant], "g", [], [])),
-        onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []), functions=[function]),
-    ):
-        with pytest.raises(BundleError, match="x: refused"):
-            parse_graph(model.SerializeToString(), "x")
 
 
 @pytest.fixture(scope="module")
