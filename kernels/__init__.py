@@ -1,8 +1,8 @@
 """Fused operations, one folder each: the same name is the folder, the op `agln::NAME`, its test and its benchmark.
 
-Each folder holds `reference.py` (plain PyTorch), `kernel.py` (Triton), `op.py` (the op in `torch.library`) and
-`configs.json` (launch configurations). Imported as `agln_fast.kernels`. A leaf: nothing here imports the rest of the
-package, and Triton is imported when a kernel is launched, not before.
+Each folder holds `reference.py` (plain PyTorch), `kernel.py` (Triton), `op.py` (the check of its arguments, and the op
+in `torch.library`) and `configs.json` (launch configurations). Imported as `agln_fast.kernels`. Triton is imported when
+a kernel is launched, not before.
 """
 
 from agln_fast.kernels.attention_pool import attention_pool

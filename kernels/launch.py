@@ -44,13 +44,9 @@ class LaunchConfig:
     processors: int = 132
 
 
-def load_configs(package: str, op: str | None = None) -> tuple[LaunchConfig, ...]:
-    """The rows of `configs.json` in `package`, in their order: the first that fits is taken.
-
-    `op` names the rows in a file for several ops.
-    """
-    rows = json.loads(resources.files(package).joinpath("configs.json").read_text())
-    rows = rows if op is None else rows[op]
+def load_configs(package: str, op: str) -> tuple[LaunchConfig, ...]:
+    """The rows of `op` in the `configs.json` of `package`, in their order: the first that fits is taken."""
+    rows = json.loads(resources.files(package).joinpath("configs.json").read_text())[op]
     return tuple(
         LaunchConfig(
             **{**row, "dtypes": tuple(row["dtypes"]), "capabilities": tuple(row.get("capabilities", ()))},

@@ -15,21 +15,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
+from agln_fast.bench.kernels.calls import CALLS, Case
 from agln_fast.errors import ConfigError
-from agln_fast.kernels.launch import LaunchConfig, choose, load_configs, regular
+from agln_fast.kernels.registration import OPS
 
-__all__ = ["AGLN", "CAPABILITIES", "DTYPES", "ODD", "OPS", "Compiled", "Sizes", "compile_op"]
+__all__ = ["CAPABILITIES", "DTYPES", "Compiled", "compile_op"]
 
 # Compute capability -> multiprocessors of its best-known GPU (A100, RTX 3090, L4, H200, B200, RTX 5090), and the shared
 # memory that one block may use there, KiB (CUDA C++ Programming Guide, table "Technical Specifications").
@@ -67,79 +66,13 @@ class Compiled:
     tensor_cores: str
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the kernels are compiled for: C, N, K, and a map of side x side pixels."""
-
-    channels: int
-    descriptors: int
-    classes: int
-    side: int
-    memory_format: torch.memory_format
-
-    def map(self, dtype: torch.dtype, channels: int) -> Tensor:
-        shape = (1, channels, self.side, self.side)
-        return torch.empty(shape, dtype=dtype).contiguous(memory_format=self.memory_format)
-
-
-AGLN = Sizes(256, 128, 150, 128, torch.channels_last)
-ODD = Sizes(300, 150, 59, 127, torch.contiguous_format)  # nothing is a multiple of 16, more channels than fit a tile
-
-# `pick(x, ...)` is the configuration for the arguments of an op, the first of which has its dtype.
-_Pick = Callable[..., LaunchConfig]
-
-
-def _attention_pool(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
-    x, w_theta = sizes.map(dtype, sizes.channels), torch.empty(sizes.descriptors, sizes.channels, dtype=dtype)
-    kernel.attention_pool(x, w_theta, pick(x, w_theta))
-
-
-def _semantic_distribution(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
-    a, w_phi = sizes.map(dtype, sizes.channels), torch.empty(sizes.descriptors, sizes.channels, dtype=dtype)
-    d = torch.empty(1, sizes.channels, sizes.descriptors, dtype=dtype)
-    kernel.semantic_distribution(a, w_phi, torch.empty(len(w_phi), dtype=dtype), d, 0.5, pick(a, w_phi, d))
-
-
-def _channel_affinity(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
-    e, b = (sizes.map(dtype, sizes.channels) for _ in range(2))
-    kernel.channel_affinity(e, b, -1.0, dtype, pick(e, b))
-
-
-def _channel_apply(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
-    b, m, base = (sizes.map(dtype, sizes.channels) for _ in range(3))
-    r = torch.empty(1, sizes.channels, sizes.channels, dtype=dtype)
-    variants = [(r, m)] if sizes is AGLN else [(r, m), (r.float(), None), (None, m)]
-    for affinity, gate in variants:
-        kernel.channel_apply(affinity, b, gate, base, 0.5, 0.25, pick(b, affinity, gate, base))
-
-
-def _label_upsample(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
-    logits = sizes.map(dtype, sizes.classes)
-    kernel.label_upsample(logits, (4 * sizes.side, 4 * sizes.side), pick(logits))
-
-
-def _separable_conv(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
-    x, count = sizes.map(dtype, sizes.channels), sizes.channels
-    depthwise, pointwise = (torch.empty(count, n, k, k, dtype=dtype) for n, k in ((1, 3), (count, 1)))
-    kernel.separable_conv(x, depthwise, pointwise, torch.empty(count, dtype=dtype), pick(x, pointwise))
-
-
-def _upsample_taps(kernel: Any, dtype: torch.dtype, sizes: Sizes, pick: _Pick) -> None:
-    count = 2 * sizes.channels  # of the classifier's first convolution
-    base = sizes.map(dtype, count)
-    taps = [replace(sizes, side=sizes.side // step).map(dtype, 9 * count) for step in (2, 4, 8)]
-    kernel.upsample_taps(base, taps, torch.empty(count, dtype=dtype), pick(base, *taps))
-
-
-# Op -> its folder, and a call of its launcher.
-OPS: dict[str, tuple[str, Callable[[Any, torch.dtype, Sizes, _Pick], None]]] = {
-    "attention_pool": ("attention_pool", _attention_pool),
-    "semantic_distribution": ("semantic_distribution", _semantic_distribution),
-    "channel_affinity": ("channel_resample", _channel_affinity),
-    "channel_apply": ("channel_resample", _channel_apply),
-    "label_upsample": ("label_upsample", _label_upsample),
-    "separable_conv": ("separable_conv", _separable_conv),
-    "upsample_taps": ("upsample_taps", _upsample_taps),
+# Where nothing is a multiple of 16, and more channels are than fit a tile.
+_ODD: dict[str, Any] = {
+    "side": 127,
+    "channels": 300,
+    "descriptors": 150,
+    "classes": 59,
+    "memory_format": torch.contiguous_format,
 }
 
 
@@ -179,11 +112,12 @@ def _compiling(capability: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         yield found
 
 
-def compile_op(op: str, dtype: torch.dtype, capability: str, sizes: Sizes = AGLN) -> list[Compiled]:
+def compile_op(op: str, dtype: torch.dtype, capability: str, *, odd: bool = False) -> list[Compiled]:
     """Compile every kernel that `op` launches, in its shipped configuration.
 
     Args:
         op: of OPS; dtype: of DTYPES; capability: of CAPABILITIES.
+        odd: for sizes that suit no tile, in the place of AGLN's.
 
     Raises:
         ConfigError: the process interprets kernels (TRITON_INTERPRET), so nothing is compiled.
@@ -192,16 +126,12 @@ def compile_op(op: str, dtype: torch.dtype, capability: str, sizes: Sizes = AGLN
 
     if knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so nothing is compiled: unset it")
-    folder, call = OPS[op]
-    package = f"agln_fast.kernels.{folder}"
-    kernel = import_module(f"{package}.kernel")
-    configs = load_configs(package, op) if folder != op else load_configs(package)
-
-    def pick(x: Tensor, *others: Tensor | None) -> LaunchConfig:
-        return choose(configs, x, regular(x, *others), capability, CAPABILITIES[capability][0])
-
+    call, case = CALLS[op], Case(1, 128, dtype, draws=False)
+    device = capability, CAPABILITIES[capability][0]
     with _compiling(capability) as found:
-        call(kernel, dtype, sizes, pick)
+        for changes in [{**_ODD, **change} for change in call.odd] if odd else [{}]:
+            size = replace(case, **changes)
+            OPS[op].launch(call.arguments(size), call.keywords(size), device)
     rows = []
     for compiled, kwargs in found:
         registers, spill_bytes = _resources(compiled.asm["cubin"])
@@ -210,7 +140,7 @@ def compile_op(op: str, dtype: torch.dtype, capability: str, sizes: Sizes = AGLN
             Compiled(
                 op,
                 compiled.metadata.name,
-                str(dtype).removeprefix("torch."),
+                _name(dtype),
                 capability,
                 " ".join(f"{key}={int(value)}" for key, value in settings.items()),
                 compiled.metadata.num_warps,
@@ -222,6 +152,10 @@ def compile_op(op: str, dtype: torch.dtype, capability: str, sizes: Sizes = AGLN
             )
         )
     return rows
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -279,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--capability", action="append", choices=list(CAPABILITIES), help="may be repeated; default all"
     )
+    parser.add_argument("--dtype", action="append", choices=[_name(dtype) for dtype in DTYPES], help="the same")
     parser.add_argument("--odd", action="store_true", help="compile for sizes that suit no tile, instead of AGLN's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write", type=Path, help="page of the docs whose table is replaced")
@@ -288,9 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown op {unknown[0]!r}; known: {', '.join(OPS)}")
     rows: list[Compiled] = []
     for op in options.ops or OPS:
-        for dtype in DTYPES:
+        for dtype in [dtype for dtype in DTYPES if _name(dtype) in (options.dtype or [_name(dtype)])]:
             for capability in options.capability or CAPABILITIES:
-                compiled = compile_op(op, dtype, capability, ODD if options.odd else AGLN)
+                compiled = compile_op(op, dtype, capability, odd=options.odd)
                 rows += compiled
                 if not options.json:
                     for row in compiled:

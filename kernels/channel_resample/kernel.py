@@ -145,7 +145,9 @@ def _apply_kernel(
     tl.store(p_o, b_out.to(out.dtype.element_ty), mask=m_pi)
 
 
-def channel_affinity(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype, config: LaunchConfig) -> Tensor:
+def channel_affinity(
+    e: Tensor, b: Tensor, sign: float, config: LaunchConfig, dtype: torch.dtype | None = None
+) -> Tensor:
     """As the reference; the arguments are checked. `config` sets tiles I, J and P, and into how many splits P falls."""
     e, b = e.flatten(2), b.flatten(2)
     batch, channels, count = e.shape
@@ -153,7 +155,7 @@ def channel_affinity(e: Tensor, b: Tensor, sign: float, dtype: torch.dtype, conf
     tiles = triton.cdiv(channels, bi) * triton.cdiv(channels, bj)
     splits, size = split(count, bp, tiles * batch, config)
     partial = e.new_empty(batch, splits, channels, channels, dtype=torch.float32)
-    r = e.new_empty(batch, channels, channels, dtype=dtype)
+    r = e.new_empty(batch, channels, channels, dtype=dtype or torch.float32)
     with torch.cuda.device_of(e):
         _energy_kernel[(tiles, splits, batch)](
             e,

@@ -13,6 +13,8 @@ p_ pointer, b_ loaded block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -115,7 +117,7 @@ def _fine_kernel(
     tl.store(p_labels, b_label.to(labels.dtype.element_ty), mask=m_p)
 
 
-def label_upsample(logits: Tensor, size: tuple[int, int], config: LaunchConfig) -> Tensor:
+def label_upsample(logits: Tensor, size: Sequence[int], config: LaunchConfig) -> Tensor:
     """As the reference; the arguments are checked. `config` sets tiles P and K, and H and W of the target."""
     (batch, classes, *source), (height, width) = logits.shape, size
     labels = empty_labels(logits, size)

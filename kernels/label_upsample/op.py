@@ -1,30 +1,17 @@
-"""The op `agln::label_upsample`: NumPy on a CPU, the Triton kernel on CUDA, shapes alone for tracing."""
+"""The op `agln::label_upsample`: on CPUs in NumPy, as everything else makes labels of logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import SymInt, Tensor
 
 from agln_fast.decode import upsample_labels
 from agln_fast.kernels.arguments import check_tensor
 from agln_fast.kernels.label_upsample import reference
-from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.registration import register
 
-__all__ = ["CONFIGS", "label_upsample"]
-
-CONFIGS = load_configs(__package__)
-
-
-def label_upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    _check(logits, size)
-    labels: Tensor = _op(logits, size)
-    return labels
-
-
-label_upsample.__doc__ = reference.label_upsample.__doc__
+__all__ = ["label_upsample"]
 
 
 def _check(logits: Tensor, size: Sequence[int]) -> None:
@@ -37,25 +24,17 @@ def _check(logits: Tensor, size: Sequence[int]) -> None:
 
 
 def _cpu(logits: Tensor, size: Sequence[int]) -> Tensor:
-    _check(logits, size)
-    labels = reference.empty_labels(logits, (size[0], size[1]))
+    labels = reference.empty_labels(logits, size)
     for image, labels_of_image in zip(logits.detach(), labels, strict=True):
         labels_of_image.numpy()[:] = upsample_labels(image.float().numpy(), (size[0], size[1]))
     return labels
 
 
-def _cuda(logits: Tensor, size: Sequence[int]) -> Tensor:
-    _check(logits, size)
-    if logits.dtype == torch.float64:  # exists for proofs; no configuration is kept for it
-        return reference.label_upsample(logits, (size[0], size[1]))
-    from agln_fast.kernels.label_upsample import kernel
-
-    return kernel.label_upsample(logits, (size[0], size[1]), choose(CONFIGS, logits, regular(logits)))
-
-
-def _fake(logits: Tensor, size: Sequence[int]) -> Tensor:
-    _check(logits, size)
-    return reference.empty_labels(logits, (size[0], size[1]))
-
-
-_op = register("label_upsample", _cpu, _cuda, _fake)
+label_upsample = register(
+    __package__,
+    reference.label_upsample,
+    check=_check,
+    tiles=lambda logits, size: (logits,),
+    fake=reference.empty_labels,
+    cpu=_cpu,
+)

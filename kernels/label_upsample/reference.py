@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ _STRIP_BYTES = 16 * 2**20  # fastest on CPUs of 64, 16, 8, 4, 2 and 1 MiB: a str
 _COPIES = 6  # of a strip that live at once: source rows as they are and widened, two gathered, a product, their sum
 
 
-def label_upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def label_upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Resize class logits bilinearly (align_corners=True) to `size` and take the best class of every pixel.
 
     Equal to `F.interpolate(logits.float(), size, mode="bilinear", align_corners=True).argmax(1)` up to float32
@@ -51,7 +52,7 @@ def label_upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return labels
 
 
-def empty_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def empty_labels(logits: Tensor, size: Sequence[int]) -> Tensor:
     """An uninitialised label map for (B, K, h, w) logits: (B, H, W), of the dtype of all labels."""
     batch, classes = logits.shape[:2]
     return torch.empty(batch, *size, dtype=getattr(torch, labels_dtype(classes)), device=logits.device)

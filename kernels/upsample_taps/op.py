@@ -1,30 +1,17 @@
-"""The op `agln::upsample_taps`: the reference on a CPU, the Triton kernel on CUDA, shapes alone for tracing."""
+"""The op `agln::upsample_taps`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from agln_fast.kernels.arguments import check_tensor
-from agln_fast.kernels.launch import choose, load_configs, regular
 from agln_fast.kernels.layout import empty_maps
 from agln_fast.kernels.registration import register
 from agln_fast.kernels.upsample_taps import reference
 
-__all__ = ["CONFIGS", "upsample_taps"]
-
-CONFIGS = load_configs(__package__)
-
-
-def upsample_taps(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> Tensor:
-    _check(base, taps, bias)
-    y: Tensor = _op(base, taps, bias)
-    return y
-
-
-upsample_taps.__doc__ = reference.upsample_taps.__doc__
+__all__ = ["upsample_taps"]
 
 
 def _check(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> None:
@@ -38,23 +25,10 @@ def _check(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> None:
     check_tensor("bias", bias, (base.shape[1],), like=base)
 
 
-def _cpu(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> Tensor:
-    _check(base, taps, bias)
-    return reference.upsample_taps(base, taps, bias)
-
-
-def _cuda(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> Tensor:
-    _check(base, taps, bias)
-    if base.dtype == torch.float64:  # exists for proofs; no configuration is kept for it
-        return reference.upsample_taps(base, taps, bias)
-    from agln_fast.kernels.upsample_taps import kernel
-
-    return kernel.upsample_taps(base, taps, bias, choose(CONFIGS, base, regular(base, *taps)))
-
-
-def _fake(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> Tensor:
-    _check(base, taps, bias)
-    return empty_maps(base)
-
-
-_op = register("upsample_taps", _cpu, _cuda, _fake)
+upsample_taps = register(
+    __package__,
+    reference.upsample_taps,
+    check=_check,
+    tiles=lambda base, taps, bias: (base, *taps),
+    fake=lambda base, taps, bias: empty_maps(base),
+)

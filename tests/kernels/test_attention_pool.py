@@ -12,8 +12,8 @@ from torch import Tensor
 
 from agln_fast.kernels import attention_pool
 from agln_fast.kernels.attention_pool import kernel
-from agln_fast.kernels.attention_pool.op import CONFIGS
 from agln_fast.kernels.launch import choose
+from agln_fast.kernels.registration import OPS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -91,7 +91,7 @@ def test_energies_beyond_half_precision(scale, dtype):
 @shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     x, w_theta = inputs((1, 260, 9, 10), 70, dtype)
-    config = choose(CONFIGS, x, is_regular, capability, 132)
+    config = choose(OPS["attention_pool"].configs, x, is_regular, capability, 132)
     check(kernel.attention_pool(x, w_theta, config), x, w_theta)
 
 

@@ -13,8 +13,8 @@ from tolerance import assert_as_exact
 from torch import Tensor
 
 from agln_fast.kernels.channel_resample import channel_affinity, channel_apply, kernel
-from agln_fast.kernels.channel_resample.op import AFFINITY_CONFIGS, APPLY_CONFIGS
 from agln_fast.kernels.launch import choose
+from agln_fast.kernels.registration import OPS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -93,7 +93,7 @@ def check_apply(out: Tensor, tensors: list[Tensor | None], gate_scale: float, sk
 def test_affinity_kernel(shape, tile, dtype, sign):
     e, b = pair(shape, dtype)
     with poisoned():
-        r = kernel.channel_affinity(e, b, sign, torch.float32, small(dtype, **tile))
+        r = kernel.channel_affinity(e, b, sign, small(dtype, **tile))
     check_affinity(r, e, b, sign)
 
 
@@ -170,12 +170,12 @@ def layouts(x: Tensor) -> list[Tensor]:
 def test_kernels_read_every_layout(dtype):
     """Inputs of one call in different memory formats: bit for bit what they give in one."""
     e, b = pair((2, 20, 6, 5), dtype)
-    r = kernel.channel_affinity(e, b, 1, torch.float32, small(dtype))
+    r = kernel.channel_affinity(e, b, 1, small(dtype))
     _, _, m, base = operands(b.shape, dtype)
     out = kernel.channel_apply(r, b, m, base, 0.75, -0.5, small(dtype))
     for turn in range(3):
         es, bs, ms, bases = (layouts(x)[(turn + i) % 3] for i, x in enumerate((e, b, m, base)))
-        assert torch.equal(kernel.channel_affinity(es, bs, 1, torch.float32, small(dtype)), r)
+        assert torch.equal(kernel.channel_affinity(es, bs, 1, small(dtype)), r)
         transposed = r.transpose(1, 2).contiguous().transpose(1, 2)
         assert torch.equal(kernel.channel_apply(transposed, bs, ms, bases, 0.75, -0.5, small(dtype)), out)
 
@@ -203,7 +203,7 @@ def test_energies_beyond_float16(sign, dtype):
     exact = plain_affinity(e.double(), b.double(), sign)
     assert (e.double().flatten(2) @ b.double().flatten(2).mT).min() > torch.finfo(torch.float16).max
     assert 0.1 < exact.max() < 0.2
-    for r in (kernel.channel_affinity(e, b, sign, torch.float32, small(dtype)), channel_affinity(e, b, sign)):
+    for r in (kernel.channel_affinity(e, b, sign, small(dtype)), channel_affinity(e, b, sign)):
         torch.testing.assert_close(r.double(), exact, rtol=1e-6, atol=0)
 
 
@@ -213,7 +213,7 @@ def test_energies_beyond_float16(sign, dtype):
 def test_one_hot_affinity_picks_a_channel(sign, dtype):
     """With energies of 1e5 a row of R is one channel, and (R B) is that very channel."""
     e, b = ((40 * x.abs()).to(dtype) for x in maps_of(2, (1, 20, 9, 9), torch.float32))
-    r = kernel.channel_affinity(e, b, sign, torch.float32, small(dtype))
+    r = kernel.channel_affinity(e, b, sign, small(dtype))
     exact = plain_affinity(e.double(), b.double(), sign)
     assert exact.amax(2).min() > 1 - 1e-9
     assert torch.equal(r.argmax(2), exact.argmax(2))
@@ -229,10 +229,10 @@ def test_one_hot_affinity_picks_a_channel(sign, dtype):
 @shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     e, b = pair((1, 260, 9, 10), dtype)
-    config = choose(AFFINITY_CONFIGS, e, is_regular, capability, 132)
-    check_affinity(kernel.channel_affinity(e, b, -1, torch.float32, config), e, b, -1)
+    config = choose(OPS["channel_affinity"].configs, e, is_regular, capability, 132)
+    check_affinity(kernel.channel_affinity(e, b, -1, config), e, b, -1)
     tensors = operands((1, 260, 9, 10), dtype)
-    config = choose(APPLY_CONFIGS, b, is_regular, capability, 132)
+    config = choose(OPS["channel_apply"].configs, b, is_regular, capability, 132)
     check_apply(kernel.channel_apply(*tensors, 0.75, -0.5, config), tensors, 0.75, -0.5)
 
 
@@ -246,7 +246,7 @@ def test_affinity_kernel_at_any_size(shape, sign, processors, seed):
     """Of whole numbers, whose energies float32 adds without rounding."""
     generator = torch.Generator().manual_seed(seed)
     e, b = torch.randint(-2, 3, (2, *shape), generator=generator).float()
-    r = kernel.channel_affinity(e, b, sign, torch.float32, small(torch.float32, processors))
+    r = kernel.channel_affinity(e, b, sign, small(torch.float32, processors))
     torch.testing.assert_close(r.double(), plain_affinity(e.double(), b.double(), sign), rtol=1e-5, atol=1e-7)
 
 
@@ -270,7 +270,7 @@ def test_affinity_op(memory_format, dtype):
     asked = channel_affinity(e, b, -1, dtype=torch.bfloat16)
     assert torch.equal(asked, r.to(torch.bfloat16))
     for wanted in (None, torch.bfloat16):
-        torch.library.opcheck(torch.ops.agln.channel_affinity.default, (e, b, -1.0, wanted))
+        torch.library.opcheck(torch.ops.agln.channel_affinity.default, (e, b, -1.0), {"dtype": wanted})
 
 
 @pytest.mark.parametrize(("has_r", "has_m"), PARTS)
@@ -353,7 +353,6 @@ def test_wrong_argument_of_affinity_is_named(e, b, sign, dtype, error, message):
         pytest.param({"base": None}, TypeError, "base: needs a tensor, got NoneType", id="no-base"),
         pytest.param({"base": X[..., :2]}, ValueError, r"base: needs shape \(1, 4, 3, 3\)", id="base-of-another-size"),
         pytest.param({"gate_scale": X}, TypeError, "gate_scale: needs a number, got Tensor", id="gate-scale-a-tensor"),
-        pytest.param({"skip_scale": True}, TypeError, "skip_scale: needs a number, got bool", id="skip-scale-a-bool"),
     ],
 )
 def test_wrong_argument_of_apply_is_named(changed, error, message):

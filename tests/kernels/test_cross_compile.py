@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from agln_fast.bench.kernels.cross_compile import CAPABILITIES, DTYPES, OPS, Compiled, compile_op, to_markdown
+from agln_fast.bench.kernels.cross_compile import CAPABILITIES, DTYPES, Compiled, compile_op, to_markdown
 from agln_fast.errors import ConfigError
+from agln_fast.kernels.registration import OPS
 
 # Kernels without a matrix product: they merge, sum, look up, or interpolate.
 NO_PRODUCT = {"_merge_kernel", "_softmax_kernel", "_coarse_kernel", "_fine_kernel", "_upsample_kernel"}
@@ -31,6 +32,11 @@ def compiled(*arguments):
         half_product = row.kernel not in NO_PRODUCT and "HAS_R=0" not in row.tile and row.dtype != "float32"
         assert bool(row.tensor_cores) == half_product, row
     return rows
+
+
+def test_every_op_compiles_for_one_capability():
+    rows = compiled(*OPS, "--capability", "sm90", "--dtype", "float16")
+    assert {row.op for row in rows} == set(OPS)
 
 
 @pytest.mark.slow
@@ -61,11 +67,14 @@ def test_spills_are_seen():
     """A tile of twice as many pixels as the shipped one, on half as many warps."""
     program = (
         "import torch\n"
-        "from agln_fast.bench.kernels import cross_compile as c\n"
+        "from dataclasses import replace\n"
+        "from agln_fast.bench.kernels.cross_compile import compile_op\n"
         "from agln_fast.kernels.launch import LaunchConfig\n"
+        "from agln_fast.kernels.registration import OPS\n"
         "tile = {'P': 32, 'K': 64, 'H': 8, 'W': 8}\n"
-        "c.load_configs = lambda *_: (LaunchConfig(('float16',), tile, num_warps=4, num_stages=1),)\n"
-        "print(max(row.spill_bytes for row in c.compile_op('label_upsample', torch.float16, 'sm90')))"
+        "config = LaunchConfig(('float16',), tile, num_warps=4, num_stages=1)\n"
+        "OPS['label_upsample'] = replace(OPS['label_upsample'], configs=(config,))\n"
+        "print(max(row.spill_bytes for row in compile_op('label_upsample', torch.float16, 'sm90')))"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     answer = subprocess.run(

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agln_fast import decode as cpu
 from agln_fast.kernels.label_upsample import kernel, label_upsample, reference
-from agln_fast.kernels.label_upsample.op import CONFIGS
 from agln_fast.kernels.launch import choose
+from agln_fast.kernels.registration import OPS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -261,7 +261,8 @@ def test_kernel_at_any_size(sides, classes, seed):
 @shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     logits = noise((1, 70, 4, 9)).to(dtype)
-    check(logits, (9, 18), kernel.label_upsample(logits, (9, 18), choose(CONFIGS, logits, is_regular, capability, 132)))
+    config = choose(OPS["label_upsample"].configs, logits, is_regular, capability, 132)
+    check(logits, (9, 18), kernel.label_upsample(logits, (9, 18), config))
 
 
 @pytest.mark.interpreter

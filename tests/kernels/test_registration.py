@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from agln_fast import kernels
+from agln_fast.bench.kernels.calls import CALLS
+from agln_fast.kernels.registration import OPS
 
 
-@pytest.mark.parametrize("op", kernels.__all__)
+def test_every_op_is_public_and_has_a_call():
+    assert OPS.keys() == CALLS.keys() == set(kernels.__all__)
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
 def test_every_op_has_a_kernel_for(key, op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"agln::{op}", key)

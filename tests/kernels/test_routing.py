@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from contextlib import suppress
 from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import agln_fast
-from agln_fast.kernels import label_upsample
+from agln_fast.bench.kernels.calls import CALLS, Case
+from agln_fast.kernels import label_upsample, registration
+from agln_fast.kernels.registration import OPS
 
-# Op: its folder, and how often AGLN-Lite and one label map call it.
-OPS = {
-    "attention_pool": ("attention_pool", 3),
-    "semantic_distribution": ("semantic_distribution", 6),
-    "channel_affinity": ("channel_resample", 6),
-    "channel_apply": ("channel_resample", 6),
-    "separable_conv": ("separable_conv", 12),
-    "label_upsample": ("label_upsample", 1),
+# How often AGLN-Lite and one label map call each op.
+ALL = {
+    "attention_pool": 3,
+    "semantic_distribution": 6,
+    "channel_affinity": 6,
+    "channel_apply": 6,
+    "separable_conv": 12,
+    "label_upsample": 1,
 }
-ALL = {op: count for op, (_, count) in OPS.items()}
-ON_CPU = {**ALL, "label_upsample": 2}  # in NumPy, one image after the other
 
 
 class OnCuda(Tensor):
@@ -59,30 +61,40 @@ def held(tree):
     return tree_map_only(OnCuda, lambda x: x.inner, tree)
 
 
-def part(op, name):
-    return import_module(f"agln_fast.kernels.{OPS[op][0]}.{name}")
+class Calls(TorchDispatchMode):
+    """Counts what is called of the fused ops, wherever it goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "agln":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def kernel_of(op):
+    return import_module(f"{OPS[op].package}.kernel")
 
 
 @pytest.fixture
-def reached(monkeypatch):
-    """Counters of what the ops reach: Triton's host wrappers, and what computes on the CPU."""
-    kernels, references = Counter(), Counter()
+def launched(monkeypatch):
+    """A counter of Triton's host wrappers that ran."""
+    kernels = Counter()
 
-    def spy(op, module, counter, name=None):
-        original = getattr(module, name or op)
+    def spy(op, module):
+        original = getattr(module, op)
 
         def counted(*args, **kwargs):
-            counter[op] += 1
+            kernels[op] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, name or op, counted)
+        monkeypatch.setattr(module, op, counted)
 
-    for op in OPS:
-        spy(op, part(op, "kernel"), kernels)
-        if op != "label_upsample":
-            spy(op, part(op, "reference"), references)
-    spy("label_upsample", part("label_upsample", "op"), references, "upsample_labels")
-    return kernels, references
+    for op in ALL:
+        spy(op, kernel_of(op))
+    return kernels
 
 
 @pytest.fixture
@@ -90,17 +102,17 @@ def simulated(monkeypatch):
     """Kernels that compute as the reference does, on what `OnCuda` tensors hold, for no device in particular."""
 
     def simulate(op):
-        reference, parameters = getattr(part(op, "reference"), op), inspect.signature(getattr(part(op, "kernel"), op))
+        reference, parameters = OPS[op].reference, inspect.signature(getattr(kernel_of(op), op))
 
-        def launch(*args):
-            arguments = parameters.bind(*args).arguments
+        def launch(*args, **kwargs):
+            arguments = parameters.bind(*args, **kwargs).arguments
             assert arguments.pop("config") == "chosen"
             return tree_map_only(Tensor, OnCuda, reference(**held(arguments)))
 
-        monkeypatch.setattr(part(op, "kernel"), op, launch)
-        monkeypatch.setattr(part(op, "op"), "choose", lambda configs, x, is_regular: "chosen")
+        monkeypatch.setattr(kernel_of(op), op, launch)
 
-    for op in OPS:
+    monkeypatch.setattr(registration, "choose", lambda configs, x, is_regular, *device: "chosen")
+    for op in ALL:
         simulate(op)
 
 
@@ -110,34 +122,45 @@ def infer(network, image):
 
 
 @torch.inference_mode()
-def test_kernels_on_a_simulated_device(simulated, reached, small_network):
-    kernels, references = reached
+def test_kernels_on_a_simulated_device(simulated, launched, small_network):
     network, image = agln_fast.fuse(small_network("agln_lite_resnet18")), torch.randn(2, 3, 40, 50)
-    expected = infer(network, image)
-    assert (kernels, references) == ({}, ON_CPU)
+    with Calls() as calls:
+        expected = infer(network, image)
+    assert (calls.counts, launched) == (ALL, {})
 
-    references.clear()
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
             module._parameters[name] = OnCuda(weight)
     results = infer(network, OnCuda(image))
-    assert (kernels, references) == (ALL, {})
+    assert launched == ALL
     for result, wanted in zip(results, expected, strict=True):
         assert result.is_cuda
         torch.testing.assert_close(result.inner, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_has_the_kernel_for_all_but_float64(op, dtype, monkeypatch):
+    """Triton's matrix products have no float64."""
+    reached = []
+    monkeypatch.setattr(registration, "choose", lambda configs, x, is_regular, *device: "chosen")
+    monkeypatch.setattr(kernel_of(op), op, lambda *arguments, config, **keywords: reached.append(config))
+    call, case = CALLS[op], Case(1, 3, dtype, channels=2, descriptors=2, classes=2)
+    arguments = tree_map_only(Tensor, OnCuda, call.arguments(case))
+    with suppress(Exception):  # neither gives what the op should: the stand-in nothing, the reference no CUDA tensor
+        getattr(torch.ops.agln, op)(*arguments, **call.keywords(case))
+    assert reached == ([] if dtype == torch.float64 else ["chosen"])
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_kernels_on_the_gpu(reached, small_network):
-    kernels, references = reached
+def test_kernels_on_the_gpu(launched, small_network):
     network, image = agln_fast.fuse(small_network("agln_lite_resnet18")), torch.randn(2, 3, 40, 50)
     expected = infer(network, image)
-    assert (kernels, references) == ({}, ON_CPU)
+    assert launched == {}
 
-    references.clear()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits, labels = infer(network.cuda(), image.cuda())
-    assert (kernels, references) == (ALL, {})
+    assert launched == ALL
     torch.testing.assert_close(logits.cpu(), expected[0], rtol=1e-3, atol=1e-3)
     assert (labels.cpu() == expected[1]).float().mean() > 0.99

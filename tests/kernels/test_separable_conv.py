@@ -13,8 +13,8 @@ from torch import Tensor
 
 from agln_fast.kernels import separable_conv
 from agln_fast.kernels.launch import choose
+from agln_fast.kernels.registration import OPS
 from agln_fast.kernels.separable_conv import kernel
-from agln_fast.kernels.separable_conv.op import CONFIGS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -88,7 +88,8 @@ def test_kernel_reads_every_layout(dtype):
 def test_shipped_configurations(capability, is_regular, dtype):
     """On a device of one processor, where the tile of pixels is as large as it gets."""
     arguments = inputs((1, 70, 5, 9), 260, dtype)
-    check(kernel.separable_conv(*arguments, choose(CONFIGS, arguments[0], is_regular, capability, 1)), arguments)
+    config = choose(OPS["separable_conv"].configs, arguments[0], is_regular, capability, 1)
+    check(kernel.separable_conv(*arguments, config), arguments)
 
 
 @pytest.mark.interpreter

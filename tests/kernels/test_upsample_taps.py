@@ -13,7 +13,8 @@ from torch import Tensor
 
 from agln_fast.kernels import upsample_taps
 from agln_fast.kernels.launch import choose
-from agln_fast.kernels.upsample_taps import kernel, op, reference
+from agln_fast.kernels.registration import OPS
+from agln_fast.kernels.upsample_taps import kernel
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -135,7 +136,8 @@ def test_kernel_reads_every_layout_and_nothing_beside_it(dtype):
 @shipped
 def test_shipped_configurations(capability, is_regular, dtype):
     arguments = inputs((1, 70, 5, 9), [(3, 5), (2, 3), (1, 2)], dtype)
-    check(kernel.upsample_taps(*arguments, choose(op.CONFIGS, arguments[0], is_regular, capability, 132)), arguments)
+    config = choose(OPS["upsample_taps"].configs, arguments[0], is_regular, capability, 132)
+    check(kernel.upsample_taps(*arguments, config), arguments)
 
 
 @pytest.mark.interpreter
@@ -176,17 +178,6 @@ def test_op(memory_format, dtype):
     assert torch.equal(arguments[0], given_base)
     check(y, arguments)
     torch.library.opcheck(torch.ops.agln.upsample_taps.default, arguments)
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_cuda_has_the_kernel_for_all_but_float64(dtype, monkeypatch):
-    """What is registered for CUDA, called on the CPU, with both ends named."""
-    arguments = inputs((1, 2, 3, 4), [(2, 2)], dtype)
-    monkeypatch.setattr(op, "choose", lambda configs, x, is_regular: "chosen")
-    monkeypatch.setattr(kernel, "upsample_taps", lambda *given: ("kernel", given))
-    monkeypatch.setattr(reference, "upsample_taps", lambda *given: ("reference", given))
-    expected = ("reference", arguments) if dtype == torch.float64 else ("kernel", (*arguments, "chosen"))
-    assert op._cuda(*arguments) == expected
 
 
 @pytest.mark.gpu
