@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 __all__ = ["denormals_are_zero", "denormals_as_zero"]
 
 
@@ -20,6 +18,8 @@ def denormals_as_zero() -> Iterator[None]:
     the thread does: they are opened, and run, in here. It is the mode of this thread alone: threads of OpenMP, which
     PyTorch computes with, keep that of the thread that started them.
     """
+    import torch
+
     before = denormals_are_zero()
     torch.set_flush_denormal(True)
     try:

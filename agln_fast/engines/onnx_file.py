@@ -7,16 +7,12 @@ from typing import Any, cast
 
 import onnx
 
-from agln_fast.contract import Precision
 from agln_fast.errors import BackendError, BundleError
+from agln_fast.precision import PRECISIONS, Precision
 
-__all__ = ["PRECISIONS", "graph_precision", "parse_graph"]
+__all__ = ["graph_precision", "parse_graph"]
 
-PRECISIONS: dict[int, Precision] = {
-    onnx.TensorProto.FLOAT: "fp32",
-    onnx.TensorProto.FLOAT16: "fp16",
-    onnx.TensorProto.BFLOAT16: "bf16",
-}
+_BY_TYPE: dict[int, Precision] = {numbers.onnx: name for name, numbers in PRECISIONS.items() if numbers.bytes > 1}
 
 
 def parse_graph(data: bytes, name: str) -> onnx.ModelProto:
@@ -43,9 +39,9 @@ def graph_precision(model: onnx.ModelProto, name: str) -> Precision:
     """
     types = {initializer.name: initializer.data_type for initializer in model.graph.initializer}
     found = {types.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv" and len(node.input) > 1}
-    if len(found) != 1 or (kind := found.pop()) not in PRECISIONS:
+    if len(found) != 1 or (kind := found.pop()) not in _BY_TYPE:
         raise BackendError(f"{name}: its convolutions are not of one floating-point type")
-    return PRECISIONS[cast(int, kind)]
+    return _BY_TYPE[cast(int, kind)]
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[Any]:
