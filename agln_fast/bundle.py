@@ -17,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from agln_fast.artefact import Artefact
 from agln_fast.errors import BundleChangedError, BundleError, choose, did_you_mean, printable
 from agln_fast.files import is_returning
 from agln_fast.manifest import (
@@ -41,10 +42,7 @@ _ATTEMPTS, _PAUSE_S = 50, 0.01
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, and its manifest. Every file's hash was checked when it was opened.
-
-    A manifest without hashes makes it a draft, which a build is still writing: its files are taken as they are.
-    """
+    """An opened bundle: its folder, and its manifest. Every file's hash was checked when it was opened."""
 
     path: Path
     manifest: Manifest
@@ -75,6 +73,29 @@ class Bundle:
             raise BundleError(f"{self.path}: no {wanted}{did_you_mean(backend, known)}; it has {', '.join(known)}")
         return engines
 
+    def artefact(self, name: str) -> Artefact:
+        """What the engine called `name` is opened from; its files are read by `read`.
+
+        Raises:
+            BundleError: there is none.
+        """
+        engine, manifest = self.engine(name), self.manifest
+        return Artefact(
+            name=name,
+            kind=engine.backend,
+            precision=engine.precision,
+            file=self.path / engine.file,
+            contract=manifest.contract,
+            model=manifest.model,
+            plan=engine.plan,
+            versions=engine.versions,
+            compute_capabilities=engine.compute_capabilities,
+            read=self._read,
+        )
+
+    def _read(self, file: Path) -> bytes:
+        return self.read(file.relative_to(self.path).as_posix())
+
     def read(self, name: str) -> bytes:
         """The file `name`, read once: the bytes returned are those whose hash was compared with the manifest's.
 
@@ -83,7 +104,7 @@ class Bundle:
             BundleChangedError: it is not there any more, or not what it was when the bundle was opened.
         """
         hashes = self.manifest.files
-        if hashes and name not in hashes:
+        if name not in hashes:
             raise BundleError(f"{self.path}: the manifest gives no hash for {name}; {REBUILD}")
         try:
             with _regular(self.path / name) as file:
@@ -92,7 +113,7 @@ class Bundle:
             if error.errno not in _ANOTHER:
                 raise unreadable(self.path / name, error) from None
             raise BundleChangedError(f"{self.path / name}: cannot be read any more ({error}); open it again") from None
-        if hashes and hashlib.sha256(data).hexdigest() != hashes[name]:
+        if hashlib.sha256(data).hexdigest() != hashes[name]:
             raise BundleChangedError(f"{self.path}: {name} was changed since the bundle was opened; open it again")
         return data
 

@@ -9,7 +9,7 @@ import math
 import re
 import reprlib
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from agln_fast.errors import ConfigError, choose
 
@@ -19,16 +19,13 @@ __all__ = [
     "IOContract",
     "Layout",
     "Output",
-    "Precision",
     "Resize",
-    "check_precision",
     "parse_batch",
     "parse_size",
 ]
 
 Layout = Literal["uint8_nhwc", "float_nchw"]
 Output = Literal["labels", "logits"]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Resize = Literal["stretch", "pad", "slide"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -139,12 +136,3 @@ def parse_batch(batch: int | tuple[int, int] | str) -> tuple[int, int]:
     if not isinstance(ends, tuple | list) or len(ends) != 2 or any(type(end) is not int for end in ends):
         raise ConfigError(f"batch {batch!r}: give a number of images, or the smallest and the largest")
     return ends[0], ends[1]
-
-
-def check_precision(name: str, *also: str) -> Precision:
-    """`name` itself, which is a `Precision`, or one of `also`.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    return cast(Precision, choose("precision", name, [*get_args(Precision), *also]))

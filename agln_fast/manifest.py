@@ -14,11 +14,13 @@ from importlib import resources
 from pathlib import PurePosixPath
 from typing import Any, Literal, NoReturn
 
+from agln_fast.artefact import Artefact, parts
 from agln_fast.contract import IOContract
 from agln_fast.data.classes import ClassSet
 from agln_fast.errors import BundleError, ConfigError, printable
 from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.precision import Precision
 
 __all__ = [
     "LARGEST",
@@ -87,7 +89,7 @@ class EngineRecord:
 
     name: str
     backend: str
-    precision: str
+    precision: Precision
     file: str
     target: str
     versions: dict[str, str] = field(default_factory=dict)
@@ -96,11 +98,25 @@ class EngineRecord:
     plan: Plan = NO_PLAN
     plan_chosen_by: PlanChosenBy = "fixed"
 
+    @classmethod
+    def of(cls, artefact: Artefact, target: str, plan_chosen_by: PlanChosenBy = "fixed") -> EngineRecord:
+        """The record of an artefact whose files lie in the bundle's folder itself."""
+        return cls(
+            name=artefact.name,
+            backend=artefact.kind,
+            precision=artefact.precision,
+            file=artefact.file.name,
+            target=target,
+            versions=dict(artefact.versions),
+            compute_capabilities=artefact.compute_capabilities,
+            plan=artefact.plan,
+            plan_chosen_by=plan_chosen_by,
+        )
+
     @property
     def files(self) -> tuple[str, ...]:
-        """All that it is opened from: `file`, and the weights beside it if that is a graph of OpenVINO's."""
-        graph = PurePosixPath(self.file)
-        return (self.file, graph.with_suffix(".bin").as_posix()) if graph.suffix == ".xml" else (self.file,)
+        """All that it is opened from, `file` first."""
+        return tuple(map(str, parts(PurePosixPath(self.file))))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import nn
 
-from agln_fast.contract import IOContract, Precision
+from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BuildError, ConfigError
 from agln_fast.files import replacing
@@ -26,16 +26,16 @@ from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.low_resolution_labels import LowResolutionLogits
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.plan.rewrite import rewrite
+from agln_fast.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import onnx_ir as ir
 
-__all__ = ["DTYPES", "OPSET", "export_onnx"]
+__all__ = ["OPSET", "export_onnx"]
 
 OPSET = 22  # the first with bfloat16 convolutions
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_onnx(
@@ -60,13 +60,14 @@ def export_onnx(
 
     Raises:
         BuildError: the exporter or the checker refuses the network.
-        ConfigError: `precision` is none of DTYPES.
+        ConfigError: `precision` is no floating-point one.
     """
-    if precision not in DTYPES:
-        raise ConfigError(f"ONNX export in {precision!r}: it is {', '.join(DTYPES)}; int8 is made of the fp32 graph")
+    known = [name for name, numbers in PRECISIONS.items() if numbers.bytes > 1]
+    if precision not in known:
+        raise ConfigError(f"ONNX export in {precision!r}: it is {', '.join(known)}; int8 is made of the fp32 graph")
     if precision != "fp32":  # afterwards the weights are rounded
         plan = replace(plan, fold_batchnorm=True)
-    rewritten = rewrite(network, plan).to(DTYPES[precision])
+    rewritten = rewrite(network, plan).to(getattr(torch, PRECISIONS[precision].torch))
     planned: nn.Module = rewritten
     if plan.low_resolution_labels and contract.output == "labels":
         planned, contract = LowResolutionLogits(rewritten), replace(contract, output="logits")

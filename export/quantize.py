@@ -6,7 +6,6 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ import numpy.typing as npt
 import rich
 
 from agln_fast import interruption
-from agln_fast.contract import IOContract
 from agln_fast.errors import BuildError, MissingPackageError
-from agln_fast.runtime.images import pack
 from agln_fast.telemetry import import_quietly
 
 __all__ = ["quantize_onnx"]
@@ -25,8 +22,8 @@ __all__ = ["quantize_onnx"]
 _QUANTISED = ("Convolution", "GroupConvolution")
 
 
-def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8]], contract: IOContract) -> None:
-    """Quantise an fp32 graph by what `frames` look like inside, and write it as an OpenVINO IR.
+def quantize_onnx(graph: Path, path: Path, batches: Sequence[npt.NDArray[np.generic]]) -> None:
+    """Quantise an fp32 graph by what `batches` look like inside, and write it as an OpenVINO IR.
 
     Only convolutions are: their weights with one scale for each output channel, their input with one for all, both
     symmetric. All else stays in floating point: softmaxes, whose outputs are nearly one-hot; products of two
@@ -37,19 +34,14 @@ def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8
     Args:
         graph: as `export_onnx` writes it, in fp32.
         path: "NAME.xml"; the weights go into "NAME.bin" beside it. Both appear, or neither.
-        frames: pictures (height, width, 3) of the contract's size to calibrate on, in batches of its smallest.
-        contract: that of the graph.
+        batches: pictures to calibrate on, as the graph takes them.
 
     Raises:
         MissingPackageError: NNCF or OpenVINO is not installed.
-        BuildError: no frames, frames of another size, a graph that cannot be read or quantised, or no space.
+        BuildError: no batches, a graph that cannot be read, or not be quantised by these batches, or no space.
     """
-    if len(frames) == 0:
+    if len(batches) == 0:
         raise BuildError("int8 needs pictures to calibrate on, and there are none")
-    size = (contract.height, contract.width, 3)
-    for frame in frames:
-        if frame.shape != size:
-            raise BuildError(f"int8 calibration: picture of shape {frame.shape}, the engine takes {size}")
     try:
         nncf, openvino = import_quietly("nncf"), import_quietly("openvino")
     except ImportError as error:
@@ -60,8 +52,6 @@ def quantize_onnx(graph: Path, path: Path, frames: Sequence[npt.NDArray[np.uint8
         model = openvino.Core().read_model(graph)
     except RuntimeError as error:
         raise BuildError(f"{graph}: OpenVINO cannot read it: {_reason(error)}; export it again") from None
-    starts = range(0, len(frames), contract.min_batch)
-    batches = [pack(list(islice(cycle(frames), start, start + contract.min_batch)), contract) for start in starts]
     others = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() not in _QUANTISED]
     try:
         with _quiet(nncf):

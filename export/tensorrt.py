@@ -17,15 +17,16 @@ from typing import Any, get_args
 from rich.progress import Progress, TaskID
 
 from agln_fast import interruption
-from agln_fast.contract import Output, Precision
+from agln_fast.contract import Output
 from agln_fast.engines.tensorrt import compute_capability, shared_logger
 from agln_fast.engines.tensorrt_library import Flavour, check_rtx_capabilities, import_library
 from agln_fast.errors import BuildError, ConfigError, choose
 from agln_fast.files import replacing
+from agln_fast.precision import PRECISIONS, Precision
 
 __all__ = ["TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
 
-_PRECISIONS: dict[str, Precision] = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+_PRECISIONS = {numbers.tensorrt: name for name, numbers in PRECISIONS.items() if numbers.bytes > 1}
 
 # TensorRT-RTX keeps its compiled programs in the plan as text: a declaration of each tensor, then the operations.
 _PROGRAM = b"header {\n"

@@ -14,7 +14,8 @@ from hand_made import constant_network, hand_made_bundle
 
 import agln_fast
 from agln_fast import bundle as bundle_module
-from agln_fast.bundle import Bundle, is_bundle, open_bundle
+from agln_fast.artefact import from_disk
+from agln_fast.bundle import is_bundle, open_bundle
 from agln_fast.engines import open_engine
 from agln_fast.errors import BundleChangedError, BundleError
 from agln_fast.files import whole_folder
@@ -42,7 +43,7 @@ def test_files_that_were_changed_after_opening_do_not_run(engine, bundle, tmp_pa
     else:
         file.write_bytes(file.read_bytes() + b"\x1a\x00")  # metadata: an empty field, so the same graph
     with pytest.raises(BundleChangedError, match=rf"{file.name} was changed since the bundle was opened; open it"):
-        open_engine(opened, opened.engine(engine))
+        open_engine(opened.artefact(engine))
     with pytest.raises(BundleError, match=f"{file.name} was changed after the build"):
         open_bundle(opened.path)
 
@@ -105,11 +106,11 @@ def test_what_is_loaded_needs_its_files_no_more(made):
         assert segment(IMAGE).names == ["class 1"]
 
 
-def test_a_draft_is_taken_as_it_is(made):
-    """What a build is still writing has no hashes yet."""
-    draft = Bundle(made.path, replace(made.manifest, files={}))
+def test_a_file_without_a_hash_is_taken_as_it_is(made):
+    """What a build is still writing has none yet."""
+    draft = replace(made.artefact("torch-fp32"), read=from_disk)
     agln_fast.save_checkpoint(constant_network(3), made.path / "weights.safetensors")
-    with open_engine(draft, made.engine("torch-fp32")) as backend:
+    with open_engine(draft) as backend:
         assert (backend.run(IMAGE[None]) == 3).all()
 
 

@@ -1,14 +1,15 @@
-"""The options of a build, checked before anything is loaded: no module here needs PyTorch."""
+"""What is asked of a build, checked before anything is loaded: no module here needs PyTorch."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agln_fast import environment
 from agln_fast.bundle import is_bundle
@@ -19,111 +20,195 @@ from agln_fast.contract import (
     Layout,
     Output,
     Resize,
-    check_precision,
     parse_batch,
     parse_size,
 )
 from agln_fast.data.classes import ClassSet, class_set
-from agln_fast.engines import check_threads
+from agln_fast.engines import KINDS, EngineKind, check_threads, targets
 from agln_fast.engines.tensorrt_library import check_rtx_capabilities
-from agln_fast.errors import ConfigError, MissingPackageError, choose, printable
+from agln_fast.errors import ConfigError, choose, printable
+from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import Plan, PlanChoice
+from agln_fast.precision import Precision, check_precision
 from agln_fast.runtime.agreement import check_minimum
 from agln_fast.runtime.images import list_images
 
-__all__ = ["TARGETS", "BuildOptions", "check_options"]
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
+    from agln_fast.models.networks import SegmentationNetwork
+
+__all__ = ["BuildOptions", "Wanted"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An engine to build."""
+
+    kind: EngineKind
+    precision: Precision
+    target: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind.name}-{self.precision}"
+
+    @property
+    def of_weights(self) -> bool:
+        """It has no file of its own."""
+        return self.kind.graph_type(self.precision) is None
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What was asked of a build, in one form.
+    """The parameters of `agln_fast.build`; made only of what makes sense.
 
-    precisions: of each target, each one of `Precision`, or "auto".
-    tune_s: as in `build`, the environment considered.
-    """
-
-    contract: IOContract
-    precisions: dict[str, tuple[str, ...]]
-    tune_s: float | None
-    destination: Path
-
-
-def check_options(
-    path: str | os.PathLike[str],
-    *,
-    size: tuple[int, int] | str = (512, 512),
-    precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto",
-    targets: str | Sequence[str] = ("cpu",),
-    plan: PlanChoice = "auto",
-    batch: int | tuple[int, int] | str = 1,
-    layout: Layout = "uint8_nhwc",
-    output: Output = "labels",
-    resize: Resize = "stretch",
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-    classes: str | Sequence[str] | ClassSet | None = None,
-    compute_capabilities: Sequence[str] = (),
-    workspace_bytes: int | None = None,
-    timing_cache: Path | None = None,
-    samples: str | os.PathLike[str] | None = None,
-    min_agreement: float | None = None,
-    tune_s: float | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-) -> BuildOptions:
-    """Check every option of `agln_fast.build` (where they are explained) that can be judged without the network.
+    checkpoint: a file that `load_checkpoint` reads, or a network.
+    path: the folder to write; ".agln" is appended unless it is there.
+    size: (height, width) of the engine's input in pixels, or "HxW".
+    precision: "fp32", "fp16", "bf16", "int8", "auto", or several, or a mapping from each target to these. "auto" is
+        fp16 on GPUs; on the CPU it is fp32, and bf16 where the CPU has it. int8 needs NNCF, and agrees if it loses at
+        most half a point of mIoU on Scenes, where the network has Scenes' classes. `load` takes the fastest.
+    targets: of `agln_fast.engines.targets`; "cuda" is the fused runtime on any CUDA device.
+    plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`), "none",
+        or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
+    batch: images a run, or (smallest, largest), or "SMALLEST..LARGEST".
+    layout, output, resize, mean, std: see `IOContract`.
+    classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
+    config: what the network is, where the checkpoint cannot tell.
+    compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
+    workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
+    timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
+    samples: image, folder or pattern to verify with; None for Scenes.
+    min_agreement: smallest share of equal labels, 0..1; None for 0.999 in fp32, 0.99 (weighted) in half.
+    tune_s: seconds for each engine to choose its plan in, see `tune`; None for a short race.
+    threads: CPU threads for races and the verification.
+    strict: deliver nothing if one engine disagrees.
+    overwrite: replace an existing bundle.
+    progress: a rich progress display that the caller has started. It shows each step with its number and its time; one
+        that is disabled prints a line for each. Without it they go to the logger "agln_fast.build".
 
     Raises:
         ConfigError: a name or a value that makes no sense, or a destination that cannot be written.
-        MissingPackageError: int8 without NNCF or OpenVINO.
+        MissingPackageError: without a package that an engine is made by.
+        BuildError: an engine that can only be made where it runs, on another machine.
         ImageError: no image at `samples`.
     """
-    contract = IOContract(
-        *parse_size(size), *parse_batch(batch), layout=layout, output=output, resize=resize, mean=mean, std=std
-    )
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    if isinstance(precision, Mapping):
-        if set(precision) != set(targets):
-            raise ConfigError(f"precision names the targets {', '.join(precision)}, targets {', '.join(targets)}")
-        precisions = {target: tuple(precision[target]) for target in targets}
-    else:
-        precisions = dict.fromkeys(targets, (precision,) if isinstance(precision, str) else tuple(precision))
-    for kind in chain(*precisions.values()):
-        check_precision(kind, "auto")
-    if not precisions or not all(precisions.values()):
-        raise ConfigError(f"give at least one precision, and one target of {', '.join(TARGETS)}")
-    for target in targets:
-        choose("target", target, TARGETS)
-    for target, kinds in precisions.items():
-        if "int8" in kinds and target != "cpu":
-            raise ConfigError(f"precision 'int8' is for target cpu, not for {target}: build them as two bundles")
-    if "int8" in precisions.get("cpu", ()):
-        for package in ("nncf", "openvino"):
-            if find_spec(package) is None:
-                raise MissingPackageError(package, "int8")
-    if compute_capabilities and "tensorrt-rtx" not in targets:
-        raise ConfigError(
-            "compute capabilities are for target tensorrt-rtx; the others build for the GPU that is there"
+
+    checkpoint: str | os.PathLike[str] | SegmentationNetwork
+    path: str | os.PathLike[str]
+    _: KW_ONLY
+    size: tuple[int, int] | str = (512, 512)
+    precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto"
+    targets: str | Sequence[str] = ("cpu",)
+    plan: PlanChoice = "auto"
+    batch: int | tuple[int, int] | str = 1
+    layout: Layout = "uint8_nhwc"
+    output: Output = "labels"
+    resize: Resize = "stretch"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    classes: str | Sequence[str] | ClassSet | None = None
+    config: ModelConfig | None = None
+    compute_capabilities: Sequence[str] = ()
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+    samples: str | os.PathLike[str] | None = None
+    min_agreement: float | None = None
+    tune_s: float | None = None
+    threads: int | None = None
+    strict: bool = False
+    overwrite: bool = False
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self.contract  # noqa: B018  # which refuses what it cannot be
+        self._check_engines()
+        if self.workspace_bytes is not None and self.workspace_bytes < 1:
+            raise ConfigError(f"workspace of {self.workspace_bytes} bytes: must be at least 1")
+        check_minimum(self.min_agreement)
+        if self.budget_s is not None and not 0 <= self.budget_s < math.inf:
+            raise ConfigError(f"{self.budget_s} seconds to choose plans in: must be 0 or more, and end")
+        check_threads(self.threads)
+        if not isinstance(self.plan, Plan) and self.plan not in ("auto", "none"):
+            raise ConfigError(f"plan {self.plan!r}: give 'auto', 'none', or an agln_fast.Plan")
+        if isinstance(self.classes, str):
+            class_set(self.classes)
+        if self.samples is not None:
+            list_images(os.fspath(self.samples))
+        self.destination  # noqa: B018
+
+    @cached_property
+    def contract(self) -> IOContract:
+        """Of all engines."""
+        return IOContract(
+            *parse_size(self.size),
+            *parse_batch(self.batch),
+            layout=self.layout,
+            output=self.output,
+            resize=self.resize,
+            mean=self.mean,
+            std=self.std,
         )
-    check_rtx_capabilities(compute_capabilities)
-    if timing_cache is not None and "tensorrt" not in targets:
-        raise ConfigError("timing cache: only target tensorrt has one")
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise ConfigError(f"workspace of {workspace_bytes} bytes: must be at least 1")
-    check_minimum(min_agreement)
-    tune_s = environment.tuning_seconds() if tune_s is None else tune_s
-    if tune_s is not None and not 0 <= tune_s < math.inf:
-        raise ConfigError(f"{tune_s} seconds to choose plans in: must be 0 or more, and end")
-    check_threads(threads)
-    if not isinstance(plan, Plan) and plan not in ("auto", "none"):
-        raise ConfigError(f"plan {plan!r}: give 'auto', 'none', or an agln_fast.Plan")
-    if isinstance(classes, str):
-        class_set(classes)
-    if samples is not None:
-        list_images(os.fspath(samples))
-    return BuildOptions(contract, precisions, tune_s, _destination(Path(path), overwrite))
+
+    @property
+    def budget_s(self) -> float | None:
+        """`tune_s`, the environment considered."""
+        return environment.tuning_seconds() if self.tune_s is None else self.tune_s
+
+    @cached_property
+    def precisions(self) -> dict[str, tuple[str, ...]]:
+        """Of each target, each one of `Precision`, or "auto"."""
+        asked = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        if not isinstance(self.precision, Mapping):
+            return dict.fromkeys(asked, (self.precision,) if isinstance(self.precision, str) else tuple(self.precision))
+        if set(self.precision) != set(asked):
+            raise ConfigError(f"precision names the targets {', '.join(self.precision)}, targets {', '.join(asked)}")
+        return {target: tuple(self.precision[target]) for target in asked}
+
+    @cached_property
+    def wanted(self) -> list[Wanted]:
+        """Every engine that the precisions of each target ask for, then those that come with every bundle."""
+        engines = []
+        for target, precisions in self.precisions.items():
+            kinds = [kind for kind in KINDS.values() if kind.target == target]
+            automatic = [precision for kind in kinds for precision in kind.automatic()]
+            resolved = [each for asked in precisions for each in (automatic if asked == "auto" else [asked])]
+            for precision in map(check_precision, dict.fromkeys(resolved)):
+                engines += [Wanted(kind, precision, target) for kind in kinds if precision in kind.precisions]
+        engines += [Wanted(kind, "fp32", "cpu") for kind in KINDS.values() if kind.graph_type("fp32") is None]
+        return list({engine.name: engine for engine in engines}.values())
+
+    @cached_property
+    def destination(self) -> Path:
+        """Where the bundle will be."""
+        return _destination(Path(self.path), self.overwrite)
+
+    def _check_engines(self) -> None:
+        known = targets()
+        asked = self.precisions
+        for precision in chain(*asked.values()):
+            check_precision(precision, "auto")
+        if not asked or not all(asked.values()):
+            raise ConfigError(f"give at least one precision, and one target of {', '.join(known)}")
+        for target, precisions in asked.items():
+            choose("target", target, known)
+            for precision in precisions:
+                able = sorted({k.target for k in KINDS.values() if k.target is not None and precision in k.precisions})
+                if precision != "auto" and target not in able:
+                    raise ConfigError(
+                        f"precision {precision!r} is for target {', '.join(able)}, not for {target}: "
+                        "build them as two bundles"
+                    )
+        if self.compute_capabilities and "tensorrt-rtx" not in asked:
+            raise ConfigError(
+                "compute capabilities are for target tensorrt-rtx; the others build for the GPU that is there"
+            )
+        check_rtx_capabilities(self.compute_capabilities)
+        if self.timing_cache is not None and "tensorrt" not in asked:
+            raise ConfigError("timing cache: only target tensorrt has one")
+        for engine in self.wanted:
+            engine.kind.check_make(engine.precision, self.compute_capabilities)
 
 
 def _destination(path: Path, overwrite: bool) -> Path:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from agln_fast.builder.options import TARGETS, check_options
+from agln_fast.builder.options import BuildOptions
 from agln_fast.bundle import Bundle, read_manifest, unreadable
-from agln_fast.contract import IOContract, Precision
+from agln_fast.contract import IOContract
 from agln_fast.data.classes import ClassSet
-from agln_fast.engines import BACKENDS
+from agln_fast.engines import KINDS, targets
 from agln_fast.errors import AglnError, BundleError, printable
 from agln_fast.manifest import check_schema, schema_error
 from agln_fast.models.config import ModelConfig
+from agln_fast.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -106,25 +108,29 @@ def rebuild(
     """
     recipe = read_recipe(path)
     destination = _destination(Path(path), output, overwrite=overwrite)
-    more: dict[str, Any] = {
-        "samples": samples,
-        "min_agreement": min_agreement,
-        "tune_s": tune_s,
-        "threads": threads,
-        "overwrite": overwrite,
-    }
-    check_options(destination, **recipe.options, **more)
+    options = BuildOptions(
+        Path(path) / _WEIGHTS,
+        destination,
+        **recipe.options,
+        samples=samples,
+        min_agreement=min_agreement,
+        tune_s=tune_s,
+        threads=threads,
+        strict=strict,
+        overwrite=overwrite,
+        progress=progress,
+    )
     for line in recipe.left_out:
         _log.warning("%s: left out: %s", path, line)
 
     # Imported here: what is wrong with a bundle is told before PyTorch is loaded.
-    from agln_fast.builder.build import build
+    from agln_fast.builder.build import make_bundle
     from agln_fast.models.checkpoint import load_weights
 
     network = load_weights(recipe.weights, str(Path(path) / _WEIGHTS))
     if network.config != recipe.model:
         raise BundleError(f"{path}: {_WEIGHTS} holds another network than the manifest says; {_FROM_CHECKPOINT}")
-    return build(network, destination, strict=strict, progress=progress, **recipe.options, **more)
+    return make_bundle(replace(options, checkpoint=network))
 
 
 def _destination(path: Path, output: str | os.PathLike[str] | None, *, overwrite: bool) -> Path:
@@ -189,14 +195,15 @@ def _engines(
     left_out = []
     for engine in engines:
         name, backend, target, precision = (str(engine.get(key)) for key in ("name", "backend", "target", "precision"))
-        if backend in ("torch", "fused") and target == "cpu":
+        if backend in KINDS and KINDS[backend].graph_type("fp32") is None and target == "cpu":
             continue  # every bundle has these
-        for what, value, known in (
-            ("backend", backend, tuple(BACKENDS)),
-            ("target", target, TARGETS),
-            ("precision", precision, get_args(Precision)),
-        ):
-            if value not in known:
+        known: tuple[tuple[str, str, Collection[str]], ...] = (
+            ("backend", backend, KINDS),
+            ("target", target, targets()),
+            ("precision", precision, PRECISIONS),
+        )
+        for what, value, names in known:
+            if value not in names:
                 left_out.append(f"{name}: this agln-fast has no {what} {value!r}")
                 break
         else:

@@ -24,9 +24,7 @@ def engine_table(manifest: Manifest, folder: Path) -> list[tuple[str, ...]]:
 
 
 def _row(engine: EngineRecord, folder: Path) -> tuple[str, ...]:
-    file = folder / engine.file
-    weights = file.with_suffix(".bin")  # OpenVINO's graphs have theirs beside them
-    size = f"{sum(part.stat().st_size for part in (file, weights) if part.exists()) / 1e6:.0f}"
+    size = f"{sum((folder / name).stat().st_size for name in engine.files) / 1e6:.0f}"
     check = engine.verification
     status = "not run" if check is None else _STATUS[check.status]
     if check is None or check.agreement is None or check.weighted_agreement is None:

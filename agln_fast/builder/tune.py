@@ -15,32 +15,30 @@ from functools import partial
 from itertools import islice
 from operator import or_
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from agln_fast import environment, interruption, memory
-from agln_fast.builder.graphs import Graphs
-from agln_fast.bundle import Bundle
-from agln_fast.contract import IOContract, Precision, check_precision
-from agln_fast.engines import Backend, backend_class, check_threads, open_engine
+from agln_fast.builder.workshop import Workshop
+from agln_fast.contract import IOContract
+from agln_fast.engines import KINDS, Engine, EngineKind, check_threads, open_engine
 from agln_fast.errors import ConfigError, choose
 from agln_fast.files import scratch_folder
 from agln_fast.forking import use_threads
-from agln_fast.manifest import EngineRecord, Manifest
+from agln_fast.manifest import PlanChosenBy
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.network import plan_network
-from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan
+from agln_fast.plan.plan import NO_PLAN, STAGES, MixForm, Plan, PlanChoice
 from agln_fast.plan.rates import Rates, cpu_rates
+from agln_fast.precision import PRECISIONS, Precision, check_precision
 from agln_fast.runtime.turns import rounds
 
-__all__ = ["SHORT_S", "Candidate", "Tuning", "suitable", "tune", "tune_engine"]
+__all__ = ["SHORT_S", "Candidate", "Tuning", "choose_plan", "tune", "tune_engine"]
 
 ChosenBy = Literal["timing", "cost model"]
 
 SHORT_S = 10.0
 """Seconds that the race of an engine's plans may take, once they are exported, if nobody asks for more."""
 
-_CPU = ("openvino", "onnxruntime")
-_GPU = ("tensorrt", "tensorrt-rtx")
 _ROUNDS = 5
 _REST_S = 0.02  # between runs: none of these engines goes on spinning
 _GAIN = 1.01  # a plan must be faster by this much: less is noise
@@ -110,15 +108,15 @@ class Tuning:
         plan = Plan.from_dict(values["plan"])
         backend, precision, chosen_by, complete = (values[name] for name in (*names[:2], *names[3:5]))
         if (
-            backend not in (*_CPU, *_GPU)
-            or precision not in get_args(Precision)
+            backend not in _planned()
+            or precision not in PRECISIONS
             or chosen_by not in get_args(ChosenBy)
             or not isinstance(complete, bool)
             or plan not in [candidate.plan for candidate in candidates]
-            or suitable(plan, backend, precision) != plan
+            or KINDS[backend].suits(plan, precision) != plan
         ):
             raise ConfigError("tuning: an unknown name, or a plan that is no candidate or does not suit the engine")
-        return cls(backend, precision, plan, chosen_by, complete, tuple(candidates))
+        return cls(backend, cast(Precision, precision), plan, chosen_by, complete, tuple(candidates))
 
 
 def tune(
@@ -149,65 +147,78 @@ def tune(
     Raises:
         ConfigError: an unknown target, or an impossible size, precision or budget.
     """
-    choose("target", target, ["cpu", *_CPU, *_GPU])
+    choose("target", target, ["cpu", *_planned()])
     contract = IOContract(*size, batch, batch)
-    backends = [target] if target != "cpu" else [name for name in _CPU if not _obstacle(name, precision)]
-    if not backends:
-        raise ConfigError(f"no CPU engine runs in {precision} here: {_obstacle('openvino', precision)}")
+    check_precision(precision)
+    kinds = [kind for name, kind in _planned().items() if target in (name, kind.target)]
+    if target == "cpu":
+        obstacles = {kind: kind.obstacle(precision) for kind in kinds}
+        kinds = [kind for kind, obstacle in obstacles.items() if obstacle is None]
+        if not kinds:
+            told = "; ".join(filter(None, obstacles.values()))
+            raise ConfigError(f"no CPU engine runs in {precision} here: {told}")
     use_threads()
     with scratch_folder() as folder:
-        graphs = Graphs(model, contract, folder)
-        tunings = [tune_engine(graphs, backend, precision, budget_s=budget_s, threads=threads) for backend in backends]
+        workshop = Workshop(model, contract, folder)
+        tunings = [tune_engine(workshop, kind, precision, budget_s=budget_s, threads=threads) for kind in kinds]
     return min(tunings, key=lambda tuning: tuning.milliseconds)
 
 
-def suitable(plan: Plan, backend: str, precision: Precision) -> Plan:
-    """`plan` without what does not suit an engine.
-
-    Winograd's sums are for fp32 on CPUs: in bf16 they cost labels, int8 would not be quantised, and TensorRT has
-    convolutions of that kind of its own. A plan of TensorRT is served as it is, with nobody to make labels of logits.
-    """
-    if backend not in _CPU:
-        plan = replace(plan, low_resolution_labels=False)
-    return plan if backend in _CPU and precision == "fp32" else replace(plan, winograd=0)
+def choose_plan(
+    workshop: Workshop,
+    kind: EngineKind,
+    precision: Precision,
+    asked: PlanChoice,
+    *,
+    budget_s: float | None = None,
+    threads: int | None = None,
+) -> tuple[Plan, PlanChosenBy]:
+    """The plan of an engine, where a user asked for `asked`, and who chose it."""
+    if kind.plans == "fixed":
+        return NO_PLAN, "fixed"
+    if isinstance(asked, Plan):
+        return kind.suits(asked, precision), "user"
+    if asked == "none":
+        return NO_PLAN, "user"
+    tuning = tune_engine(workshop, kind, precision, budget_s=budget_s, threads=threads)
+    return tuning.plan, tuning.chosen_by
 
 
 def tune_engine(
-    graphs: Graphs,
-    backend: str,
+    workshop: Workshop,
+    kind: EngineKind,
     precision: Precision,
     *,
     budget_s: float | None = None,
     threads: int | None = None,
 ) -> Tuning:
-    """As `tune`, for one backend, with graphs that several calls share."""
-    check_precision(precision)
+    """As `tune`, for one kind of engine, with a workshop that several calls share."""
     if precision == "int8":
         # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
-        tuning = tune_engine(graphs, backend, "bf16", budget_s=budget_s, threads=threads)
+        tuning = tune_engine(workshop, kind, "bf16", budget_s=budget_s, threads=threads)
         return replace(tuning, precision="int8")
     budget_s = environment.tuning_seconds() if budget_s is None else budget_s
     if budget_s is not None and not 0 <= budget_s < math.inf:
         raise ConfigError(f"budget of {budget_s} seconds to tune in: must be at least 0")
     threads = check_threads(threads)
-    if backend not in _CPU or _obstacle(backend, precision):
-        return _predict(graphs, backend, precision, threads)
-    file = _memory(graphs, backend, precision, threads)
-    known = _remembered(file, backend, precision)
+    if kind.plans != "timing" or kind.obstacle(precision):
+        return _predict(workshop, kind, precision, threads)
+    file = _memory(workshop, kind, precision, threads)
+    known = _remembered(file, kind, precision)
     if known is not None and (known.complete or not budget_s):
         return known
     if budget_s == 0:
-        return _predict(graphs, backend, precision, threads)
-    shortlist = [] if known is not None else _shortlist(graphs, backend, precision, threads)
+        return _predict(workshop, kind, precision, threads)
+    shortlist = [] if known is not None else _shortlist(workshop, kind, precision, threads)
     if budget_s is None:
-        race = _Race(graphs, backend, precision, SHORT_S, threads)
+        race = _Race(workshop, kind, precision, SHORT_S, threads)
         race.prepare(shortlist)
     else:
-        race = _Race(graphs, backend, precision, budget_s, threads)
+        race = _Race(workshop, kind, precision, budget_s, threads)
     if known is not None:
         race.candidates |= {candidate.plan: candidate for candidate in known.candidates}
     best = known.plan if known is not None else race.fastest(shortlist)
-    for changes in () if budget_s is None else _decisions(graphs, backend, precision, timed=True):
+    for changes in () if budget_s is None else _decisions(workshop, kind, precision, timed=True):
         _remember(file, race, best, complete=False)
         if race.exhausted:
             break
@@ -221,8 +232,8 @@ def tune_engine(
 class _Model:
     """Compares plans by what they cost on a machine of known rates. `candidates`: all that were compared."""
 
-    graphs: Graphs
-    backend: str
+    workshop: Workshop
+    kind: EngineKind
     precision: Precision
     threads: int | None
     candidates: dict[Plan, Candidate] = field(default_factory=dict)
@@ -230,7 +241,8 @@ class _Model:
     def __post_init__(self) -> None:
         half = self.precision != "fp32"
         self._element_size = 2 if half else 4
-        self._rates = cpu_rates(half, self.threads) if self.backend in _CPU else _GPU_RATES["fp16" if half else "fp32"]
+        timed = self.kind.plans == "timing"
+        self._rates = cpu_rates(half, self.threads) if timed else _GPU_RATES["fp16" if half else "fp32"]
 
     def fastest(self, plans: Sequence[Plan]) -> Plan:
         """The first of `plans`, unless another one is clearly faster."""
@@ -244,16 +256,16 @@ class _Model:
 
     def seconds(self, plan: Plan) -> float:
         """Of one run."""
-        full_size = self.graphs.contract.output == "logits" or not plan.low_resolution_labels
-        return self.graphs.cost.seconds(plan, self._rates, element_size=self._element_size, full_size=full_size)
+        full_size = self.workshop.contract.output == "logits" or not plan.low_resolution_labels
+        return self.workshop.cost.seconds(plan, self._rates, element_size=self._element_size, full_size=full_size)
 
 
 @dataclass(eq=False)
 class _Race:
     """Compares plans by timing them. `candidates`: all that were compared; `exhausted`: the time is over."""
 
-    graphs: Graphs
-    backend: str
+    workshop: Workshop
+    kind: EngineKind
     precision: Precision
     budget_s: float
     threads: int | None
@@ -261,14 +273,14 @@ class _Race:
     exhausted: bool = False
 
     def __post_init__(self) -> None:
-        self._image = self.graphs.sample
+        self._image = self.workshop.sample
         self._deadline = time.monotonic() + self.budget_s
 
     def prepare(self, plans: Sequence[Plan]) -> None:
-        """Export `plans` off the clock: the bundle needs one of them anyway."""
+        """Make the files of `plans` off the clock: the bundle needs one of them anyway."""
         for plan in plans:
             interruption.check()
-            self.graphs(_graph_type(self.precision), plan)
+            self.kind.make(self.workshop, self.precision, plan)
         self._deadline = time.monotonic() + self.budget_s
 
     def fastest(self, plans: Sequence[Plan]) -> Plan:
@@ -278,11 +290,11 @@ class _Race:
         """
         with ExitStack() as stack:
             opened = [stack.enter_context(self._open(plan)) for plan in plans]
-            for backend in opened:
+            for engine in opened:
                 interruption.check()
-                backend.run(self._image)
+                engine.run(self._image)
             times: list[list[float]] = []
-            for seconds in islice(rounds([partial(backend.run, self._image) for backend in opened], _REST_S), _ROUNDS):
+            for seconds in islice(rounds([partial(engine.run, self._image) for engine in opened], _REST_S), _ROUNDS):
                 interruption.check()
                 times.append(seconds)
                 self.exhausted = time.monotonic() > self._deadline
@@ -295,12 +307,9 @@ class _Race:
         needed = (*_CLEAR[:-1], _GAIN)[min(len(times), len(_CLEAR)) - 1]  # few rounds show large leads only
         return plans[winner] if gains[winner] >= needed else plans[0]
 
-    def _open(self, plan: Plan) -> Backend:
+    def _open(self, plan: Plan) -> Engine:
         interruption.check()
-        graph = self.graphs(_graph_type(self.precision), plan)
-        record = _record(self.backend, self.precision, graph.name, plan)
-        draft = Manifest(self.graphs.network.config, (), (), self.graphs.contract, ())
-        return open_engine(Bundle(graph.parent, draft), record, threads=self.threads)
+        return open_engine(self.kind.make(self.workshop, self.precision, plan), threads=self.threads)
 
 
 def _ratios(times: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -317,28 +326,29 @@ def _is_clear(times: Sequence[Sequence[float]]) -> bool:
     return all(map(or_, faster, slower)) and sum(faster) <= 1
 
 
-def _predict(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> Tuning:
+def _predict(workshop: Workshop, kind: EngineKind, precision: Precision, threads: int | None) -> Tuning:
     """What the cost model chooses: from a plan that is good everywhere, one decision after the other."""
-    model = _Model(graphs, backend, precision, threads)
-    best = model.fastest([_start(backend), NO_PLAN])
-    for changes in _decisions(graphs, backend, precision, timed=False):
+    model = _Model(workshop, kind, precision, threads)
+    best = model.fastest([kind.start, NO_PLAN])
+    for changes in _decisions(workshop, kind, precision, timed=False):
         best = model.fastest([best, *(replace(best, **change) for change in changes(best))])
-    return Tuning(backend, precision, best, "cost model", True, tuple(model.candidates.values()))
+    return Tuning(kind.name, precision, best, "cost model", True, tuple(model.candidates.values()))
 
 
-def _shortlist(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> list[Plan]:
+def _shortlist(workshop: Workshop, kind: EngineKind, precision: Precision, threads: int | None) -> list[Plan]:
     """The few plans to race: the model's best, one of another kind, and what is exported already, if there is time.
 
     What the model knows least about is Winograd's transforms, and then how fast the resizes are as products.
     """
-    tuning = _predict(graphs, backend, precision, threads)
+    tuning = _predict(workshop, kind, precision, threads)
     best = tuning.plan
     others = [candidate for candidate in tuning.candidates if candidate.milliseconds != tuning.milliseconds]
     others.sort(key=lambda candidate: candidate.milliseconds)
-    exported = [plan for plan in graphs.plans(_graph_type(precision)) if suitable(plan, backend, precision) == plan]
-    known = [*exported, *(candidate.plan for candidate in others), _start(backend)]
-    kinds: tuple[Callable[[Plan], object], ...] = (_has_winograd, _mixed_groups)
-    another = next((plan for kind in kinds for plan in known if kind(plan) != kind(best)), known[-1])
+    graph = kind.graph_type(precision)
+    exported = [plan for plan in workshop.plans(graph) if kind.suits(plan, precision) == plan] if graph else []
+    known = [*exported, *(candidate.plan for candidate in others), kind.start]
+    traits: tuple[Callable[[Plan], object], ...] = (_has_winograd, _mixed_groups)
+    another = next((plan for trait in traits for plan in known if trait(plan) != trait(best)), known[-1])
     # Each is opened, warmed up, and timed at least once: about four runs. One is no race, and what is slowest to time
     # goes by the model.
     count = min(3, max(1, int(1e3 * SHORT_S / (4 * tuning.milliseconds))))
@@ -353,22 +363,17 @@ def _mixed_groups(plan: Plan) -> list[bool]:
     return [form != "none" for form in plan.mix_before_upsample]
 
 
-def _start(backend: str) -> Plan:
-    """What only leaves work out; on CPUs, whose convolutions keep channels adjacent, so does the attention."""
-    return replace(ALGEBRA, pixel_major_attention=backend in _CPU)
-
-
 Changes = Callable[[Plan], list[dict[str, Any]]]
 
 
-def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: bool) -> Iterator[Changes]:
+def _decisions(workshop: Workshop, kind: EngineKind, precision: Precision, *, timed: bool) -> Iterator[Changes]:
     """For each decision a function from the best plan so far to the changes that may improve it; the largest first.
 
     Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does. So
     is the plain graph, in case an engine does better by itself.
-    `suitable` says what else is not for every engine.
+    `EngineKind.suits` says what else is not for every engine.
     """
-    network = plan_network(graphs.network)
+    network = plan_network(workshop.network)
     fusions = list(network.fusions())
     if timed:
         yield lambda best: [vars(NO_PLAN)]
@@ -382,12 +387,12 @@ def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: boo
     groups = [] if network.decoder is None else list(range(len(network.decoder.lateral)))
     for group in groups[:-1]:
         yield forms(group)
-    if suitable(Plan(winograd=1), backend, precision).winograd:
+    if kind.suits(Plan(winograd=1), precision).winograd:
         # The coarsest stage, 1/32, has too few tiles for it.
         yield lambda best: [{"winograd": count} for count in range(STAGES) if count != best.winograd]
     for group in groups[-1:]:  # whether it pays hangs on how fast the convolution is that it makes smaller
         yield forms(group)
-    if graphs.contract.output == "labels" and timed:
+    if workshop.contract.output == "labels" and timed:
         yield switch("low_resolution_labels")
     if fusions:
         yield switch("pixel_major_attention")
@@ -404,46 +409,36 @@ def _forms(best: Plan, group: int) -> list[dict[str, Any]]:
     ]
 
 
-def _record(backend: str, precision: Precision, file: str, plan: Plan) -> EngineRecord:
-    return EngineRecord(f"{backend}-{precision}", backend, precision, file, "cpu", plan=plan)
+def _planned() -> dict[str, EngineKind]:
+    """The kinds whose engines have a plan."""
+    return {name: kind for name, kind in KINDS.items() if kind.plans != "fixed"}
 
 
-def _obstacle(backend: str, precision: Precision) -> str | None:
-    if backend == "onnxruntime" and precision == "bf16":
-        return "onnxruntime has no bf16 convolution on CPUs"
-    return backend_class(backend).obstacle(_record(backend, precision, "", NO_PLAN))
-
-
-def _graph_type(precision: Precision) -> Precision:
-    """Of the ONNX file: OpenVINO computes in bf16 from the one in fp32."""
-    return "fp32" if precision == "bf16" else precision
-
-
-def _memory(graphs: Graphs, backend: str, precision: Precision, threads: int | None) -> Path:
+def _memory(workshop: Workshop, kind: EngineKind, precision: Precision, threads: int | None) -> Path:
     """Named by everything that the choice depends on: of the weights only which branches they switch off."""
     facts = {
         "format": _MEMORY_FORMAT,
-        "model": graphs.network.config.to_json(),
-        "terms": [(f.terms.refines, f.terms.distributes) for f in plan_network(graphs.network).fusions()],
-        "contract": graphs.contract.to_dict(),
-        "engine": [backend, precision, threads],
+        "model": workshop.model.to_json(),
+        "terms": [(f.terms.refines, f.terms.distributes) for f in plan_network(workshop.network).fusions()],
+        "contract": workshop.contract.to_dict(),
+        "engine": [kind.name, precision, threads],
     }
-    return memory.place("tuning", facts, ("agln-fast", "torch", "onnx", backend))
+    return memory.place("tuning", facts, ("agln-fast", "torch", "onnx", kind.package))
 
 
 def _remember(file: Path, race: _Race, best: Plan, *, complete: bool) -> Tuning:
     """What is known so far, for this run and for the next one."""
     candidates = tuple(race.candidates.values())
-    tuning = Tuning(race.backend, race.precision, best, "timing", complete, candidates)
+    tuning = Tuning(race.kind.name, race.precision, best, "timing", complete, candidates)
     memory.remember(file, tuning.to_dict())
     return tuning
 
 
-def _remembered(file: Path, backend: str, precision: Precision) -> Tuning | None:
+def _remembered(file: Path, kind: EngineKind, precision: Precision) -> Tuning | None:
     """What was measured before; a file that cannot be used, or is another engine's, is as good as none."""
     try:
         tuning = Tuning.from_dict(memory.recall(file))
     except ConfigError:
         return None
-    fits = (tuning.backend, tuning.precision, tuning.chosen_by) == (backend, precision, "timing")
+    fits = (tuning.backend, tuning.precision, tuning.chosen_by) == (kind.name, precision, "timing")
     return tuning if fits else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,7 @@ def build(
 
     Example: agln-fast build agln_r50.pth -o street.agln --target cpu --target tensorrt-rtx --precision fp16
     """
-    from agln_fast.builder.options import check_options
+    from agln_fast.builder.options import BuildOptions
     from agln_fast.cli.places import check_file
     from agln_fast.contract import parse_batch
     from agln_fast.models.config import ModelConfig
@@ -89,14 +90,14 @@ def build(
     options |= {name: _colour(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
     model = None if config is None else ModelConfig.from_json(read_text(config))
     check_file(timing_cache)
-    check_options(output, **options)
+    asked = BuildOptions(checkpoint, output, config=model, strict=strict, **options)
     find_checkpoint(checkpoint)
 
     # From here on PyTorch is needed, which takes seconds to load.
-    from agln_fast.builder.build import build as build_bundle
+    from agln_fast.builder.build import make_bundle
 
     with progress_bar("steps") as progress:
-        bundle = build_bundle(checkpoint, output, config=model, strict=strict, progress=progress, **options)
+        bundle = make_bundle(replace(asked, progress=progress))
     print_built(bundle, json=json)
 
 

@@ -14,14 +14,11 @@ from agln_fast.cli.console import Json, out, print_json, shown
 
 __all__ = ["doctor", "examine"]
 
-_PACKAGES = {
-    "nncf": ("nncf", 'pip install "agln-fast[int8]"'),
-    "onnx": ("onnx", "the core install brings it: pip install agln-fast"),
-    "onnxruntime": ("onnxruntime", "the core install brings it: pip install agln-fast"),
-    "openvino": ("openvino", 'pip install "agln-fast[openvino]"'),
-    "tensorrt": ("tensorrt", 'pip install "agln-fast[tensorrt]"; its libraries come from NVIDIA\'s own package index'),
-    "tensorrt-rtx": ("tensorrt-rtx", 'pip install "agln-fast[tensorrt-rtx]"'),
-    "triton": ("triton", "Linux only: pip install triton"),
+# What engines are built with; what they need to run, their kinds know.
+_BUILD = {
+    "nncf": 'pip install "agln-fast[int8]"',
+    "onnx": "the core install brings it: pip install agln-fast",
+    "triton": "Linux only: pip install triton",
 }
 
 
@@ -40,6 +37,8 @@ def doctor(json: Json = False) -> None:
 def examine() -> list[dict[str, Any]]:
     """Rows of `what`, `found` (None if it is not there) and `advice` (empty if all is well)."""
     import torch
+
+    from agln_fast.engines import KINDS
 
     def row(what: str, found: str | None, advice: str = "") -> dict[str, Any]:
         return {"what": what, "found": found, "advice": advice}
@@ -62,11 +61,14 @@ def examine() -> list[dict[str, Any]]:
         rows.append(row("GPU", None, "this PyTorch is a CPU build; for a GPU install a CUDA build"))
     else:
         rows.append(row("GPU", None, "no CUDA device is visible; check the driver with nvidia-smi"))
-    for name, (package, advice) in _PACKAGES.items():
+    for kind in KINDS.values():
+        found = kind.versions(kind.precisions[0])
+        rows.append(row(kind.name, ", ".join(found.values()) or None, kind.missing() or ""))
+    for package, advice in _BUILD.items():
         try:
-            rows.append(row(name, version(package)))
+            rows.append(row(package, version(package)))
         except PackageNotFoundError:
-            rows.append(row(name, None, advice))
+            rows.append(row(package, None, advice))
     features = torch.cpu.get_capabilities()
     cpu = str(features.get("cpu_name", platform.processor()))
     rows.append(row("CPU", f"{cpu}, {torch.get_num_threads()} threads"))

@@ -128,6 +128,7 @@ def _open(
     dataset: SegmentationDataset,
 ) -> Segmenter:
     """A bundle's engine, or the network of a checkpoint under windows of the size `window`."""
+    from agln_fast.engines import REFERENCE
     from agln_fast.models.checkpoint import load_checkpoint
     from agln_fast.runtime.segmenter import load, load_network
 
@@ -141,7 +142,7 @@ def _open(
         resize="stretch"
         if dataset.class_set.name == "scenes"
         else "slide",  # scenes are windows: several go in a batch
-        backend="fused" if backend == "fused" else "torch",
+        backend=REFERENCE if backend == "auto" else backend,
         precision=precision or "fp32",
         class_set=dataset.class_set if fits else None,
         device=device,
@@ -152,16 +153,17 @@ def _open(
 def _check_source(path: Path, backend: str, precision: str | None, device: str | None, threads: int | None) -> None:
     """Refuse what `_open` could not open, as far as names and files tell."""
     from agln_fast.cli.request import check_engine, open_matching
-    from agln_fast.engines import check_network_precision
+    from agln_fast.engines import check_network_precision, network_kinds
     from agln_fast.models.shipped import find_checkpoint
 
     if _is_bundle(path):
         open_matching(path, backend, precision, device, threads)
         return
     check_engine(backend, precision, device, threads)
-    if backend not in ("auto", "torch", "fused"):
+    kinds = network_kinds()
+    if backend not in ("auto", *kinds):
         raise ConfigError(
-            f"{path}: PyTorch runs checkpoints (torch, fused); for backend {backend!r} build a bundle from it first"
+            f"{path}: PyTorch runs checkpoints ({', '.join(kinds)}); for backend {backend!r} build a bundle first"
         )
     check_network_precision(precision or "fp32")
     find_checkpoint(path)

@@ -18,12 +18,12 @@ def check_engine(backend: str, precision: str | None, device: str | None, thread
         ConfigError: one of them makes no sense.
         BackendError: a GPU is asked for, and there is no driver of one.
     """
-    from agln_fast.contract import check_precision
-    from agln_fast.engines import check_backend, check_device, check_threads
+    from agln_fast.engines import check_device, check_threads, kind_of
     from agln_fast.engines.driver import check_driver
+    from agln_fast.precision import check_precision
 
     if backend != "auto":
-        check_backend(backend)
+        kind_of(backend)
     if precision is not None:
         check_precision(precision)
     check_device(device)

@@ -37,21 +37,21 @@ def verify(
     opened = open_matching(bundle, "auto", None, device, threads)
 
     # From here on PyTorch is needed, which takes seconds to load.
-    from agln_fast.engines.torch import network_of
+    from agln_fast.engines import REFERENCE
+    from agln_fast.engines.torch_network import network_of
     from agln_fast.runtime.verify import make_reference, sample_frames, verify_engine
 
     failures: list[VerificationError] = []
     engines = []
     with progress_bar("engines") as progress:
         task = progress.add_task("reference", total=len(opened.manifest.engines))
-        network = network_of(opened, "weights.safetensors", threads)
-        references = make_reference(network, opened, sample_frames(samples, opened.manifest.contract))
+        network = network_of(opened.artefact(opened.matching(REFERENCE)[0].name), threads)
+        references = make_reference(network, opened.manifest.contract, sample_frames(samples, opened.manifest.contract))
         for engine in opened.manifest.engines:
             progress.update(task, description=engine.name)
             try:
-                outcome = verify_engine(
-                    opened, engine, references, minimum=min_agreement, device=device, threads=threads
-                )
+                artefact = opened.artefact(engine.name)
+                outcome = verify_engine(artefact, references, minimum=min_agreement, device=device, threads=threads)
                 engines.append(replace(engine, verification=outcome))
             except VerificationError as error:
                 failures.append(error)

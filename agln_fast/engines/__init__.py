@@ -1,62 +1,69 @@
-"""Inference backends: one small interface (`base.Backend`), one file per library.
+"""Inference engines: two small interfaces (`base.EngineKind` and `base.Engine`), and a file for each kind.
 
-A library is imported when one of its engines is looked at, not before.
+A library is imported when an engine of it is looked at or opened, not before.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from importlib import import_module
 
 from agln_fast import environment
-from agln_fast.bundle import Bundle
-from agln_fast.contract import Precision, check_precision
-from agln_fast.engines.base import Backend
+from agln_fast.artefact import Artefact
+from agln_fast.engines.base import Engine, EngineKind
+from agln_fast.engines.fused import Fused
+from agln_fast.engines.onnxruntime import OnnxRuntime
+from agln_fast.engines.openvino import OpenVino
+from agln_fast.engines.tensorrt import TensorRT, TensorRTRTX
+from agln_fast.engines.torch import NetworkKind, Torch
 from agln_fast.errors import BackendError, ConfigError, choose, did_you_mean
-from agln_fast.manifest import EngineRecord
+from agln_fast.precision import Precision, check_precision
 
 __all__ = [
-    "BACKENDS",
-    "Backend",
-    "backend_class",
-    "check_backend",
+    "KINDS",
+    "REFERENCE",
+    "Engine",
+    "EngineKind",
+    "NetworkKind",
     "check_device",
     "check_network_precision",
     "check_threads",
+    "kind_of",
+    "network_kinds",
+    "obstacle_to",
     "open_engine",
+    "targets",
 ]
 
-# Name -> module and class, fastest first: the order in which `backend="auto"` tries them.
-BACKENDS = {
-    "tensorrt": "tensorrt:TensorRTBackend",
-    "tensorrt-rtx": "tensorrt:TensorRTRTXBackend",
-    "fused": "fused:FusedBackend",
-    "openvino": "openvino:OpenVinoBackend",
-    "onnxruntime": "onnxruntime:OnnxRuntimeBackend",
-    "torch": "torch:TorchBackend",
+KINDS: dict[str, EngineKind] = {
+    kind.name: kind for kind in (TensorRT(), TensorRTRTX(), Fused(), OpenVino(), OnnxRuntime(), Torch())
 }
+"""Every kind of engine by its name, the fastest first: the order in which `backend="auto"` tries them.
+
+What is added here is known to build, tune, verify, eval, bench and doctor.
+"""
+
+REFERENCE = Torch.name
+"""The kind that runs the network as it is: all others are compared with it."""
 
 
-def backend_class(name: str) -> type[Backend]:
-    """The class of the backend `name`.
-
-    Raises:
-        ConfigError: there is no such backend.
-    """
-    check_backend(name)
-    module, _, attribute = BACKENDS[name].partition(":")
-    backend: type[Backend] = getattr(import_module(f"agln_fast.engines.{module}"), attribute)
-    return backend
-
-
-def check_backend(name: str) -> None:
-    """Refuse what is no name of a backend, without loading one.
+def kind_of(name: str) -> EngineKind:
+    """The kind called `name`.
 
     Raises:
-        ConfigError: there is no such backend.
+        ConfigError: there is none.
     """
-    choose("backend", name, BACKENDS)
+    return KINDS[choose("backend", name, KINDS)]
+
+
+def targets() -> list[str]:
+    """What engines can be built for."""
+    return sorted({kind.target for kind in KINDS.values() if kind.target is not None})
+
+
+def network_kinds() -> dict[str, NetworkKind]:
+    """The kinds that run a network in memory."""
+    return {name: kind for name, kind in KINDS.items() if isinstance(kind, NetworkKind)}
 
 
 def check_device(name: str | None) -> None:
@@ -77,7 +84,8 @@ def check_network_precision(name: str) -> Precision:
         ConfigError: an unknown precision, or int8.
     """
     if name == "int8":
-        raise ConfigError("unknown precision 'int8'; known: fp32, fp16, bf16; int8 needs a bundle, and OpenVINO")
+        known = ", ".join(KINDS[REFERENCE].precisions)
+        raise ConfigError(f"unknown precision 'int8'; known: {known}; int8 needs a bundle, and OpenVINO")
     return check_precision(name)
 
 
@@ -94,10 +102,15 @@ def check_threads(threads: int | None) -> int | None:
     return threads
 
 
-def open_engine(
-    bundle: Bundle, engine: EngineRecord, *, device: str | None = None, threads: int | None = None
-) -> Backend:
-    """Open one engine of a bundle, after checking that it can run here.
+def obstacle_to(artefact: Artefact, device: str | None = None) -> str | None:
+    """Why `artefact` cannot run on this machine's `device` (None: its own) and what to do about it, or None."""
+    if artefact.kind not in KINDS:
+        return f"this agln-fast has no backend {artefact.kind!r}"
+    return KINDS[artefact.kind].obstacle_to(artefact, device)
+
+
+def open_engine(artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
+    """Open an engine, after checking that it can run here.
 
     `threads` is None for `AGLN_FAST_THREADS`, and without that for the library's own choice.
 
@@ -107,8 +120,6 @@ def open_engine(
     """
     threads = check_threads(threads)
     check_device(device)
-    backend = backend_class(engine.backend)
-    obstacle = backend.obstacle(engine)
-    if obstacle:
-        raise BackendError(f"engine {engine.name} cannot run here: {obstacle}")
-    return backend(bundle, engine, device=device, threads=threads)
+    if obstacle := obstacle_to(artefact, device):
+        raise BackendError(f"engine {artefact.name} cannot run here: {obstacle}")
+    return KINDS[artefact.kind].open(artefact, device=device, threads=threads)

@@ -1,31 +1,213 @@
-"""The small interface that every inference backend implements."""
+"""What a kind of engine is, and what an opened one does: the two small interfaces behind all inference."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from agln_fast.bundle import Bundle
+from agln_fast.artefact import Artefact
+from agln_fast.contract import IOContract
 from agln_fast.decode import decode, labels_dtype
 from agln_fast.engines.gate import Gate, keep_after_fork
-from agln_fast.errors import BundleError
-from agln_fast.manifest import EngineRecord
+from agln_fast.errors import BundleError, MissingPackageError
+from agln_fast.models.config import ModelConfig
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
+from agln_fast.precision import Precision
 
-__all__ = ["Array", "Backend", "Port", "as_promised", "check_ports"]
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["Array", "Engine", "EngineKind", "Port", "Workbench", "as_promised", "check_ports"]
 
 Array = npt.NDArray[np.generic]
 
 
-def as_promised(output: Array, bundle: Bundle, engine: EngineRecord) -> Array:
-    """What the contract promises of what the engine's graph gives, which are the logits before the last resize if its
+class Workbench(Protocol):
+    """What `EngineKind.make` works with: the files of one network behind one contract, each made once.
+
+    compute_capabilities, workspace_bytes, timing_cache: as asked of `agln_fast.build`. progress: for long work.
+    """
+
+    @property
+    def contract(self) -> IOContract: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def compute_capabilities(self) -> Sequence[str]: ...
+    @property
+    def workspace_bytes(self) -> int | None: ...
+    @property
+    def timing_cache(self) -> Path | None: ...
+    @property
+    def progress(self) -> Progress | None: ...
+
+    def weights(self) -> Path:
+        """The weights as safetensors."""
+
+    def graph(self, kind: Precision, plan: Plan) -> Path:
+        """The ONNX file of the network, rewritten as `plan` says, with weights of type `kind`."""
+
+    def calibration(self) -> Sequence[Array]:
+        """Batches of pictures to quantise by, as the contract describes them."""
+
+    def file(self, name: str, key: Hashable, write: Callable[[Path], object]) -> Path:
+        """The file that `write` writes, called `name` in a bundle; it is written when `key` is first asked for."""
+
+
+class EngineKind(ABC):
+    """All that there is to know of one way to run a network: add an instance to `agln_fast.engines.KINDS`.
+
+    Looking at one loads no library.
+
+    name: of the backend. precisions, devices: what it runs in, and on: "cpu", "cuda".
+    package: the distribution that it needs; extra: that of agln-fast which installs it.
+    target: what makes `build` make one, "cpu" or a target of its own; None for what comes with every bundle alone.
+    plans: how its rewrites are chosen: by "timing" on this machine, by a "cost model" of a GPU, or "fixed": not at all.
+    start: the plan from which a search goes on, good everywhere.
+    settings: what it is told, for readers of measurements.
+    """
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[Precision, ...]]
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    package: ClassVar[str] = ""
+    extra: ClassVar[str] = ""
+    target: ClassVar[str | None] = "cpu"
+    plans: ClassVar[Literal["timing", "cost model", "fixed"]] = "fixed"
+    start: ClassVar[Plan] = ALGEBRA
+    settings: ClassVar[str] = ""
+
+    @property
+    def module(self) -> str:
+        """The name under which its package is imported."""
+        return self.package.replace("-", "_")
+
+    def automatic(self) -> tuple[Precision, ...]:
+        """What precision "auto" stands for on this machine."""
+        return self.precisions[:1]
+
+    def graph_type(self, precision: Precision) -> Precision | None:
+        """The type of the ONNX file that an engine is made of; None: of the weights themselves.
+
+        The latter comes with every bundle, in fp32.
+        """
+        return precision
+
+    def suits(self, plan: Plan, precision: Precision) -> Plan:
+        """`plan` without what does not suit an engine of this kind.
+
+        Winograd's sums are for fp32: below it they cost labels, and int8 would not be quantised.
+        """
+        return plan if precision == "fp32" else replace(plan, winograd=0)
+
+    def default_device(self) -> str:
+        """Where an engine opens when no device is asked for: "cpu", or "cuda"."""
+        return self.devices[0]
+
+    def packages(self, precision: Precision) -> tuple[str, ...]:
+        """The distributions that make an engine, and run it."""
+        return (self.package,) if self.package else ()
+
+    def versions(self, precision: Precision) -> dict[str, str]:
+        """Those of `packages` that are installed, with their versions."""
+        found = {}
+        for package in self.packages(precision):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return found
+
+    def missing(self) -> str | None:
+        """Why its package cannot be used and what to do about it, or None."""
+        if not self.package or find_spec(self.module) is not None:
+            return None
+        return str(MissingPackageError(self.module, self.extra))
+
+    def obstacle(self, precision: Precision, device: str | None = None) -> str | None:
+        """Why nothing runs in `precision` on this machine's `device` (None: the default), and what to do, or None.
+
+        Opens nothing.
+        """
+        if precision not in self.precisions:
+            return f"{self.name} has no {precision}: it runs in {', '.join(self.precisions)}"
+        where = (device or self.default_device()).partition(":")[0]
+        if where not in self.devices:
+            return f"{self.name} runs on {' and '.join(self.devices)}, not on {device}"
+        return self.missing() or self._obstacle(precision, where)
+
+    def _obstacle(self, precision: Precision, where: str) -> str | None:
+        """As `obstacle`, where all facts fit and the package is there; `where` is "cpu" or "cuda"."""
+        return None
+
+    def obstacle_to(self, artefact: Artefact, device: str | None = None) -> str | None:
+        """As `obstacle`, for this very artefact."""
+        return self.obstacle(artefact.precision, device)
+
+    def check_make(self, precision: Precision, compute_capabilities: Sequence[str] = ()) -> None:
+        """Refuse what `make` could not do here, before any work; `compute_capabilities` are those asked for.
+
+        Raises:
+            ConfigError, MissingPackageError, BuildError: it could not.
+        """
+        return
+
+    @abstractmethod
+    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+        """Make what an engine is opened from.
+
+        Raises:
+            BuildError, MissingPackageError: it cannot be made; see `check_make`.
+        """
+
+    @abstractmethod
+    def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
+        """Open what `make` made; `obstacle_to` found nothing in the way.
+
+        Args:
+            device: "cpu", "cuda" or "cuda:1"; None for the engine's own.
+            threads: intra-op CPU threads; None for the library's default.
+
+        Raises:
+            BackendError: it cannot run here, or not on that device, or not in the artefact's precision.
+            BundleError: the file is not what the artefact says.
+        """
+
+    def _artefact(
+        self,
+        bench: Workbench,
+        precision: Precision,
+        plan: Plan,
+        file: Path,
+        compute_capabilities: tuple[str, ...] = (),
+    ) -> Artefact:
+        return Artefact(
+            name=f"{self.name}-{precision}",
+            kind=self.name,
+            precision=precision,
+            file=file,
+            contract=bench.contract,
+            model=bench.model,
+            plan=plan,
+            versions=self.versions(precision),
+            compute_capabilities=compute_capabilities,
+        )
+
+
+def as_promised(output: Array, artefact: Artefact) -> Array:
+    """What the contract promises of what an engine's graph gives, which are the logits before the last resize if its
     plan has `low_resolution_labels`."""
-    contract = bundle.manifest.contract
-    if contract.output == "logits" or not engine.plan.low_resolution_labels:
+    contract = artefact.contract
+    if contract.output == "logits" or not artefact.plan.low_resolution_labels:
         return output
     return np.stack([decode(logits, (contract.height, contract.width)) for logits in output])
 
@@ -48,33 +230,31 @@ class Port(NamedTuple):
         return all(has == side or side is None or not isinstance(has, int) for has, side in sides)
 
 
-def check_ports(bundle: Bundle, engine: EngineRecord, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
+def check_ports(artefact: Artefact, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
     """Compare what an engine's file takes and gives with what the manifest says of it.
 
     Raises:
         BundleError: they differ.
     """
-    contract, classes = bundle.manifest.contract, bundle.manifest.model.num_classes
+    contract, classes = artefact.contract, artefact.model.num_classes
     batch, size = contract.input_shape[0], (contract.height, contract.width)
     image = Port("image", "uint8" if contract.layout == "uint8_nhwc" else "float32", contract.input_shape)
     if contract.output == "logits":
         result = Port("logits", "float32", (batch, classes, *size))
-    elif engine.plan.low_resolution_labels:
+    elif artefact.plan.low_resolution_labels:
         result = Port("logits", "float32", (batch, classes, None, None))
     else:
         result = Port("labels", labels_dtype(classes), (batch, *size))
     for verb, found, wanted in (("takes", inputs, image), ("gives", outputs, result)):
         if len(found) != 1 or not found[0].serves(wanted):
             told = ", ".join(map(str, found))
-            raise BundleError(
-                f"{bundle.path / engine.file}: {verb} {told}, and the manifest says {wanted}; build the bundle again"
-            )
+            raise BundleError(f"{artefact.file}: {verb} {told}, and the manifest says {wanted}; build the bundle again")
 
 
-class Backend(ABC):
-    """One opened engine. Open by constructing, `run`, and `close`; or use it in a `with` statement.
+class Engine(ABC):
+    """One opened engine: `run` it, and `close` it; or use it in a `with` statement.
 
-    `device` and `precision` say what really runs, read back from the library where it can tell. A backend never falls
+    `device` and `precision` say what really runs, read back from the library where it can tell. An engine never falls
     back: what cannot be had raises `BackendError`.
 
     Threads may share one, and wait for each other. It belongs to the process that opened it.
@@ -82,39 +262,17 @@ class Backend(ABC):
 
     name: ClassVar[str]
     device: str
-    precision: str
+    precision: Precision
     _gate: Gate
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
-        backend = super().__new__(cls)
-        backend._gate = Gate(f"{cls.name}: this backend", "open it again")
-        keep_after_fork(backend)
-        return backend
-
-    @classmethod
-    @abstractmethod
-    def obstacle(cls, engine: EngineRecord) -> str | None:
-        """Why `engine` cannot run on this machine and what to do about it, or None. Opens nothing."""
-
-    @classmethod
-    def default_device(cls) -> str:
-        """Where an engine opens when no device is asked for: "cpu", or "cuda"."""
-        return "cpu"
-
-    @abstractmethod
-    def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        """Open `engine` of `bundle`.
-
-        Args:
-            device: a torch device string such as "cpu" or "cuda:1"; None for the engine's own.
-            threads: intra-op CPU threads; None for the library's default.
-
-        Raises:
-            BackendError: it cannot run here, or not on that device, or not in the engine's precision.
-        """
+        engine = super().__new__(cls)
+        engine._gate = Gate(f"{cls.name}: this backend", "open it again")
+        keep_after_fork(engine)
+        return engine
 
     def run(self, image: Array) -> Array:
-        """Run one batch: `image` and the result are as `bundle.manifest.contract` describes, C-contiguous.
+        """Run one batch: `image` and the result are as the contract describes, C-contiguous.
 
         The result belongs to the caller.
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from agln_fast.contract import Precision
 from agln_fast.errors import BackendError, BundleError
+from agln_fast.precision import PRECISIONS, Precision
 
-__all__ = ["PRECISIONS", "Graph", "graph_precision", "parse_graph"]
+__all__ = ["Graph", "graph_precision", "parse_graph"]
 
-PRECISIONS: dict[int, Precision] = {1: "fp32", 10: "fp16", 16: "bf16"}
-"""Of a tensor's `data_type`."""
+_BY_TYPE: dict[int, Precision] = {numbers.onnx: name for name, numbers in PRECISIONS.items() if numbers.bytes > 1}
 
 # Message -> number of a field -> the message in it, on all ways to a tensor.
 _INSIDE = {
@@ -80,9 +79,9 @@ def graph_precision(graph: Graph, name: str) -> Precision:
         BackendError: no convolution in it, or convolutions of several types.
     """
     found = {graph.types.get(weight) for weight in graph.weights}
-    if len(found) != 1 or (kind := found.pop()) not in PRECISIONS:
+    if len(found) != 1 or (kind := found.pop()) not in _BY_TYPE:
         raise BackendError(f"{name}: its convolutions are not of one floating-point type")
-    return PRECISIONS[kind]
+    return _BY_TYPE[kind]
 
 
 def _look_at(kind: str, message: memoryview, graph: Graph) -> list[tuple[str, memoryview]]:

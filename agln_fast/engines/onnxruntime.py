@@ -1,36 +1,56 @@
-"""Backend `onnxruntime`: the exported graph on ONNX Runtime's CPU or CUDA execution provider."""
+"""Kind `onnxruntime`: the exported graph on ONNX Runtime's CPU or CUDA execution provider."""
 
 from __future__ import annotations
 
 import platform
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
-from agln_fast.bundle import Bundle
-from agln_fast.engines.base import Array, Backend, Port, as_promised, check_ports
+from agln_fast.artefact import Artefact
+from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, as_promised, check_ports
 from agln_fast.engines.denormals import denormals_as_zero
-from agln_fast.engines.onnx_file import PRECISIONS, graph_precision, parse_graph
-from agln_fast.errors import BackendError, printable
-from agln_fast.manifest import EngineRecord
+from agln_fast.errors import BackendError, MissingPackageError, printable
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
+from agln_fast.precision import Precision
 from agln_fast.telemetry import import_quietly
 
-__all__ = ["OnnxRuntimeBackend"]
+__all__ = ["OnnxRuntime", "OnnxRuntimeEngine"]
 
 _TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def _import() -> Any:
-    """
-    Raises:
-        BackendError: it is not installed, or does not load.
-    """
-    try:
-        return import_quietly("onnxruntime")
-    except (ImportError, OSError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
-            # It comes with agln-fast itself, without an extra.
-            raise BackendError('package "onnxruntime" is not installed: pip install onnxruntime') from None
-        raise BackendError(f'package "onnxruntime" is installed but does not load: {printable(error)}') from error
+class OnnxRuntime(EngineKind):
+    """Runs the ONNX file as it is typed: fp32, or fp16 where there are kernels for it (CUDA, Arm)."""
+
+    name = "onnxruntime"
+    precisions = ("fp32", "fp16")  # it has no bf16 convolution on CPUs
+    devices = ("cpu", "cuda")
+    package = extra = "onnxruntime"
+    plans = "timing"
+    start = replace(ALGEBRA, pixel_major_attention=True)  # its convolutions keep channels adjacent
+    settings = "ORT_ENABLE_ALL, denormals as zero"
+
+    def missing(self) -> str | None:
+        try:
+            import_quietly("onnxruntime")
+        except (ImportError, OSError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+                return str(MissingPackageError("onnxruntime", self.extra))
+            return f'package "onnxruntime" is installed but does not load: {printable(error)}'
+        return None
+
+    def _obstacle(self, precision: Precision, where: str) -> str | None:
+        available = import_quietly("onnxruntime").get_available_providers()
+        if _PROVIDERS[where] not in available:
+            return f"onnxruntime cannot use device {where!r}: it has {', '.join(available)}"
+        return _obstacle_to_fp16() if (precision, where) == ("fp16", "cpu") else None
+
+    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+        return self._artefact(bench, precision, plan, bench.graph(precision, plan))
+
+    def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
+        return OnnxRuntimeEngine(artefact, device or self.default_device(), threads)
 
 
 def _obstacle_to_fp16() -> str | None:
@@ -39,35 +59,21 @@ def _obstacle_to_fp16() -> str | None:
     return None
 
 
-class OnnxRuntimeBackend(Backend):
-    """Runs the ONNX file as it is typed: fp32, or fp16 where there are kernels for it (CUDA, Arm)."""
+class OnnxRuntimeEngine(Engine):
+    """Says of its file itself what it computes in."""
 
-    name: ClassVar[str] = "onnxruntime"
+    name = "onnxruntime"
 
-    @classmethod
-    def obstacle(cls, engine: EngineRecord) -> str | None:
-        try:
-            onnxruntime = _import()
-        except BackendError as error:
-            return str(error)
-        if engine.precision not in PRECISIONS.values():
-            return f"onnxruntime has no {engine.precision} engines, which are for OpenVINO: take fp32 or fp16"
-        if engine.precision == "fp16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            return _obstacle_to_fp16()
-        return None
+    def __init__(self, artefact: Artefact, device: str, threads: int | None) -> None:
+        from agln_fast.engines.onnx_file import graph_precision, parse_graph
 
-    def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        onnxruntime = _import()
-        self.device = device or "cpu"
-        self._bundle, self._engine = bundle, engine
-        kind, _, index = self.device.partition(":")
-        provider = _PROVIDERS.get(kind)
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            raise BackendError(f"onnxruntime cannot use device {self.device!r}: it has {', '.join(available)}")
-        path, data = str(bundle.path / engine.file), bundle.read(engine.file)
+        onnxruntime = import_quietly("onnxruntime")
+        self._artefact, self.device = artefact, device
+        kind, _, index = device.partition(":")
+        provider = _PROVIDERS[kind]
+        path, data = str(artefact.file), artefact.read(artefact.file)
         self.precision = graph_precision(parse_graph(data, path), path)
-        if kind == "cpu" and self.precision == "fp16" and (obstacle := _obstacle_to_fp16()):
+        if (self.precision, kind) == ("fp16", "cpu") and (obstacle := _obstacle_to_fp16()):
             raise BackendError(obstacle)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -92,7 +98,7 @@ class OnnxRuntimeBackend(Backend):
             [Port(port.name, _TYPES.get(port.type, port.type), port.shape) for port in listed]
             for listed in (session.get_inputs(), session.get_outputs())
         )
-        check_ports(bundle, engine, *ports)
+        check_ports(artefact, *ports)
         self._session: Any = session
         self._input = session.get_inputs()[0].name
 
@@ -102,7 +108,7 @@ class OnnxRuntimeBackend(Backend):
         return output
 
     def _finish(self, output: Array) -> Array:
-        return as_promised(output, self._bundle, self._engine)
+        return as_promised(output, self._artefact)
 
     def _release(self) -> None:
         self._session = None

@@ -1,4 +1,4 @@
-"""Backend `openvino`: the exported graph on OpenVINO's CPU plugin, in exactly the precision asked for.
+"""Kind `openvino`: the exported graph on OpenVINO's CPU plugin, in exactly the precision asked for.
 
 An int8 engine is an OpenVINO IR whose graph says itself what is quantised (`export.quantize`). The rest of it runs in
 bf16 where the CPU has it, and in fp32 elsewhere.
@@ -7,70 +7,97 @@ bf16 where the CPU has it, and in fp32 elsewhere.
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, cast
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
-from agln_fast.bundle import Bundle
-from agln_fast.engines.base import Array, Backend, Port, as_promised, check_ports
+from agln_fast.artefact import Artefact
+from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, as_promised, check_ports
 from agln_fast.engines.denormals import denormals_as_zero
 from agln_fast.errors import BackendError, MissingPackageError
-from agln_fast.manifest import EngineRecord
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
+from agln_fast.precision import Precision
 from agln_fast.telemetry import import_quietly
 
-__all__ = ["OpenVinoBackend"]
+__all__ = ["OpenVino", "OpenVinoEngine"]
 
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-_CAPABILITIES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
 _TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
 _INTEGERS = ("i8", "u8")
 
 _opened_in: int | None = None  # the process that opened the first engine
 
 
-def _obstacle_to_fork() -> str | None:
-    if _opened_in in (None, os.getpid()):
+class OpenVino(EngineKind):
+    """bf16 and int8 are made of the fp32 graph."""
+
+    name = "openvino"
+    precisions = ("fp32", "fp16", "bf16", "int8")
+    package = extra = "openvino"
+    plans = "timing"
+    start = replace(ALGEBRA, pixel_major_attention=True)  # its convolutions keep channels adjacent
+    settings = "LATENCY, precision hint, denormals as zero"
+
+    def automatic(self) -> tuple[Precision, ...]:
+        # int8 is none of it, because it takes minutes and costs accuracy.
+        return ("fp32",) if self.obstacle("bf16") else ("fp32", "bf16")
+
+    def graph_type(self, precision: Precision) -> Precision:
+        return "fp16" if precision == "fp16" else "fp32"
+
+    def packages(self, precision: Precision) -> tuple[str, ...]:
+        return ("openvino", "nncf") if precision == "int8" else ("openvino",)
+
+    def _obstacle(self, precision: Precision, where: str) -> str | None:
+        if _opened_in not in (None, os.getpid()):
+            return (
+                "this process was forked from one that had opened an OpenVINO engine, whose threads are not here: open "
+                "the first one after the fork, or start processes with spawn or forkserver (docs/concurrency.md)"
+            )
+        has = _capabilities(import_quietly("openvino"))
+        if precision.upper() not in has:
+            return f"this CPU has no {precision} arithmetic for OpenVINO (it has {', '.join(has)})"
         return None
-    return (
-        "this process was forked from one that had opened an OpenVINO engine, whose threads are not here: open the "
-        "first one after the fork, or start processes with spawn or forkserver (docs/concurrency.md)"
-    )
+
+    def check_make(self, precision: Precision, compute_capabilities: Sequence[str] = ()) -> None:
+        for package in self.packages(precision) if precision == "int8" else ():
+            if find_spec(package) is None:
+                raise MissingPackageError(package, "int8")
+
+    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+        if precision != "int8":
+            return self._artefact(bench, precision, plan, bench.graph(self.graph_type(precision), plan))
+        from agln_fast.export.quantize import quantize_onnx
+
+        def write(path: Path) -> None:
+            quantize_onnx(bench.graph("fp32", plan), path, bench.calibration())
+
+        return self._artefact(bench, precision, plan, bench.file("model.int8.xml", ("int8", plan), write))
+
+    def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
+        return OpenVinoEngine(artefact, threads)
 
 
-class OpenVinoBackend(Backend):
+class OpenVinoEngine(Engine):
     """Sets the precision hint and reads it back: OpenVINO left alone takes bf16 where the CPU has it."""
 
-    name: ClassVar[str] = "openvino"
+    name = "openvino"
+    device = "cpu"
 
-    @classmethod
-    def obstacle(cls, engine: EngineRecord) -> str | None:
-        if reason := _obstacle_to_fork():
-            return reason
-        try:
-            openvino = import_quietly("openvino")
-        except ImportError:
-            return str(MissingPackageError("openvino", "openvino"))
-        has = _capabilities(openvino)
-        if _CAPABILITIES[engine.precision] not in has:
-            return f"this CPU has no {engine.precision} arithmetic for OpenVINO (it has {', '.join(has)})"
-        return None
-
-    def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
-        if device not in (None, "cpu"):
-            raise BackendError(f"openvino runs on device 'cpu' here, not on {device!r}")
-        obstacle = self.obstacle(engine)
-        if obstacle:
-            raise BackendError(obstacle)
+    def __init__(self, artefact: Artefact, threads: int | None) -> None:
         from agln_fast.engines.onnx_file import parse_graph
 
         openvino = import_quietly("openvino")
-        self.device = "cpu"
-        self._bundle, self._engine = bundle, engine
-        path, parts = str(bundle.path / engine.file), [bundle.read(name) for name in engine.files]
+        self._artefact, self.precision = artefact, artefact.precision
+        path, parts = str(artefact.file), [artefact.read(file) for file in artefact.files]
         if len(parts) == 1:
             parse_graph(parts[0], path)
         rest = "bf16" if "BF16" in _capabilities(openvino) else "fp32"
-        hint = _HINTS[rest if engine.precision == "int8" else engine.precision]
+        hint = _HINTS[rest if self.precision == "int8" else self.precision]
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": hint,
@@ -88,15 +115,14 @@ class OpenVinoBackend(Backend):
             raise BackendError(f"openvino cannot open {path}: {str(error).splitlines()[-1]}") from None
         built = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if built != hint:
-            raise BackendError(f"openvino would run {engine.name} in {built}, not in {engine.precision}")
-        if engine.precision == "int8" and not _mostly_int8(compiled):
+            raise BackendError(f"openvino would run {artefact.name} in {built}, not in {self.precision}")
+        if self.precision == "int8" and not _mostly_int8(compiled):
             raise BackendError(
                 f"openvino would run the convolutions of {path} in {built}, not in int8: "
                 "the file is not quantised, or not for this CPU; build it again with `agln-fast rebuild`"
             )
         ports = (list(map(_port, listed)) for listed in (compiled.inputs, compiled.outputs))
-        check_ports(bundle, engine, *ports)
-        self.precision = engine.precision
+        check_ports(artefact, *ports)
         self._request: Any = compiled.create_infer_request()
 
     def _run(self, image: Array) -> Array:
@@ -105,7 +131,7 @@ class OpenVinoBackend(Backend):
             return np.array(self._request.infer([image], share_inputs=True)[0])
 
     def _finish(self, output: Array) -> Array:
-        return as_promised(output, self._bundle, self._engine)
+        return as_promised(output, self._artefact)
 
     def _release(self) -> None:
         self._request = None

@@ -1,34 +1,38 @@
-"""Backends for TensorRT and TensorRT-RTX engines. The two libraries share one Python API but for a few calls."""
+"""Kinds `tensorrt` and `tensorrt-rtx`. The two libraries share one Python API but for a few calls."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-import torch
-
-from agln_fast.bundle import Bundle
-from agln_fast.engines.base import Array, Backend, Port, check_ports
-from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library
+from agln_fast.artefact import Artefact
+from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, check_ports
+from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library, library_version
 from agln_fast.errors import BackendError
-from agln_fast.manifest import EngineRecord
+from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.precision import Precision
 
 __all__ = [
-    "TensorRTBackend",
-    "TensorRTRTXBackend",
+    "TensorRT",
+    "TensorRTEngine",
+    "TensorRTRTX",
+    "TensorRTRTXEngine",
     "compute_capability",
     "shared_logger",
 ]
 
 _REBUILD = "build it again from the bundle's own weights with `agln-fast rebuild`"
-_TORCH_TYPES = {"UINT8": torch.uint8, "INT32": torch.int32, "FLOAT": torch.float32}
+_TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
 
 
 def compute_capability(device: int | None = None) -> str | None:
     """The compute capability of a CUDA device (None: the current one), e.g. "sm89"; None where there is no device."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -83,67 +87,145 @@ def _logger(interface: Any) -> Any:
     return Logger()
 
 
-class _Engine(Backend):
-    """What both flavours share. `threads` has no meaning on a GPU."""
+class TensorRT(EngineKind):
+    """An engine runs with the very version of TensorRT and on the compute capability that it was built for."""
 
-    flavour: ClassVar[Flavour]
+    name: ClassVar[Flavour] = "tensorrt"
+    precisions = ("fp32", "bf16", "fp16")
+    devices = ("cuda",)
+    package = extra = target = "tensorrt"
+    plans = "cost model"
+    settings = "strongly typed"
+    suffix = "trt"
 
-    @classmethod
-    def obstacle(cls, engine: EngineRecord) -> str | None:
-        return cls._obstacle(engine, None)
+    def automatic(self) -> tuple[Precision, ...]:
+        return ("fp16",)
 
-    @classmethod
-    def default_device(cls) -> str:
-        return "cuda"
+    def suits(self, plan: Plan, precision: Precision) -> Plan:
+        # It has convolutions of Winograd's kind of its own, and is served as it is: nobody makes labels of logits.
+        return replace(plan, winograd=0, low_resolution_labels=False)
 
-    @classmethod
-    def _obstacle(cls, engine: EngineRecord, device: int | None) -> str | None:
+    def versions(self, precision: Precision) -> dict[str, str]:
+        version = library_version(self.name)
+        return {} if version is None else {self.name: version}
+
+    def missing(self) -> str | None:
         try:
-            version = str(import_library(cls.flavour).__version__)
+            import_library(self.name)
         except BackendError as error:
             return str(error)
-        built_with = engine.versions.get(cls.flavour, "an unknown version")
-        if version != built_with:
-            return f"built with {cls.flavour} {built_with}, but {version} is installed: {_REBUILD}"
-        built_for = ", ".join(engine.compute_capabilities)
-        present = compute_capability(device)
-        if present is None:
-            return f"no CUDA device is present, and it needs a GPU of {built_for}"
-        if present not in engine.compute_capabilities:
-            target = cls.flavour if present in RTX_CAPABILITIES else "tensorrt"
-            return f"built for {built_for}, but this GPU is {present}: {_build_for(target)}"
         return None
 
-    def __init__(self, bundle: Bundle, engine: EngineRecord, *, device: str | None, threads: int | None) -> None:
+    def _obstacle(self, precision: Precision, where: str) -> str | None:
+        return "no CUDA device is present" if compute_capability() is None else None
+
+    def obstacle_to(self, artefact: Artefact, device: str | None = None) -> str | None:
+        if reason := self.missing():
+            return reason
+        version, built_with = library_version(self.name), artefact.versions.get(self.name, "an unknown version")
+        if version != built_with:
+            return f"built with {self.name} {built_with}, but {version} is installed: {_REBUILD}"
+        built_for = ", ".join(artefact.compute_capabilities)
+        try:
+            present = compute_capability(_device_index(device))
+        except BackendError as error:
+            return str(error)
+        if present is None:
+            return f"no CUDA device is present, and it needs a GPU of {built_for}"
+        if present not in artefact.compute_capabilities:
+            target = self.name if present in RTX_CAPABILITIES else "tensorrt"
+            return f"built for {built_for}, but this GPU is {present}: {_build_for(target)}"
+        return super().obstacle_to(artefact, device)
+
+    def check_make(self, precision: Precision, compute_capabilities: Sequence[str] = ()) -> None:
+        self._capabilities(compute_capabilities)
+
+    def _capabilities(self, asked: Sequence[str]) -> tuple[str, ...]:
+        """What an engine is built for; `asked` is for tensorrt-rtx alone."""
+        from agln_fast.export.tensorrt import resolve_capabilities
+
+        return resolve_capabilities(self.name)
+
+    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+        from agln_fast.export.tensorrt import build_tensorrt_engine
+
+        contract = bench.contract
+        capabilities = self._capabilities(bench.compute_capabilities)
+        ends = contract.min_batch, contract.max_batch, contract.max_batch  # smallest, usual, largest
+        file = bench.file(
+            f"model.{precision}.{self.suffix}.engine",
+            (self.name, precision, plan),
+            lambda path: build_tensorrt_engine(
+                bench.graph(precision, plan),
+                path,
+                flavour=self.name,
+                precision=precision,
+                compute_capabilities=capabilities,
+                batch=None if contract.min_batch == contract.max_batch else ends,
+                workspace_bytes=bench.workspace_bytes,
+                timing_cache=bench.timing_cache if self.name == "tensorrt" else None,
+                progress=bench.progress,
+            ),
+        )
+        return self._artefact(bench, precision, plan, file, capabilities)
+
+    def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
+        return TensorRTEngine(artefact, device)
+
+
+class TensorRTRTX(TensorRT):
+    """One engine for several compute capabilities; its kernels are compiled when it is opened."""
+
+    name: ClassVar[Flavour] = "tensorrt-rtx"
+    package = extra = target = "tensorrt-rtx"
+    suffix = "rtx"
+
+    def _capabilities(self, asked: Sequence[str]) -> tuple[str, ...]:
+        from agln_fast.export.tensorrt import resolve_capabilities
+
+        return resolve_capabilities(self.name, asked)
+
+    def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
+        return TensorRTRTXEngine(artefact, device)
+
+
+class TensorRTEngine(Engine):
+    """An opened engine; threads have no meaning on a GPU."""
+
+    name: ClassVar[Flavour] = "tensorrt"
+
+    def __init__(self, artefact: Artefact, device: str | None) -> None:
+        import torch
+
         index = _device_index(device)
-        if reason := self._obstacle(engine, index):
-            raise BackendError(f"engine {engine.name!r}: {reason}")
-        library = import_library(self.flavour)
-        contract = bundle.manifest.contract
+        library = import_library(self.name)
+        contract = artefact.contract
         self._log = shared_logger(library)
         self._torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self.device = str(self._torch_device)
-        self.precision = engine.precision
+        self.precision = artefact.precision
         self._output = contract.output
         with torch.cuda.device(self._torch_device):
             self._runtime = library.Runtime(self._log)
-            self._engine = self._deserialize(library, engine, bundle.path / engine.file, bundle.read(engine.file))
+            self._engine = self._deserialize(library, artefact, artefact.read(artefact.file))
             modes = library.TensorIOMode
-            check_ports(bundle, engine, self._ports(modes.INPUT), self._ports(modes.OUTPUT))
+            check_ports(artefact, self._ports(modes.INPUT), self._ports(modes.OUTPUT))
             self._context = self._create_context(library)
             if self._context is None:
-                raise BackendError(f"engine {engine.name!r}: no execution context: {self._log.last_error}")
+                raise BackendError(f"engine {artefact.name!r}: no execution context: {self._log.last_error}")
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            self._buffers: dict[str, tuple[Any, Any]] = {}
             image_shape = (contract.max_batch, *contract.input_shape[1:])
             self._allocate("image", image_shape)
             self._context.set_input_shape("image", image_shape)
             self._allocate(self._output, tuple(self._context.get_tensor_shape(self._output)))
 
-    def _deserialize(self, library: Any, record: EngineRecord, file: Path, data: bytes) -> Any:
+    def _deserialize(self, library: Any, artefact: Artefact, data: bytes) -> Any:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise BackendError(f"engine {record.name!r}: {library.__name__} refuses {file}: {self._log.last_error}")
+            raise BackendError(
+                f"engine {artefact.name!r}: {library.__name__} refuses {artefact.file}: {self._log.last_error}"
+            )
         return engine
 
     def _ports(self, mode: Any) -> list[Port]:
@@ -153,19 +235,23 @@ class _Engine(Backend):
     def _port(self, name: str) -> Port:
         kind = self._engine.get_tensor_dtype(name).name
         shape = [None if side < 0 else int(side) for side in self._engine.get_tensor_shape(name)]
-        return Port(name, str(_TORCH_TYPES.get(kind, kind)).removeprefix("torch."), shape)
+        return Port(name, _TYPES.get(kind, kind), shape)
 
     def _create_context(self, library: Any) -> Any:
         return self._engine.create_execution_context()
 
     def _allocate(self, name: str, shape: tuple[Any, ...]) -> None:
         """Pinned host memory and device memory for the tensor `name` at its largest `shape`."""
-        dtype = _TORCH_TYPES[self._engine.get_tensor_dtype(name).name]
+        import torch
+
+        dtype = getattr(torch, _TYPES[self._engine.get_tensor_dtype(name).name])
         on_device = torch.empty(shape, dtype=dtype, device=self._torch_device)
         self._context.set_tensor_address(name, on_device.data_ptr())
         self._buffers[name] = torch.empty(shape, dtype=dtype, pin_memory=True), on_device
 
     def _run(self, image: Array) -> Array:
+        import torch
+
         source = torch.from_numpy(image)
         host_image, device_image = self._buffers["image"]
         host_result, device_result = self._buffers[self._output]
@@ -180,10 +266,10 @@ class _Engine(Backend):
             host_image[:count].copy_(source)
             device_image[:count].copy_(host_image[:count], non_blocking=True)
             if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise BackendError(f"{self.flavour} did not run the engine: {self._log.last_error}")
+                raise BackendError(f"{self.name} did not run the engine: {self._log.last_error}")
             host_result[:count].copy_(device_result[:count], non_blocking=True)
             self._stream.synchronize()
-        return host_result[:count].numpy().copy()
+        return cast(Array, host_result[:count].numpy().copy())
 
     def _release(self) -> None:
         # A context must go before its engine, and an engine before its runtime.
@@ -193,29 +279,21 @@ class _Engine(Backend):
         self._buffers.clear()
 
 
-class TensorRTBackend(_Engine):
-    """TensorRT: an engine runs with the very version and on the compute capability that it was built for."""
+class TensorRTRTXEngine(TensorRTEngine):
+    """An opened engine, whose kernels were compiled for this GPU on opening."""
 
-    name = "tensorrt"
-    flavour = "tensorrt"
+    name: ClassVar[Flavour] = "tensorrt-rtx"
 
-
-class TensorRTRTXBackend(_Engine):
-    """TensorRT-RTX: one engine for several compute capabilities; its kernels are compiled when it is opened."""
-
-    name = "tensorrt-rtx"
-    flavour = "tensorrt-rtx"
-
-    def _deserialize(self, library: Any, record: EngineRecord, file: Path, data: bytes) -> Any:
+    def _deserialize(self, library: Any, artefact: Artefact, data: bytes) -> Any:
         validity, diagnostics = self._runtime.get_engine_validity(data[: self._runtime.engine_header_size])
         if validity == library.EngineValidity.INVALID:
             known = library.EngineInvalidityDiagnostics.__members__.items()
             reasons = [name.lower().replace("_", " ") for name, bit in known if diagnostics & int(bit)]
             raise BackendError(
-                f"engine {record.name!r}: tensorrt_rtx refuses {file} "
+                f"engine {artefact.name!r}: tensorrt_rtx refuses {artefact.file} "
                 f"({', '.join(reasons) or self._log.last_error}): {_REBUILD}"
             )
-        return super()._deserialize(library, record, file, data)
+        return super()._deserialize(library, artefact, data)
 
     def _create_context(self, library: Any) -> Any:
         config = self._engine.create_runtime_config()
@@ -235,6 +313,8 @@ def _device_index(device: str | None) -> int | None:
     """The index in a device string such as "cuda:1"; None for the current device."""
     if device is None:
         return None
+    import torch
+
     try:
         parsed = torch.device(device)
     except RuntimeError:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from agln_fast.errors import ConfigError
 
-__all__ = ["MINIMUM_AGREEMENT", "check_minimum"]
-
-# fp32 engines differ from the reference by rounding only: plain share of equal labels. Half precision may flip labels
-# where two classes are all but tied: share weighted by the margin between them. int8 flips more of them.
-MINIMUM_AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.99, "int8": 0.97}
+__all__ = ["check_minimum"]
 
 
 def check_minimum(min_agreement: float | None) -> None:

@@ -15,27 +15,28 @@ import numpy as np
 import numpy.typing as npt
 
 from agln_fast.bundle import Bundle, open_bundle
-from agln_fast.contract import IOContract, Resize, check_precision
+from agln_fast.contract import IOContract, Resize
 from agln_fast.data.classes import ClassSet, default_class_set
 from agln_fast.decode import best_classes, decode
 from agln_fast.engines import (
-    BACKENDS,
-    Backend,
-    backend_class,
-    check_backend,
+    KINDS,
+    REFERENCE,
+    Engine,
     check_device,
     check_network_precision,
     check_threads,
+    kind_of,
+    network_kinds,
+    obstacle_to,
     open_engine,
 )
-from agln_fast.engines.fused import FusedNetworkBackend
 from agln_fast.engines.gate import Gate
-from agln_fast.engines.torch import NetworkBackend
 from agln_fast.errors import BackendError, BundleChangedError, ConfigError
 from agln_fast.forking import use_threads
 from agln_fast.manifest import EngineRecord
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.precision import check_precision
 from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
 from agln_fast.runtime.multiscale import multiscale
@@ -46,7 +47,6 @@ from agln_fast.runtime.sliding import slide
 __all__ = ["Segmenter", "load", "load_network", "runnable_engines"]
 
 _ATTEMPTS = 50  # to load a bundle that is replaced in the midst of it
-_NETWORK_BACKENDS = {"torch": NetworkBackend, "fused": FusedNetworkBackend}
 
 
 def load(
@@ -76,7 +76,7 @@ def load(
         ConfigError: an unknown backend or precision.
     """
     if backend != "auto":
-        check_backend(backend)
+        kind_of(backend)
     if precision is not None:
         check_precision(precision)
     if isinstance(bundle, Bundle):
@@ -93,7 +93,7 @@ def _open(bundle: Bundle, backend: str, precision: str | None, device: str | Non
     reasons = []
     for engine in engines:
         try:
-            opened = open_engine(bundle, engine, device=device, threads=threads)
+            opened = open_engine(bundle.artefact(engine.name), device=device, threads=threads)
             names = ClassSet("bundle", bundle.path.stem, bundle.manifest.classes, bundle.manifest.palette)
             return Segmenter(engine, opened, bundle.manifest.contract, names)
         except BackendError as error:
@@ -106,7 +106,7 @@ def load_network(
     *,
     size: tuple[int, int] = (480, 480),
     resize: Resize = "slide",
-    backend: Literal["torch", "fused"] = "torch",
+    backend: str = REFERENCE,
     precision: str = "fp32",
     class_set: ClassSet | None = None,
     device: str | None = None,
@@ -131,8 +131,9 @@ def load_network(
         BackendError: the device cannot be used.
         ConfigError: an unknown backend or precision, an impossible size, or a class set of another number of classes.
     """
-    if backend not in _NETWORK_BACKENDS:
-        raise ConfigError(f"backend {backend!r}: a network in memory runs on {' or '.join(_NETWORK_BACKENDS)}")
+    kinds = network_kinds()
+    if backend not in kinds:
+        raise ConfigError(f"backend {backend!r}: a network in memory runs on {' or '.join(kinds)}")
     checked = check_network_precision(precision)
     threads = check_threads(threads)
     check_device(device)
@@ -147,26 +148,28 @@ def load_network(
             f"class set {class_set.name!r} has {len(class_set.classes)} classes, the network {num_classes}: "
             "give the one that it was trained on"
         )
-    opened = _NETWORK_BACKENDS[backend](network, contract, precision=checked, device=device, threads=threads)
+    opened = kinds[backend].open_network(network, contract, precision=checked, device=device, threads=threads)
     return Segmenter(EngineRecord(f"{backend}-{checked}", backend, checked, "", "cpu"), opened, contract, class_set)
 
 
 def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:
     """Every engine of the bundle, the preferred ones first, with why it cannot run here (None if it can)."""
     engines = sorted(bundle.manifest.engines, key=_preference)
-    return [(engine, backend_class(engine.backend).obstacle(engine)) for engine in engines]
+    return [(engine, obstacle_to(bundle.artefact(engine.name))) for engine in engines]
 
 
 def _preference(engine: EngineRecord, device: str | None = None) -> tuple[bool, float, int]:
-    """Sorts GPUs first, then by latency where it was measured on such a device, then as BACKENDS does.
+    """Sorts GPUs first, then by latency where it was measured on such a device, then as KINDS does.
 
     `device` is where the engine shall run, None for its own.
     """
-    kind = (device or backend_class(engine.backend).default_device()).partition(":")[0]
+    if engine.backend not in KINDS:
+        return True, float("inf"), len(KINDS)
+    where = (device or KINDS[engine.backend].default_device()).partition(":")[0]
     check, latency = engine.verification, float("inf")
-    if check and check.latency_ms is not None and (check.device or "cpu").partition(":")[0] == kind:
+    if check and check.latency_ms is not None and (check.device or "cpu").partition(":")[0] == where:
         latency = check.latency_ms
-    return kind == "cpu", latency, list(BACKENDS).index(engine.backend)
+    return where == "cpu", latency, list(KINDS).index(engine.backend)
 
 
 class Segmenter:
@@ -178,7 +181,7 @@ class Segmenter:
     It belongs to the process that opened it, also after a fork.
     """
 
-    def __init__(self, engine: EngineRecord, backend: Backend, contract: IOContract, class_set: ClassSet) -> None:
+    def __init__(self, engine: EngineRecord, backend: Engine, contract: IOContract, class_set: ClassSet) -> None:
         """`backend` is `engine` opened; the segmenter closes it."""
         self.engine = engine
         self.contract = contract

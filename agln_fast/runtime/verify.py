@@ -15,16 +15,16 @@ import numpy.typing as npt
 import torch
 
 from agln_fast import interruption
-from agln_fast.bundle import Bundle
+from agln_fast.artefact import Artefact
 from agln_fast.contract import IOContract
 from agln_fast.data.scenes import Scenes
 from agln_fast.decode import best_classes
 from agln_fast.deployment import DeployedNetwork
-from agln_fast.engines import backend_class, open_engine
+from agln_fast.engines import obstacle_to, open_engine
 from agln_fast.errors import BackendError, VerificationError
-from agln_fast.manifest import EngineRecord, Verification
+from agln_fast.manifest import Verification
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.runtime.agreement import MINIMUM_AGREEMENT
+from agln_fast.precision import PRECISIONS
 from agln_fast.runtime.images import fit, list_images, load_image, pack
 
 __all__ = [
@@ -81,7 +81,7 @@ def sample_frames(samples: str | os.PathLike[str] | None, contract: IOContract) 
 
 
 def make_reference(
-    network: SegmentationNetwork, bundle: Bundle, frames: Sequence[npt.NDArray[np.uint8]]
+    network: SegmentationNetwork, contract: IOContract, frames: Sequence[npt.NDArray[np.uint8]]
 ) -> list[Reference]:
     """Run the fp32 reference on frames (height, width, 3) of the contract's size.
 
@@ -90,7 +90,6 @@ def make_reference(
     Raises:
         VerificationError: the network itself gives NaN or Inf.
     """
-    contract = bundle.manifest.contract
     deployed = DeployedNetwork(network, replace(contract, output="logits"), network.config.num_classes)
     sizes = [contract.min_batch] * -(-len(frames) // contract.min_batch)
     if contract.max_batch > contract.min_batch:
@@ -112,29 +111,27 @@ def make_reference(
 
 
 def verify_engine(
-    bundle: Bundle,
-    engine: EngineRecord,
+    artefact: Artefact,
     references: Sequence[Reference],
     *,
     minimum: float | None = None,
     device: str | None = None,
     threads: int | None = None,
 ) -> Verification:
-    """Run `engine` on the reference's input and compare; an engine that cannot run here is recorded as such.
+    """Run an engine on the reference's input and compare; one that cannot run here is recorded as such.
 
     Args:
-        minimum: smallest agreement that passes (weighted by margin below fp32); None for MINIMUM_AGREEMENT.
+        minimum: smallest agreement that passes (weighted by margin below fp32); None for that of its precision.
 
     Raises:
         VerificationError: the agreement is below the minimum, or the output is not finite or of the wrong shape.
     """
-    obstacle = backend_class(engine.backend).obstacle(engine)
-    if obstacle:
+    if obstacle := obstacle_to(artefact, device):
         return Verification("not verified on this machine", obstacle)
     seconds = []
     equal, total, weight, weighted, worst = 0, 0, 0.0, 0.0, None
     try:
-        with open_engine(bundle, engine, device=device, threads=threads) as opened:
+        with open_engine(artefact, device=device, threads=threads) as opened:
             where = opened.device
             opened.run(references[0].image)
             for reference in references:
@@ -144,26 +141,28 @@ def verify_engine(
                 seconds.append(time.perf_counter() - before)
                 if reference.logits is not None:
                     if output.shape != reference.logits.shape or not np.isfinite(output).all():
-                        raise VerificationError(f"{engine.name}: logits of shape {output.shape} or not finite")
+                        raise VerificationError(f"{artefact.name}: logits of shape {output.shape} or not finite")
                     worst = max(worst or 0.0, float(np.abs(output - reference.logits).max()))
                     output = np.stack([best_classes(logits) for logits in output])
                 if output.shape != reference.labels.shape:
-                    raise VerificationError(f"{engine.name}: labels {output.shape}, reference {reference.labels.shape}")
+                    raise VerificationError(
+                        f"{artefact.name}: labels {output.shape}, reference {reference.labels.shape}"
+                    )
                 same = output == reference.labels
                 equal, total = equal + int(same.sum()), total + same.size
                 weight += float(reference.margin.sum(dtype=np.float64))
                 weighted += float(reference.margin[same].sum(dtype=np.float64))
     except BackendError as error:
-        raise VerificationError(f"{engine.name}: {error}") from None
+        raise VerificationError(f"{artefact.name}: {error}") from None
     # The last batch may be the one of the largest size, which takes its own time.
     differs = len(references[-1].image) != len(references[0].image)
     agreement, weighted_agreement = equal / total, min(1.0, weighted / weight) if weight > 0 else 1.0
-    judged = agreement if engine.precision == "fp32" else weighted_agreement
-    minimum = MINIMUM_AGREEMENT[engine.precision] if minimum is None else minimum
+    judged = agreement if artefact.precision == "fp32" else weighted_agreement
+    minimum = PRECISIONS[artefact.precision].agreement if minimum is None else minimum
     if judged < minimum:
-        kind = "" if engine.precision == "fp32" else " weighted by margin"
+        kind = "" if artefact.precision == "fp32" else " weighted by margin"
         raise VerificationError(
-            f"{engine.name}: agrees with the fp32 reference on {judged:.4%} of the pixels{kind}, "
+            f"{artefact.name}: agrees with the fp32 reference on {judged:.4%} of the pixels{kind}, "
             f"below the minimum of {minimum:.4%}; try another precision, or lower the minimum if you accept that"
         )
     return Verification(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agln_fast.contract import IOContract, check_precision
+from agln_fast.contract import IOContract
 from agln_fast.engines import check_device
+from agln_fast.engines import targets as known_targets
 from agln_fast.errors import ConfigError, choose
 from agln_fast.models.config import preset
+from agln_fast.precision import check_precision
 
 __all__ = [
     "BUDGET_S",
@@ -23,8 +25,6 @@ DEFAULT_NETWORKS = ("fpn_resnet50", "agln_resnet50", "agln_lite_resnet50")
 BUDGET_S = 270.0
 """Wall clock of a run that is not full, which takes five minutes with all that comes before and after."""
 
-_TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
-
 
 def choose_device(targets: Sequence[str], device: str | None = None) -> str:
     """`device` itself; None for where the targets run.
@@ -33,7 +33,7 @@ def choose_device(targets: Sequence[str], device: str | None = None) -> str:
         ConfigError: an unknown target or device, or targets of two devices.
     """
     for target in targets:
-        choose("target", target, _TARGETS)
+        choose("target", target, known_targets())
     kinds = {"cpu" if target == "cpu" else "cuda" for target in targets}
     if device is None and len(kinds) != 1:
         raise ConfigError(f"targets {', '.join(targets)}: measure those of the CPU and of the GPU one after the other")

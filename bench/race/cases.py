@@ -8,11 +8,11 @@ from typing import cast
 from rich.progress import Progress
 
 from agln_fast.bench.race.arguments import check_ladder, check_precisions
-from agln_fast.bench.race.contestants import CONTESTANTS
+from agln_fast.bench.race.contestants import contestants
 from agln_fast.bench.race.ladder import best_plan, default_rungs, ladder
 from agln_fast.bench.race.measure import Case, Entry, Measured, Options
 from agln_fast.bench.race.scaling import scale
-from agln_fast.contract import Precision
+from agln_fast.precision import Precision
 
 __all__ = [
     "NOTHING",
@@ -48,14 +48,14 @@ def choose_entries(
     """
     asked = check_precisions(precision)
     taking_part, left_out = [], []
-    for contestant in CONTESTANTS.values():
+    for contestant in contestants().values():
         for kind in contestant.precisions:
             if "auto" not in asked and kind not in asked:
                 continue
             entry = Entry(contestant.name, kind)
             reason = contestant.obstacle(kind, device)
-            if reason is None and contestant.backend.startswith("tensorrt") and contestant.backend not in targets:
-                reason = f"asked for with --target {contestant.backend}"
+            if reason is None and contestant.kind and contestant.kind.target not in ("cpu", "cuda", *targets):
+                reason = f"asked for with --target {contestant.kind.target}"
             if reason is None and not full and not (kind == "int8" and kind in asked):
                 reason = contestant.reason_to_wait(kind, device)
                 reason = reason and f"{reason}: --full"

@@ -12,11 +12,12 @@ from rich.progress import Progress
 
 from agln_fast.bench.race.measure import Case, Entry, Measured, Options, measure
 from agln_fast.bench.race.weights import random_network
-from agln_fast.bench.race.workshop import Workshop
-from agln_fast.contract import IOContract, Precision
-from agln_fast.engines import check_threads
+from agln_fast.bench.race.workshop import RaceWorkshop
+from agln_fast.contract import IOContract
+from agln_fast.engines import check_threads, kind_of
 from agln_fast.errors import ConfigError
 from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.precision import Precision
 
 __all__ = ["best_plan", "cumulative", "default_rungs", "ladder"]
 
@@ -65,7 +66,7 @@ def best_plan(
     """The plan that a workshop chooses for `backend` at this case, as `options` say."""
     options = options or Options()
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(
+        workshop = RaceWorkshop(
             random_network(case.network, case.num_classes),
             IOContract(*case.size, case.batch, case.batch),
             Path(folder),
@@ -74,4 +75,4 @@ def best_plan(
             options.plan,
             options.tune_s,
         )
-        return workshop.chosen(backend, precision)[0]
+        return workshop.chosen(kind_of(backend), precision)[0]

@@ -17,21 +17,23 @@ from rich.progress import Progress
 from agln_fast import interruption
 from agln_fast.bench.kernels.roofline import product_rate
 from agln_fast.bench.race.arguments import check_counts
-from agln_fast.bench.race.contestants import CONTESTANTS, contestant
+from agln_fast.bench.race.contestants import contestant
 from agln_fast.bench.race.memory import device_memory, peak_memory
 from agln_fast.bench.race.rows import Row
 from agln_fast.bench.race.weights import random_network
-from agln_fast.bench.race.workshop import Opened, Recipe, Workshop
-from agln_fast.contract import IOContract, Precision
+from agln_fast.bench.race.workshop import Opened, RaceWorkshop, Recipe
+from agln_fast.contract import IOContract
 from agln_fast.data.dataset import Sample
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
 from agln_fast.engines import check_threads
 from agln_fast.engines.base import Array
+from agln_fast.engines.torch_network import dtype_of
 from agln_fast.errors import AglnError, BackendError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.complexity import complexity
 from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
+from agln_fast.precision import Precision
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import Reference, make_reference, sample_frames
 
@@ -39,7 +41,6 @@ __all__ = ["FEWEST_ROUNDS", "Case", "Entry", "Measured", "Options", "measure"]
 
 FEWEST_ROUNDS = 3
 _FAMILIES = {"agln_lite": "agln_lite_nano", "agln": "agln_nano", "fpn": "fpn_nano"}  # the longest prefix first
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TIMED_SHARE = 0.5  # of a case's time: what is left after it is for memory and accuracy
 
 
@@ -197,9 +198,11 @@ class _Bench:
         self._workshop = self._new_workshop(folder, contract)
         self._cost = complexity(self._network.config, *case.size)[-1]
 
-    def _new_workshop(self, folder: Path, contract: IOContract) -> Workshop:
+    def _new_workshop(self, folder: Path, contract: IOContract) -> RaceWorkshop:
         options = self._options
-        return Workshop(self._network, contract, folder, self._threads, options.device, options.plan, options.tune_s)
+        return RaceWorkshop(
+            self._network, contract, folder, self._threads, options.device, options.plan, options.tune_s
+        )
 
     def rows(self, entries: Sequence[Entry], show: Callable[[str], None]) -> list[Row]:
         references = self._references()
@@ -234,7 +237,7 @@ class _Bench:
         if self._options.frames == 0:
             return []
         frames = sample_frames(None, self._workshop.contract)[: self._options.frames]
-        return make_reference(self._network, self._workshop.bundle, frames)
+        return make_reference(self._network, self._workshop.contract, frames)
 
     def _open(self, entry: Entry, image: Array, references: Sequence[Reference]) -> _Contender:
         workshop = self._workshop
@@ -307,14 +310,14 @@ class _Bench:
         peers = [
             other
             for other in contenders
-            if not CONTESTANTS[other.entry.contestant].ours
+            if not contestant(other.entry.contestant).ours
             and (other.entry.precision == "fp32") == (entry.precision == "fp32")
         ]
         ratio = low = high = None
         if peers:
             best = min(peers, key=lambda other: statistics.median(other.times))
             low, ratio, high = (float(q) for q in np.percentile(np.divide(best.times, times), [10, 50, 90]))
-        ours = CONTESTANTS[entry.contestant].ours
+        ours = contestant(entry.contestant).ours
         multiply_adds = self._cost.convolution + self._cost.matmul
         rate = _rate(self._options.device, entry.precision, self._threads)
         return Row(
@@ -350,10 +353,10 @@ class _Bench:
 @cache
 def _rate(device: str, precision: Precision, threads: int) -> float | None:
     """Operations per second of a large matrix product; None for int8, which PyTorch's does not have everywhere."""
-    if precision not in _DTYPES:
+    if precision == "int8":
         return None
     torch.set_num_threads(threads)
-    return product_rate(torch.device(device), _DTYPES[precision])
+    return product_rate(torch.device(device), dtype_of(precision))
 
 
 @cache
@@ -367,7 +370,7 @@ class _Examiner:
 
     def __init__(self, folder: Path, threads: int, device: str) -> None:
         self._folder, self._threads, self._device = folder, threads, device
-        self._workshops: dict[str, Workshop] = {}
+        self._workshops: dict[str, RaceWorkshop] = {}
         self._scores: dict[tuple[str, str, Precision, Plan], float] = {}
 
     def knows(self, name: str, entry: Entry, plan: Plan) -> bool:
@@ -382,7 +385,9 @@ class _Examiner:
                 folder = self._folder / name
                 folder.mkdir()
                 contract = IOContract(*SCENE_SIZE)
-                self._workshops[name] = Workshop(load_checkpoint(name), contract, folder, self._threads, self._device)
+                self._workshops[name] = RaceWorkshop(
+                    load_checkpoint(name), contract, folder, self._threads, self._device
+                )
             workshop = self._workshops[name]
             workshop.plan = plan
             self._scores[key] = _miou(contestant(entry.contestant).make(workshop, entry.precision)[0])

@@ -31,8 +31,8 @@ from agln_fast.bench.race.timing import capture, elapsed_ms
 from agln_fast.bench.race.weights import random_network
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
-from agln_fast.engines.fused import FusedDeployment
-from agln_fast.engines.torch import exact_float32
+from agln_fast.engines.fused_network import FusedDeployment
+from agln_fast.engines.torch_network import exact_float32
 from agln_fast.machine import machine
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.progress import Progress
 
 from agln_fast.bench.pages.presentation import Fit, power_law
-from agln_fast.bench.race.contestants import CONTESTANTS
+from agln_fast.bench.race.contestants import contestant
 from agln_fast.bench.race.ladder import best_plan
 from agln_fast.bench.race.measure import Case, Entry, Measured, Options, measure
 from agln_fast.bench.race.rows import Row
@@ -79,10 +79,10 @@ def fit_rows(rows: Sequence[Row], over: Literal["pixels", "batch"]) -> Fit:
 
 
 def _with_plan(entry: Entry, base: Case, options: Options) -> Entry:
-    contestant = CONTESTANTS[entry.contestant]
-    if entry.plan is not None or not contestant.planned_for:
+    planned_for = contestant(entry.contestant).planned_for
+    if entry.plan is not None or planned_for is None:
         return entry
-    return replace(entry, plan=best_plan(base, contestant.planned_for, entry.precision, options))
+    return replace(entry, plan=best_plan(base, planned_for.name, entry.precision, options))
 
 
 def _pixels(case: Case) -> int:

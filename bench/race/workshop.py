@@ -1,39 +1,38 @@
-"""The files of the contestants, and how to open them: a `Workshop` makes each once, a `Recipe` opens it anywhere."""
+"""The files of the contestants, made once by a `RaceWorkshop`, and how to open them, anywhere, by a `Recipe`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from agln_fast.builder.graphs import Graphs
-from agln_fast.bundle import Bundle
-from agln_fast.contract import IOContract, Precision
+from agln_fast.artefact import Artefact
+from agln_fast.builder.tune import choose_plan
+from agln_fast.builder.workshop import Workshop
+from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
-from agln_fast.engines import open_engine
+from agln_fast.engines import EngineKind, open_engine
 from agln_fast.engines.base import Array
 from agln_fast.engines.tensorrt import compute_capability
-from agln_fast.engines.tensorrt_library import Flavour
-from agln_fast.engines.torch import exact_float32
+from agln_fast.engines.torch_network import dtype_of, exact_float32
 from agln_fast.errors import BackendError
-from agln_fast.manifest import EngineRecord, Manifest
-from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
+from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
 from agln_fast.plan.rewrite import rewrite
+from agln_fast.precision import PRECISIONS, Precision
 
-__all__ = ["HALVES", "EngineRecipe", "Opened", "Recipe", "TorchRecipe", "Workshop"]
+__all__ = ["EngineRecipe", "Opened", "RaceWorkshop", "Recipe", "TorchRecipe"]
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LIBRARIES = {"fused": "torch", "tensorrt-rtx": "tensorrt_rtx"}  # where the import has another name than the backend
+T = TypeVar("T")
 
 
 class Opened(Protocol):
@@ -77,8 +76,8 @@ class Recipe(Protocol):
 
 
 @dataclass
-class Workshop:
-    """The files of one network at one size, in a folder that is there; each is made once.
+class RaceWorkshop:
+    """The files of all contestants on one network at one size, in a folder that is there; each is made once.
 
     plan: of our engines: "auto", "none", or a plan for all of them.
     tune_s: seconds for choosing each plan by timing; 0 goes by the cost model, None is a short race.
@@ -93,104 +92,59 @@ class Workshop:
     device: str = "cpu"
     plan: PlanChoice = "auto"
     tune_s: float | None = 0
-    _made: dict[tuple[Any, ...], tuple[Any, float]] = field(default_factory=dict)
-
-    @property
-    def bundle(self) -> Bundle:
-        """A draft around the folder, as engines are opened from."""
-        return Bundle(self.folder, Manifest(self.network.config, (), (), self.contract, ()))
+    _known: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
 
     @cached_property
-    def graphs(self) -> Graphs:
-        """ONNX files, which plans are chosen by, too."""
-        return Graphs(self.network, self.contract, self.folder)
+    def files(self) -> Workshop:
+        """What engines are made with, for this machine's GPU."""
+        capability = None if self.device == "cpu" else compute_capability()
+        return Workshop(
+            self.network, self.contract, self.folder, compute_capabilities=(capability,) if capability else ()
+        )
 
     def weights(self) -> tuple[Path, float]:
         """The reference's weights, and the seconds that writing them took."""
-        return self.once("weights", (), lambda: self._save(self.folder / "weights.safetensors"))
+        file = self.files.weights()
+        return file, self.files.seconds(file)
 
-    def graph(self, kind: Precision, plan: Plan) -> tuple[Path, float]:
-        """The ONNX file with weights of type `kind`, and the seconds that exporting it took."""
-        return self.once("graph", (kind, plan), lambda: self.graphs(kind, plan))
+    def engine(self, kind: EngineKind, precision: Precision, plan: Plan) -> tuple[Artefact, float]:
+        """What an engine is opened from, and the seconds that making it took."""
+        artefact = kind.make(self.files, precision, plan)
+        return artefact, self.files.seconds(artefact.file)
 
-    def quantised(self, plan: Plan) -> tuple[Path, float]:
-        """The OpenVINO IR in int8, and the seconds of export, calibration and quantisation."""
-        return self.once("int8", (plan,), lambda: self._quantise(plan))
-
-    def tensorrt(self, flavour: Flavour, precision: Precision, plan: Plan) -> tuple[Path, float]:
-        """The engine of TensorRT or TensorRT-RTX for this machine's GPU, and the seconds of export and build."""
-        return self.once(flavour, (precision, plan), lambda: self._build_tensorrt(flavour, precision, plan))
-
-    def chosen(self, backend: str, precision: Precision) -> tuple[Plan, float]:
+    def chosen(self, kind: EngineKind, precision: Precision) -> tuple[Plan, float]:
         """The plan of our engine, and the seconds that choosing it took."""
-        return self.once("plan", (backend, precision, self.plan), lambda: self._choose(backend, precision))
+        return self.once(
+            ("plan", kind.name, precision, self.plan),
+            lambda: choose_plan(self.files, kind, precision, self.plan, budget_s=self.tune_s, threads=self.threads)[0],
+        )
 
-    def once(self, what: str, key: tuple[Any, ...], make: Callable[[], Any]) -> tuple[Any, float]:
-        """What `make` returned when it was first called for `what` and `key`, and the seconds that it took."""
-        if (what, *key) not in self._made:
+    def once(self, key: Hashable, find: Callable[[], T]) -> tuple[T, float]:
+        """What `find` returned when it was first called for `key`, and the seconds that it took."""
+        if key not in self._known:
             began = time.perf_counter()
-            value = make()
-            self._made[what, *key] = value, time.perf_counter() - began
-        return self._made[what, *key]
-
-    def _name(self, suffix: str) -> Path:
-        return self.folder / f"{len(self._made)}.{suffix}"
-
-    def _save(self, file: Path) -> Path:
-        save_checkpoint(self.network, file)
-        return file
-
-    def _quantise(self, plan: Plan) -> Path:
-        from agln_fast.builder.build import calibration_frames
-        from agln_fast.export.quantize import quantize_onnx
-
-        graph, _ = self.graph("fp32", plan)
-        file = self._name("int8.xml")
-        quantize_onnx(graph, file, calibration_frames(self.contract), self.contract)
-        return file
-
-    def _build_tensorrt(self, flavour: Flavour, precision: Precision, plan: Plan) -> Path:
-        from agln_fast.export.tensorrt import build_tensorrt_engine
-
-        graph, _ = self.graph(precision, plan)
-        file = self._name("engine")
-        capability = compute_capability()
-        capabilities = [capability] if capability and flavour == "tensorrt-rtx" else []
-        build_tensorrt_engine(graph, file, flavour=flavour, precision=precision, compute_capabilities=capabilities)
-        return file
-
-    def _choose(self, backend: str, precision: Precision) -> Plan:
-        from agln_fast.builder.tune import suitable, tune_engine
-
-        if isinstance(self.plan, Plan):
-            return suitable(self.plan, backend, precision)
-        if self.plan == "none":
-            return NO_PLAN
-        return tune_engine(self.graphs, backend, precision, budget_s=self.tune_s, threads=self.threads).plan
+            value = find()
+            self._known[key] = value, time.perf_counter() - began
+        return self._known[key]
 
 
 @dataclass(frozen=True)
 class EngineRecipe:
-    """An engine of one of our backends, on a plain or planned graph."""
+    """An engine of one of our kinds, on a plain or planned graph. library: the module that does the work."""
 
-    bundle: Bundle
-    record: EngineRecord
+    artefact: Artefact
     device: str
     threads: int
     settings: str
+    library: str
 
     @property
     def rewrites(self) -> Plan:
-        return self.record.plan
+        return self.artefact.plan
 
     @property
     def files(self) -> list[Path]:
-        file = self.bundle.path / self.record.file
-        return [file, *([file.with_suffix(".bin")] if file.suffix == ".xml" else [])]
-
-    @property
-    def library(self) -> str:
-        return _LIBRARIES.get(self.record.backend, self.record.backend)
+        return list(self.artefact.files)
 
     def open(self) -> Opened:
         return _OpenedEngine(self)
@@ -198,8 +152,8 @@ class EngineRecipe:
 
 class _OpenedEngine:
     def __init__(self, recipe: EngineRecipe) -> None:
-        self._backend = open_engine(recipe.bundle, recipe.record, device=recipe.device, threads=recipe.threads)
-        self.run, self.engine, self.close = self._backend.run, self._backend.run_graph, self._backend.close
+        engine = open_engine(recipe.artefact, device=recipe.device, threads=recipe.threads)
+        self.run, self.engine, self.close = engine.run, engine.run_graph, engine.close
 
 
 @dataclass(frozen=True)
@@ -253,8 +207,8 @@ class _OpenedTorch:
             raise BackendError("torch: this contestant is closed; open it again")
         recipe = self._recipe
         kind = torch.device(recipe.device).type
-        half = HALVES.get(recipe.precision)
-        autocast = torch.autocast(kind, half, enabled=half is not None)
+        half = PRECISIONS[recipe.precision].half
+        autocast = torch.autocast(kind, dtype_of(recipe.precision) if half else None, enabled=half)
         with exact_float32(benchmark=True), autocast, _frozen(kind):
             return cast(Array, self._network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
 

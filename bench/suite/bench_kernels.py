@@ -24,7 +24,7 @@ from agln_fast.bench.kernels.calls import CALLS, Case
 from agln_fast.bench.kernels.roofline import Roofline, measure_roofline
 from agln_fast.bench.race.report import DEVICE_LOST, Report, describe, device_is_lost
 from agln_fast.bench.race.timing import device_times
-from agln_fast.engines.torch import exact_float32
+from agln_fast.engines.torch_network import exact_float32
 from agln_fast.machine import machine
 
 CUDA = torch.cuda.is_available()

@@ -14,10 +14,10 @@ import torch
 
 from agln_fast.bench.race.arguments import DEFAULT_NETWORKS
 from agln_fast.bench.race.cases import choose_entries
-from agln_fast.bench.race.contestants import CONTESTANTS
+from agln_fast.bench.race.contestants import contestant
 from agln_fast.bench.race.measure import Entry
 from agln_fast.bench.race.weights import random_network
-from agln_fast.bench.race.workshop import Workshop
+from agln_fast.bench.race.workshop import RaceWorkshop
 from agln_fast.contract import IOContract
 from agln_fast.engines import check_threads
 
@@ -30,16 +30,16 @@ NUM_CLASSES = 12
 
 
 @pytest.fixture(scope="module")
-def workshop(network: str, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def workshop(network: str, tmp_path_factory: pytest.TempPathFactory) -> RaceWorkshop:
     folder: Path = tmp_path_factory.mktemp("workshop")
     threads = check_threads(None) or torch.get_num_threads()
-    return Workshop(random_network(network, NUM_CLASSES), IOContract(SIDE, SIDE), folder, threads, DEVICE)
+    return RaceWorkshop(random_network(network, NUM_CLASSES), IOContract(SIDE, SIDE), folder, threads, DEVICE)
 
 
 @pytest.mark.parametrize("network", NETWORKS, scope="module")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_networks(network: str, entry: Entry, workshop: Workshop, benchmark: Any) -> None:
-    recipe, _ = CONTESTANTS[entry.contestant].make(workshop, entry.precision)
+def test_networks(network: str, entry: Entry, workshop: RaceWorkshop, benchmark: Any) -> None:
+    recipe, _ = contestant(entry.contestant).make(workshop, entry.precision)
     image = np.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3), np.uint8)
     opened = recipe.open()
     benchmark.group = f"{network} {SIDE}x{SIDE} {'fp32' if entry.precision == 'fp32' else 'reduced precision'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,16 +12,18 @@ import onnx
 import pytest
 import torch
 
-from agln_fast.bench.race import contestants, scaling
+from agln_fast.bench.race import contestants as module
+from agln_fast.bench.race import scaling
 from agln_fast.bench.race.arguments import choose_device
 from agln_fast.bench.race.cases import by_reason, choose_entries
-from agln_fast.bench.race.contestants import CONTESTANTS, contestant
+from agln_fast.bench.race.contestants import contestant, contestants
 from agln_fast.bench.race.measure import Entry
-from agln_fast.bench.race.workshop import Workshop
+from agln_fast.bench.race.workshop import RaceWorkshop
 from agln_fast.builder.build import build
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
-from agln_fast.engines.openvino import OpenVinoBackend
+from agln_fast.engines import KINDS
+from agln_fast.engines.openvino import OpenVino
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.plan.network import PlannedNetwork
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
@@ -28,7 +31,7 @@ from agln_fast.runtime.verify import make_reference, sample_frames
 
 HERE = [
     (name, precision)
-    for name, entry in CONTESTANTS.items()
+    for name, entry in contestants().items()
     for precision in entry.precisions
     if precision != "int8" and entry.obstacle(precision) is None
 ]
@@ -42,21 +45,21 @@ def network(small_network):
 
 @pytest.fixture(scope="module")
 def workshop(network, tmp_path_factory):
-    return Workshop(network, IOContract(64, 64), tmp_path_factory.mktemp("workshop"), threads=1)
+    return RaceWorkshop(network, IOContract(64, 64), tmp_path_factory.mktemp("workshop"), threads=1)
 
 
 @pytest.fixture(scope="module")
 def references(network, workshop):
-    return make_reference(network, workshop.bundle, sample_frames(None, workshop.contract)[:2])
+    return make_reference(network, workshop.contract, sample_frames(None, workshop.contract)[:2])
 
 
 def _agreement(opened, references):
     return np.mean([opened.run(each.image) == each.labels for each in references])
 
 
-@pytest.mark.parametrize(("name", "precision"), [case for case in HERE if not CONTESTANTS[case[0]].compiles])
+@pytest.mark.parametrize(("name", "precision"), [case for case in HERE if not contestant(case[0]).compiles])
 def test_labels_are_the_references_in_memory_and_from_the_pickle(name, precision, workshop, references):
-    recipe, seconds = CONTESTANTS[name].make(workshop, precision)
+    recipe, seconds = contestant(name).make(workshop, precision)
     assert seconds > 0
     assert all(file.stat().st_size > 0 for file in recipe.files)
     assert "1 thread" in recipe.settings
@@ -66,7 +69,7 @@ def test_labels_are_the_references_in_memory_and_from_the_pickle(name, precision
         assert _agreement(opened, references) >= least
         assert opened.run(references[0].image).dtype == np.uint8
         opened.close()
-    assert (recipe.rewrites == NO_PLAN) == (not CONTESTANTS[name].ours or name == "planned fused")
+    assert (recipe.rewrites == NO_PLAN) == (not contestant(name).ours or name == "planned fused")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_compiled_in_its_mode_with_frozen_weights(name, mode, workshop, referenc
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
-    recipe, _ = CONTESTANTS[name].make(workshop, "fp32")
+    recipe, _ = contestant(name).make(workshop, "fp32")
     assert "freezing" in recipe.settings
     assert (recipe.rewrites == NO_PLAN) == (name != "planned torch.compile")
     assert recipe.library == "torch._inductor.compile_fx"
@@ -117,13 +120,13 @@ def test_peers_run_what_the_exporter_makes_of_the_reference_module(network, work
         verbose=False,
     )
     program.save(tmp_path / "plain.onnx")
-    recipe, _ = CONTESTANTS["openvino"].make(workshop, "fp32")
+    recipe, _ = contestant("openvino").make(workshop, "fp32")
     assert _operators(recipe.files[0]) == _operators(tmp_path / "plain.onnx")
 
 
 def test_ours_run_what_build_makes(network, tmp_path):
-    workshop = Workshop(network, IOContract(64, 64), tmp_path, threads=1, plan=ALGEBRA)
-    recipe, _ = CONTESTANTS["planned openvino"].make(workshop, "fp32")
+    workshop = RaceWorkshop(network, IOContract(64, 64), tmp_path, threads=1, plan=ALGEBRA)
+    recipe, _ = contestant("planned openvino").make(workshop, "fp32")
     bundle = build(network, tmp_path / "x", size=(64, 64), precision="fp32", plan=ALGEBRA, threads=1)
     assert recipe.rewrites == bundle.engine("openvino-fp32").plan == ALGEBRA
     assert _operators(recipe.files[0]) == _operators(bundle.path / bundle.engine("openvino-fp32").file)
@@ -131,8 +134,8 @@ def test_ours_run_what_build_makes(network, tmp_path):
 
 @pytest.mark.openvino
 def test_an_engine_of_low_resolution_is_timed_without_the_host(network, references, tmp_path):
-    workshop = Workshop(network, IOContract(64, 64), tmp_path, threads=1, plan=LOW)
-    recipe, _ = CONTESTANTS["planned openvino"].make(workshop, "fp32")
+    workshop = RaceWorkshop(network, IOContract(64, 64), tmp_path, threads=1, plan=LOW)
+    recipe, _ = contestant("planned openvino").make(workshop, "fp32")
     opened = recipe.open()
     assert _agreement(opened, references) >= 0.999
     for _ in range(2):
@@ -141,25 +144,25 @@ def test_an_engine_of_low_resolution_is_timed_without_the_host(network, referenc
 
 
 def test_plans(network, tmp_path):
-    chosen = {plan: Workshop(network, IOContract(64, 64), tmp_path, 1, plan=plan) for plan in ("none", LOW)}
-    assert chosen["none"].chosen("openvino", "fp32")[0] == NO_PLAN
-    assert chosen[LOW].chosen("openvino", "int8")[0] == LOW
-    assert not chosen[LOW].chosen("tensorrt", "fp16")[0].low_resolution_labels
-    auto = Workshop(network, IOContract(64, 64), tmp_path, 1)
-    assert auto.chosen("openvino", "int8")[0] == auto.chosen("openvino", "bf16")[0] != NO_PLAN
+    chosen = {plan: RaceWorkshop(network, IOContract(64, 64), tmp_path, 1, plan=plan) for plan in ("none", LOW)}
+    assert chosen["none"].chosen(KINDS["openvino"], "fp32")[0] == NO_PLAN
+    assert chosen[LOW].chosen(KINDS["openvino"], "int8")[0] == LOW
+    assert not chosen[LOW].chosen(KINDS["tensorrt"], "fp16")[0].low_resolution_labels
+    auto = RaceWorkshop(network, IOContract(64, 64), tmp_path, 1)
+    assert auto.chosen(KINDS["openvino"], "int8")[0] == auto.chosen(KINDS["openvino"], "bf16")[0] != NO_PLAN
 
 
 def test_files_are_made_once(workshop):
-    first, second = (CONTESTANTS["openvino"].make(workshop, precision) for precision in ("fp32", "bf16"))
-    assert first[0].files == second[0].files == CONTESTANTS["onnxruntime"].make(workshop, "fp32")[0].files
+    first, second = (contestant("openvino").make(workshop, precision) for precision in ("fp32", "bf16"))
+    assert first[0].files == second[0].files == contestant("onnxruntime").make(workshop, "fp32")[0].files
     assert first[1] == second[1] > 0, "the seconds are those of the first time"
 
 
 def test_int8_is_quantised(network, tmp_path, monkeypatch):
-    monkeypatch.setattr("agln_fast.builder.build._CALIBRATION", 4)
-    if CONTESTANTS["planned openvino"].obstacle("int8"):
+    monkeypatch.setattr("agln_fast.builder.workshop.CALIBRATION", 4)
+    if contestant("planned openvino").obstacle("int8"):
         pytest.skip("needs NNCF, and a CPU with int8")
-    recipe, _ = CONTESTANTS["planned openvino"].make(Workshop(network, IOContract(64, 64), tmp_path, 1), "int8")
+    recipe, _ = contestant("planned openvino").make(RaceWorkshop(network, IOContract(64, 64), tmp_path, 1), "int8")
     assert {file.suffix for file in recipe.files} == {".xml", ".bin"}
     assert recipe.library == "openvino"
 
@@ -182,14 +185,12 @@ def test_obstacles_of_the_machine(monkeypatch):
     assert "no CUDA device" in contestant("torch").obstacle("fp32", "cuda:1")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "C++ compiler" in contestant("torch.compile").obstacle("fp32")
-    monkeypatch.setattr(contestants, "find_spec", lambda name: None)
+    monkeypatch.setattr("agln_fast.engines.openvino.find_spec", lambda name: None)
     assert "agln-fast[int8]" in contestant("openvino").obstacle("int8")
-    monkeypatch.setattr(OpenVinoBackend, "obstacle", lambda engine: f"no {engine.precision}")
+    monkeypatch.setattr(OpenVino, "_obstacle", lambda self, precision, where: f"no {precision}")
     assert contestant("planned openvino").obstacle("bf16") == "no bf16"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(contestants, "compute_capability", lambda: "sm90")
-    monkeypatch.setattr(contestants, "library_version", lambda flavour: None)
-    assert "tensorrt" in contestant("tensorrt").obstacle("fp16", "cuda")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "agln-fast[tensorrt]" in contestant("tensorrt").obstacle("fp16", "cuda")
 
 
 def test_unknown_contestant():
@@ -205,7 +206,7 @@ def test_a_quick_run_leaves_out_what_is_slow_and_says_why():
     assert "--full" in reasons["torch.compile fp32"] or "compiler" in reasons["torch.compile fp32"]
     assert "--full" in reasons["planned fused fp32"]
     known = {(entry.contestant, entry.precision) for entry in [*quick, *(entry for entry, _ in waiting)]}
-    assert known == {(name, kind) for name, entry in CONTESTANTS.items() for kind in entry.precisions}, (
+    assert known == {(name, kind) for name, entry in contestants().items() for kind in entry.precisions}, (
         "nothing silently"
     )
     lines = by_reason(waiting)
@@ -215,10 +216,10 @@ def test_a_quick_run_leaves_out_what_is_slow_and_says_why():
 def test_precisions_and_targets(monkeypatch):
     assert {entry.precision for entry in choose_entries(precision=["fp32", "bf16"])[0]} <= {"fp32", "bf16"}
     asked, _ = choose_entries(precision="int8")
-    assert len(asked) == sum(CONTESTANTS[name].obstacle("int8") is None for name in ("openvino", "planned openvino"))
+    assert len(asked) == sum(contestant(name).obstacle("int8") is None for name in ("openvino", "planned openvino"))
     with pytest.raises(ConfigError, match="did you mean 'fp16'"):
         choose_entries(precision="fp1")
-    monkeypatch.setattr(contestants.Contestant, "obstacle", lambda *_: None)
+    monkeypatch.setattr(module.Contestant, "obstacle", lambda *_: None)
     named, waiting = choose_entries("cuda", targets=["cuda", "tensorrt"])
     assert {entry.contestant for entry in named} >= {"tensorrt", "planned tensorrt", "planned fused"}
     assert {reason for entry, reason in waiting if entry.contestant == "tensorrt-rtx"} == {
@@ -238,7 +239,7 @@ def test_device_of_the_targets():
 
 def test_pytorch_flushes_denormals_in_all_its_threads(network, tmp_path):
     """Threads of OpenMP keep the mode of the thread that started them; ours keeps its own."""
-    recipe, _ = CONTESTANTS["torch"].make(Workshop(network, IOContract(64, 64), tmp_path, threads=2), "fp32")
+    recipe, _ = contestant("torch").make(RaceWorkshop(network, IOContract(64, 64), tmp_path, threads=2), "fp32")
     threads = torch.get_num_threads()
     tiny = torch.full((4_000_000,), 1e-38)
     assert (tiny * 0.1).count_nonzero() == len(tiny), "threads are there, and keep denormals"

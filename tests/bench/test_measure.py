@@ -13,7 +13,7 @@ import torch
 from agln_fast.bench.kernels.roofline import product_rate
 from agln_fast.bench.race import measure as module
 from agln_fast.bench.race import memory
-from agln_fast.bench.race.contestants import CONTESTANTS, Contestant
+from agln_fast.bench.race.contestants import PYTORCH, Contestant
 from agln_fast.bench.race.measure import FEWEST_ROUNDS, Case, Entry, Options, measure
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
 from agln_fast.errors import BackendError, ConfigError
@@ -69,7 +69,7 @@ def fakes(monkeypatch):
     def put(name, sleeps, *, ours=False, **kwargs):
         recipe = Fake(tuple(sleeps), **kwargs)
         entry = Contestant(name, ours, ("fp32", "bf16"), ("cpu",), "", lambda workshop, precision: (recipe, 2.0))
-        monkeypatch.setitem(CONTESTANTS, name, entry)
+        monkeypatch.setitem(PYTORCH, name, entry)
 
     return put
 

@@ -19,9 +19,14 @@ from rich.progress import Progress
 
 import agln_fast
 from agln_fast.builder import build as build_module
-from agln_fast.builder import graphs as graphs_module
 from agln_fast.builder import tune as tune_module
+from agln_fast.builder import workshop as workshop_module
+from agln_fast.builder.options import BuildOptions
 from agln_fast.contract import parse_size
+from agln_fast.engines import KINDS
+from agln_fast.engines.echo import Echo, colours
+from agln_fast.engines.openvino import OpenVino
+from agln_fast.engines.tensorrt import TensorRTRTX
 from agln_fast.errors import (
     AglnError,
     BackendError,
@@ -110,17 +115,20 @@ def test_logits_and_batches_are_verified_too(small_network, tmp_path):
     assert 0 < check.max_logit_error < 1e-2
 
 
-def test_precision_auto_is_fp32_and_bf16_where_the_cpu_has_it(monkeypatch):
-    plan = build_module._wanted
-    names = [(w.backend, w.precision, w.graph) for w in plan({"cpu": ["auto"], "tensorrt-rtx": ["auto"]})]
-    assert ("tensorrt-rtx", "fp16", "fp16") in names
-    assert ("onnxruntime", "fp32", "fp32") in names
-    monkeypatch.setattr(build_module.OpenVinoBackend, "obstacle", classmethod(lambda cls, engine: None))
-    names = [(w.backend, w.precision, w.graph) for w in plan({"cpu": ["auto"]})]
-    assert ("openvino", "bf16", "fp32") in names
-    assert "int8" not in [precision for _, precision, _ in names]
-    monkeypatch.setattr(build_module.OpenVinoBackend, "obstacle", classmethod(lambda cls, engine: "no"))
-    assert not [w for w in plan({"cpu": ["auto"]}) if w.precision in ("bf16", "int8")]
+def test_precision_auto_is_fp32_and_bf16_where_the_cpu_has_it(tmp_path, monkeypatch):
+    def wanted(targets):
+        options = BuildOptions("x.pth", tmp_path / "x", targets=targets)
+        return [(engine.kind.name, engine.precision) for engine in options.wanted]
+
+    monkeypatch.setattr(TensorRTRTX, "check_make", lambda *_: None)
+    monkeypatch.setattr(OpenVino, "_obstacle", lambda *_: None)
+    weights = [("fused", "fp32"), ("torch", "fp32")]
+    assert wanted("tensorrt-rtx") == [("tensorrt-rtx", "fp16"), *weights]
+    cpu = [("openvino", "fp32"), ("onnxruntime", "fp32")]
+    assert wanted("cpu") == [*cpu, ("openvino", "bf16"), *weights]
+    assert KINDS["openvino"].graph_type("bf16") == "fp32"
+    monkeypatch.setattr(OpenVino, "_obstacle", lambda *_: "no")
+    assert wanted("cpu") == [*cpu, *weights]
 
 
 def test_samples_of_the_user_are_used(small_network, tmp_path):
@@ -178,7 +186,7 @@ def test_a_bad_checkpoint_leaves_nothing(tmp_path):
 @pytest.fixture
 def swapped(monkeypatch):
     """A conversion bug: the classes of every ONNX file come out in another order."""
-    real = graphs_module.export_onnx
+    real = workshop_module.export_onnx
 
     def export(network, *args, **kwargs):
         classifier = network.classifier[4]
@@ -191,7 +199,7 @@ def swapped(monkeypatch):
             classifier.weight.copy_(classifier.weight[order])
             classifier.bias.copy_(classifier.bias[order])
 
-    monkeypatch.setattr(graphs_module, "export_onnx", export)
+    monkeypatch.setattr(workshop_module, "export_onnx", export)
 
 
 def test_engines_that_all_disagree_are_no_bundle(swapped, small_network, tmp_path):
@@ -206,10 +214,10 @@ def test_engines_that_all_disagree_are_no_bundle(swapped, small_network, tmp_pat
 @pytest.fixture
 def one_disagrees(monkeypatch):
     """OpenVINO's engines give the next class."""
-    from agln_fast.engines.openvino import OpenVinoBackend
+    from agln_fast.engines.openvino import OpenVinoEngine
 
-    real = OpenVinoBackend.run
-    monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)
+    real = OpenVinoEngine.run
+    monkeypatch.setattr(OpenVinoEngine, "run", lambda self, image: (real(self, image) + 1) % 5)
 
 
 @pytest.mark.openvino
@@ -284,15 +292,15 @@ def test_sizes():
 def test_agreement_is_counted_and_weighted_by_hand(bundle):
     """Break the labels of known pixels: the record must show their share, and their share of the margin."""
     network = agln_fast.load_checkpoint(bundle.path / "weights.safetensors")
-    (reference,) = make_reference(network, bundle, sample_images(1, 64, 96))
+    (reference,) = make_reference(network, bundle.manifest.contract, sample_images(1, 64, 96))
     margin = reference.margin.copy()
     broken = reference.labels.copy()
     broken[0, :6] = (broken[0, :6] + 1) % 5
-    check = verify_engine(bundle, bundle.engine("torch-fp32"), [replace(reference, labels=broken)], minimum=0.0)
+    check = verify_engine(bundle.artefact("torch-fp32"), [replace(reference, labels=broken)], minimum=0.0)
     assert check.agreement == pytest.approx(1 - 6 / 64)
     assert check.weighted_agreement == pytest.approx(1 - margin[0, :6].sum() / margin.sum(), rel=1e-4)
     with pytest.raises(VerificationError, match=r"90\.6250%"):
-        verify_engine(bundle, bundle.engine("torch-fp32"), [replace(reference, labels=broken)])
+        verify_engine(bundle.artefact("torch-fp32"), [replace(reference, labels=broken)])
     assert isinstance(check, Verification)
 
 
@@ -309,20 +317,11 @@ def test_all_errors_are_one_tree():
 
 
 def test_latency_is_measured(bundle, monkeypatch):
-    from agln_fast.engines.torch import TorchBackend
-
-    run = TorchBackend.run
-
-    def slow(self, image):
-        time.sleep(0.3)
-        return run(self, image)
-
-    monkeypatch.setattr(TorchBackend, "run", slow)
+    monkeypatch.setitem(KINDS, "echo", Echo(lambda frame: time.sleep(0.3) or colours(frame, 5)))
+    slow = replace(bundle.artefact("torch-fp32"), kind="echo")
     network = agln_fast.load_checkpoint(bundle.path / "weights.safetensors")
-    check = verify_engine(
-        bundle, bundle.engine("torch-fp32"), make_reference(network, bundle, sample_images(1, 64, 96))
-    )
-    assert check.latency_ms >= 300
+    references = make_reference(network, bundle.manifest.contract, sample_images(1, 64, 96))
+    assert verify_engine(slow, references, minimum=0.0).latency_ms >= 300
 
 
 def test_a_bundle_follows_the_umask(small_network, tmp_path):
@@ -363,7 +362,7 @@ def test_the_default_build_exports_three_graphs_and_races_for_seconds(tmp_path, 
     monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("AGLN_FAST_TUNE_SECONDS")
     exports, races = [], []
-    export, fastest = graphs_module.export_onnx, tune_module._Race.fastest
+    export, fastest = workshop_module.export_onnx, tune_module._Race.fastest
 
     def timed(race, plans):
         began = time.perf_counter()
@@ -371,7 +370,7 @@ def test_the_default_build_exports_three_graphs_and_races_for_seconds(tmp_path, 
         races.append(time.perf_counter() - began)
         return best
 
-    monkeypatch.setattr(graphs_module, "export_onnx", lambda *given: exports.append(given[-1]) or export(*given))
+    monkeypatch.setattr(workshop_module, "export_onnx", lambda *given: exports.append(given[-1]) or export(*given))
     monkeypatch.setattr(tune_module._Race, "fastest", timed)
     built = agln_fast.build("agln_nano", tmp_path / "x", size=(128, 128))
     planned = [engine for engine in built.manifest.engines if engine.plan_chosen_by == "timing"]

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from agln_fast.builder.options import check_options
+from agln_fast.builder.options import BuildOptions
 from agln_fast.contract import parse_batch
 from agln_fast.errors import ConfigError
 
 
 def test_one_precision_is_for_every_target(tmp_path: Path) -> None:
-    options = check_options(tmp_path / "x", targets=("cpu", "cuda"), precision="fp16", size="64x96", batch="1..4")
+    options = BuildOptions(
+        "x.pth", tmp_path / "x", targets=("cpu", "cuda"), precision="fp16", size="64x96", batch="1..4"
+    )
     assert options.precisions == {"cpu": ("fp16",), "cuda": ("fp16",)}
     assert (options.contract.height, options.contract.width) == (64, 96)
     assert (options.contract.min_batch, options.contract.max_batch) == (1, 4)
@@ -21,7 +23,7 @@ def test_one_precision_is_for_every_target(tmp_path: Path) -> None:
 
 def test_a_mapping_gives_each_target_its_own(tmp_path: Path) -> None:
     precision = {"cuda": ["fp16"], "cpu": ["fp32", "int8"]}
-    options = check_options(tmp_path / "x", targets=("cpu", "cuda"), precision=precision)
+    options = BuildOptions("x.pth", tmp_path / "x", targets=("cpu", "cuda"), precision=precision)
     assert options.precisions == {"cpu": ("fp32", "int8"), "cuda": ("fp16",)}
 
 
@@ -40,7 +42,7 @@ def test_a_mapping_gives_each_target_its_own(tmp_path: Path) -> None:
 )
 def test_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_options(tmp_path / "x", **options)  # type: ignore[arg-type]
+        BuildOptions("x.pth", tmp_path / "x", **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

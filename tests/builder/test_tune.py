@@ -13,10 +13,10 @@ import torch
 
 import agln_fast
 from agln_fast.builder import tune as module
-from agln_fast.builder.graphs import Graphs
 from agln_fast.builder.tune import Candidate, Tuning, tune, tune_engine
+from agln_fast.builder.workshop import Workshop
 from agln_fast.contract import IOContract
-from agln_fast.engines import open_engine
+from agln_fast.engines import KINDS, open_engine
 from agln_fast.errors import ConfigError
 from agln_fast.plan import winograd as winograd_module
 from agln_fast.plan.cost import CostModel
@@ -44,8 +44,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def graphs(small_network, tmp_path: Path) -> Graphs:
-    return Graphs(small_network(), IOContract(64, 96), tmp_path)
+def workshop(small_network, tmp_path: Path) -> Workshop:
+    return Workshop(small_network(), IOContract(64, 96), tmp_path)
 
 
 class _Clock(module._Race):
@@ -63,34 +63,34 @@ class _Clock(module._Race):
         return min(plans, key=lambda plan: self.candidates[plan].milliseconds)
 
 
-def test_what_is_faster_stays(graphs, cache, monkeypatch):
+def test_what_is_faster_stays(workshop, cache, monkeypatch):
     monkeypatch.setattr(module, "_Race", _Clock)
     times = {"pool": -1.0, "pixel_major": -1.0, "low_resolution": 2.0, "full, none": -1.0, "(full, rows": -3.0}
     monkeypatch.setattr(_Clock, "times", times)
-    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    tuning = tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=60)
     expected = replace(ALGEBRA, pixel_major_attention=True, mix_before_upsample=("full", "rows", "none"))
     assert tuning.plan == expected
     assert (tuning.chosen_by, tuning.complete) == ("timing", True)
     assert {NO_PLAN, expected} < {candidate.plan for candidate in tuning.candidates}
 
 
-def test_no_plan_may_be_the_fastest(graphs, cache, monkeypatch):
+def test_no_plan_may_be_the_fastest(workshop, cache, monkeypatch):
     monkeypatch.setattr(module, "_Race", _Clock)
     monkeypatch.setattr(_Clock, "times", dict.fromkeys(("fold", "low", "pixel", "before", "mix"), 1.0))
-    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60).plan == NO_PLAN
+    assert tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=60).plan == NO_PLAN
 
 
 @pytest.mark.slow
-def test_engines_are_really_timed(graphs, cache):
-    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=20, threads=1)
+def test_engines_are_really_timed(workshop, cache):
+    tuning = tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=20, threads=1)
     assert tuning.chosen_by == "timing"
     best = {candidate.plan: candidate.milliseconds for candidate in tuning.candidates}
     assert all(0 < milliseconds < 20e3 for milliseconds in best.values())
     assert len(best) > 2
 
 
-def test_a_race_is_won_by_a_clear_lead_only(graphs, monkeypatch):
-    race = module._Race(graphs, "onnxruntime", "fp32", 60.0, 1)
+def test_a_race_is_won_by_a_clear_lead_only(workshop, monkeypatch):
+    race = module._Race(workshop, KINDS["onnxruntime"], "fp32", 60.0, 1)
     ticks = iter(np.cumsum(np.tile([0.0, 1.0, 0.0, 0.995, 0.0, 0.9], 50)))
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(race, "_open", lambda plan: _Idle())
@@ -102,9 +102,9 @@ def test_a_race_is_won_by_a_clear_lead_only(graphs, monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "winner"), [(0.95, NO_PLAN), (0.85, ALGEBRA)], ids=["a little", "by far"])
-def test_one_round_shows_large_leads_only(seconds, winner, graphs, monkeypatch):
+def test_one_round_shows_large_leads_only(seconds, winner, workshop, monkeypatch):
     """When the time is over after it."""
-    race = module._Race(graphs, "onnxruntime", "fp32", 0.0, 1)
+    race = module._Race(workshop, KINDS["onnxruntime"], "fp32", 0.0, 1)
     ticks = iter(np.cumsum([0.0, 1.0, 0.0, seconds]))
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(race, "_open", lambda plan: _Idle())
@@ -145,11 +145,11 @@ def test_when_a_race_may_end(times, clear):
     assert module._is_clear(times) == clear
 
 
-def test_only_fp32_engines_on_cpus_take_winograd(graphs):
+def test_only_fp32_engines_on_cpus_take_winograd(workshop):
     """Its sums cost labels in bf16, and TensorRT has its own."""
     found = [
         [change["winograd"] for decide in decisions for change in decide(ALGEBRA) if "winograd" in change]
-        for decisions in (module._decisions(graphs, backend, kind, timed=False) for backend, kind in _KINDS)
+        for decisions in (module._decisions(workshop, KINDS[backend], kind, timed=False) for backend, kind in _KINDS)
     ]
     assert found == [[1, 2, 3], [1, 2, 3], [], []]
 
@@ -165,7 +165,7 @@ def test_only_fp32_engines_on_cpus_take_winograd(graphs):
 )
 def test_what_suits_an_engine(backend, precision, winograd, low):
     expected = replace(EVERYTHING, winograd=winograd, low_resolution_labels=low)
-    assert module.suitable(EVERYTHING, backend, precision) == expected
+    assert KINDS[backend].suits(EVERYTHING, precision) == expected
 
 
 _KINDS = ("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16"), ("tensorrt", "fp32")
@@ -182,13 +182,13 @@ class _Idle:
         return image
 
 
-def test_without_a_budget_the_few_best_of_the_model_are_raced(graphs, cache, monkeypatch):
+def test_without_a_budget_the_few_best_of_the_model_are_raced(workshop, cache, monkeypatch):
     raced: list[list[Plan]] = []
     monkeypatch.setattr(module, "_Race", _noting(raced))
     monkeypatch.setattr(_Clock, "times", {})
-    tuning = tune_engine(graphs, "onnxruntime", "fp32")
-    assert raced == [module._shortlist(graphs, "onnxruntime", "fp32", None)]
-    assert raced[0][0] == module._predict(graphs, "onnxruntime", "fp32", None).plan
+    tuning = tune_engine(workshop, KINDS["onnxruntime"], "fp32")
+    assert raced == [module._shortlist(workshop, KINDS["onnxruntime"], "fp32", None)]
+    assert raced[0][0] == module._predict(workshop, KINDS["onnxruntime"], "fp32", None).plan
     assert (tuning.chosen_by, tuning.complete) == ("timing", False)
     assert {candidate.plan for candidate in tuning.candidates} == set(raced[0])
 
@@ -220,13 +220,13 @@ PREDICTIONS = {
 
 
 @pytest.mark.parametrize("case", PREDICTIONS)
-def test_two_plans_of_different_kinds_are_raced(case, graphs, monkeypatch):
+def test_two_plans_of_different_kinds_are_raced(case, workshop, monkeypatch):
     precision, seconds, expected = PREDICTIONS[case]
     candidates = tuple(Candidate(plan, 1e3 * cost) for plan, cost in seconds.items())
     tuning = Tuning("openvino", precision, candidates[0].plan, "cost model", True, candidates)
     monkeypatch.setattr(module, "_predict", lambda *_: tuning)
-    monkeypatch.setattr(type(graphs), "plans", lambda self, kind: [])
-    assert module._shortlist(graphs, "openvino", precision, None) == expected
+    monkeypatch.setattr(type(workshop), "plans", lambda self, kind: [])
+    assert module._shortlist(workshop, KINDS["openvino"], precision, None) == expected
 
 
 EXPORTED = {
@@ -239,13 +239,13 @@ EXPORTED = {
 
 
 @pytest.mark.parametrize("case", EXPORTED)
-def test_what_is_exported_already_costs_no_more_than_its_runs(case, graphs, monkeypatch):
+def test_what_is_exported_already_costs_no_more_than_its_runs(case, workshop, monkeypatch):
     precision, milliseconds, exported, expected = EXPORTED[case]
     candidates = Candidate(MIXED, milliseconds), Candidate(ALGEBRA, 2 * milliseconds)
     tuning = Tuning("openvino", precision, MIXED, "cost model", True, candidates)
     monkeypatch.setattr(module, "_predict", lambda *_: tuning)
-    monkeypatch.setattr(type(graphs), "plans", lambda self, kind: [exported])
-    assert module._shortlist(graphs, "openvino", precision, None) == expected
+    monkeypatch.setattr(type(workshop), "plans", lambda self, kind: [exported])
+    assert module._shortlist(workshop, KINDS["openvino"], precision, None) == expected
 
 
 def _noting(raced):
@@ -257,25 +257,25 @@ def _noting(raced):
     return Noting
 
 
-def test_more_time_goes_on_from_what_is_remembered(graphs, cache, monkeypatch):
+def test_more_time_goes_on_from_what_is_remembered(workshop, cache, monkeypatch):
     """What lost before is not run again."""
     raced: list[list[Plan]] = []
     monkeypatch.setattr(module, "_Race", _noting(raced))
     monkeypatch.setattr(_Clock, "times", {"(full, rows": -3.0})
-    first = tune_engine(graphs, "onnxruntime", "fp32")
+    first = tune_engine(workshop, KINDS["onnxruntime"], "fp32")
     before = {candidate.plan for candidate in first.candidates}
     raced.clear()
-    second = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    second = tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=60)
     assert second.complete
     assert second.plan.mix_before_upsample[:2] == ("full", "rows")
     assert raced[0][0] == first.plan
     assert not before & {plan for plans in raced for plan in plans[1:]}
     raced.clear()
-    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60) == second
+    assert tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=60) == second
     assert not raced
 
 
-def test_what_was_found_when_the_time_ended_is_remembered(graphs, cache, monkeypatch):
+def test_what_was_found_when_the_time_ended_is_remembered(workshop, cache, monkeypatch):
     class Short(_Clock):
         def fastest(self, plans):
             self.exhausted = len(self.candidates) > 4
@@ -283,31 +283,31 @@ def test_what_was_found_when_the_time_ended_is_remembered(graphs, cache, monkeyp
 
     monkeypatch.setattr(module, "_Race", Short)
     monkeypatch.setattr(_Clock, "times", {"mix": -1.0})
-    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    tuning = tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=60)
     assert not tuning.complete
-    assert tune_engine(graphs, "onnxruntime", "fp32") == tuning
+    assert tune_engine(workshop, KINDS["onnxruntime"], "fp32") == tuning
 
 
-def test_the_budget_ends_the_search(graphs, cache):
+def test_the_budget_ends_the_search(workshop, cache):
     """After one race."""
-    tuning = tune_engine(graphs, "onnxruntime", "fp32", budget_s=1e-3, threads=1)
+    tuning = tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=1e-3, threads=1)
     assert not tuning.complete
     assert 2 <= len(tuning.candidates) <= 3
 
 
-def test_what_was_measured_is_remembered(graphs, cache, monkeypatch, small_network):
+def test_what_was_measured_is_remembered(workshop, cache, monkeypatch, small_network):
     monkeypatch.setattr(module, "_Race", _Clock)
     monkeypatch.setattr(_Clock, "times", {"pixel_major": -1.0})
-    first = tune_engine(graphs, "onnxruntime", "fp32", budget_s=60)
+    first = tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=60)
     monkeypatch.setattr(module, "_Race", None)
     for budget_s in (60, 0, None):  # with 0 nothing is timed, but what is known is used
-        assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=budget_s) == first
+        assert tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=budget_s) == first
     assert Tuning.from_dict(json.loads(json.dumps(first.to_dict()))) == first
     monkeypatch.undo()
     keys = {
-        module._memory(Graphs(network, contract, Path()), backend, "fp32", threads)
-        for network in (graphs.network, _without_gamma(small_network()))
-        for contract in (graphs.contract, IOContract(64, 64))
+        module._memory(Workshop(network, contract, Path()), KINDS[backend], "fp32", threads)
+        for network in (workshop.network, _without_gamma(small_network()))
+        for contract in (workshop.contract, IOContract(64, 64))
         for backend in ("onnxruntime", "openvino")
         for threads in (1, 2)
     }
@@ -357,22 +357,22 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_memory_is_ignored(damage, graphs, cache, monkeypatch):
+def test_a_damaged_memory_is_ignored(damage, workshop, cache, monkeypatch):
     monkeypatch.setattr(module, "_Race", _Clock)
     monkeypatch.setattr(_Clock, "times", {})
-    tuning = tune_engine(graphs, "onnxruntime", "fp32")
+    tuning = tune_engine(workshop, KINDS["onnxruntime"], "fp32")
     (file,) = cache.iterdir()
     file.write_text(DAMAGE[damage](file.read_text()), errors="surrogatepass")
-    assert module._remembered(file, "onnxruntime", "fp32") is None
-    assert tune_engine(graphs, "onnxruntime", "fp32") == tuning
-    assert module._remembered(file, "onnxruntime", "fp32") == tuning
+    assert module._remembered(file, KINDS["onnxruntime"], "fp32") is None
+    assert tune_engine(workshop, KINDS["onnxruntime"], "fp32") == tuning
+    assert module._remembered(file, KINDS["onnxruntime"], "fp32") == tuning
 
 
-def test_a_memory_that_cannot_be_written_is_no_error(graphs, tmp_path, monkeypatch):
+def test_a_memory_that_cannot_be_written_is_no_error(workshop, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_Race", _Clock)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path / "file"))
-    assert tune_engine(graphs, "onnxruntime", "fp32", budget_s=60).chosen_by == "timing"
+    assert tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=60).chosen_by == "timing"
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
@@ -422,7 +422,8 @@ def test_bad_arguments(arguments, message, small_network):
 
 
 def test_no_engine_for_a_precision(small_network, monkeypatch):
-    monkeypatch.setattr(module, "_obstacle", lambda backend, precision: "the reason")
+    for kind in KINDS.values():
+        monkeypatch.setattr(kind, "obstacle", lambda *_: "the reason")
     with pytest.raises(ConfigError, match="no CPU engine runs in bf16 here: the reason"):
         tune(small_network(), "cpu", (64, 64), "bf16")
 
@@ -447,7 +448,7 @@ def test_a_planned_engine_gives_the_labels_of_a_plain_one(backend, layout, tmp_p
         engine = built.engine(f"{backend}-fp32")
         assert (engine.plan, engine.plan_chosen_by) == (NO_PLAN if plan == "none" else EVERYTHING, "user")
         frames = sample_frames(None, built.manifest.contract)
-        with open_engine(built, engine, threads=1) as opened:
+        with open_engine(built.artefact(engine.name), threads=1) as opened:
             outputs.append(opened.run(pack(frames[:2], built.manifest.contract)))
     plain, planned = outputs
     assert planned.shape == plain.shape == (2, 77, 101)
@@ -460,9 +461,9 @@ def test_a_planned_engine_gives_the_labels_of_a_plain_one(backend, layout, tmp_p
 def test_an_engine_with_winograd_gives_the_labels_of_a_plain_one(backend, small_network, tmp_path, monkeypatch):
     """128 channels in the decoder, in several strips, the last one shorter, tiles beyond the edge."""
     monkeypatch.setattr(winograd_module, "_STRIP", 24)
-    graphs = Graphs(small_network("fpn_resnet18", channels=128), IOContract(104, 120), tmp_path)
-    image = pack(sample_frames(None, graphs.contract)[:1], graphs.contract)
-    race = module._Race(graphs, backend, "fp32", 60.0, 1)
+    workshop = Workshop(small_network("fpn_resnet18", channels=128), IOContract(104, 120), tmp_path)
+    image = pack(sample_frames(None, workshop.contract)[:1], workshop.contract)
+    race = module._Race(workshop, KINDS[backend], "fp32", 60.0, 1)
     labels = []
     for plan in (NO_PLAN, replace(ALGEBRA, winograd=3)):
         with race._open(plan) as engine:
@@ -482,20 +483,19 @@ def test_logits_stay_at_full_size(small_network, tmp_path):
 
 def test_each_plan_has_a_graph_of_its_own(small_network, tmp_path, monkeypatch):
     """The files of the race are those of the bundle: each is exported once."""
-    from agln_fast.builder import build as build_module
-    from agln_fast.builder import graphs as graphs_module
+    from agln_fast.builder import workshop as workshop_module
 
     plans = {"onnxruntime": ALGEBRA, "openvino": EVERYTHING}
 
-    def choose(graphs, backend, precision, **_):
-        graphs(precision, NO_PLAN)  # one that lost
-        graphs(precision, plans[backend])
-        return Tuning(backend, precision, plans[backend], "timing", True, ())
+    def choose(workshop, kind, precision, **_):
+        workshop.graph(precision, NO_PLAN)  # one that lost
+        kind.make(workshop, precision, plans[kind.name])
+        return Tuning(kind.name, precision, plans[kind.name], "timing", True, ())
 
     exports = []
-    export = graphs_module.export_onnx
-    monkeypatch.setattr(graphs_module, "export_onnx", lambda *given: exports.append(given[-1]) or export(*given))
-    monkeypatch.setattr(build_module, "tune_engine", choose)
+    export = workshop_module.export_onnx
+    monkeypatch.setattr(workshop_module, "export_onnx", lambda *given: exports.append(given[-1]) or export(*given))
+    monkeypatch.setattr(module, "tune_engine", choose)
     built = agln_fast.build(small_network(), tmp_path / "m", size=(64, 96), precision="fp32")
     files = {engine.backend: engine.file for engine in built.manifest.engines}
     assert files["openvino"] == "model.onnx"

@@ -63,10 +63,10 @@ def test_version(cli):
 
 @pytest.mark.openvino
 def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint, tmp_path, monkeypatch):
-    from agln_fast.engines.openvino import OpenVinoBackend
+    from agln_fast.engines.openvino import OpenVinoEngine
 
-    real = OpenVinoBackend.run
-    monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)
+    real = OpenVinoEngine.run
+    monkeypatch.setattr(OpenVinoEngine, "run", lambda self, image: (real(self, image) + 1) % 5)
     build = ("build", small_checkpoint, "--size", "64x64", "--precision", "fp32")
     code, out, err = cli(*build, "-o", tmp_path / "x.agln")
     assert code == 8
@@ -82,10 +82,10 @@ def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint,
 
 @pytest.mark.openvino
 def test_a_rebuild_that_loses_an_engine_says_so(cli, bundle, tmp_path, monkeypatch):
-    from agln_fast.engines.openvino import OpenVinoBackend
+    from agln_fast.engines.openvino import OpenVinoEngine
 
-    real = OpenVinoBackend.run
-    monkeypatch.setattr(OpenVinoBackend, "run", lambda self, image: (real(self, image) + 1) % 5)
+    real = OpenVinoEngine.run
+    monkeypatch.setattr(OpenVinoEngine, "run", lambda self, image: (real(self, image) + 1) % 5)
     code, out, err = cli("rebuild", bundle.path, "-o", tmp_path / "x.agln")
     assert code == 8
     assert "left out: openvino-fp32: agrees" in out

@@ -14,27 +14,28 @@ import onnx
 import pytest
 
 import agln_fast
-from agln_fast.bundle import Bundle
-from agln_fast.engines import BACKENDS, backend_class, open_engine
+from agln_fast.artefact import from_disk
+from agln_fast.engines import KINDS, kind_of, network_kinds, open_engine
 from agln_fast.engines.denormals import denormals_are_zero, denormals_as_zero
-from agln_fast.engines.fused import FusedNetworkBackend
-from agln_fast.engines.torch import NetworkBackend
+from agln_fast.engines.onnxruntime import OnnxRuntime
+from agln_fast.engines.openvino import OpenVino
 from agln_fast.errors import BackendError, BundleError, ConfigError
 from agln_fast.export.onnx import export_onnx
 from agln_fast.export.quantize import quantize_onnx
+from agln_fast.runtime.segmenter import load_network
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
 
 
-def _draft(bundle, folder):
-    """The bundle with other files, of which nobody knows the hashes."""
-    return Bundle(folder, replace(bundle.manifest, files={}))
+def _draft(bundle, engine, file, **changes):
+    """An engine of the bundle in another file, of which nobody knows the hash."""
+    return replace(bundle.artefact(engine), file=file, read=from_disk, **changes)
 
 
-def test_every_backend_has_its_name():
-    assert {name: backend_class(name).name for name in BACKENDS} == {name: name for name in BACKENDS}
+def test_every_kind_has_its_name():
+    assert all(kind_of(name).name == name for name in KINDS)
     with pytest.raises(ConfigError, match="unknown backend 'onnx'; did you mean 'onnxruntime'"):
-        backend_class("onnx")
+        kind_of("onnx")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_every_backend_has_its_name():
 )
 def test_results_belong_to_the_caller(name, bundle):
     """The second run must not write into what the first one returned."""
-    with open_engine(bundle, bundle.engine(name), threads=1) as backend:
+    with open_engine(bundle.artefact(name), threads=1) as backend:
         assert (backend.device, backend.precision) == ("cpu", "fp32")
         first = backend.run(IMAGE)
         kept = first.copy()
@@ -53,27 +54,27 @@ def test_results_belong_to_the_caller(name, bundle):
 
 
 def test_onnxruntime_precision_is_read_from_the_file(bundle, small_network, tmp_path, monkeypatch):
-    """A record that claims fp32 does not help an fp16 file past the check; Arm has kernels for it."""
+    """An artefact that claims fp32 does not help an fp16 file past the check; Arm has kernels for it."""
     export_onnx(small_network(), tmp_path / "half.onnx", bundle.manifest.contract, "fp16")
-    record = replace(bundle.engine("onnxruntime-fp32"), file="half.onnx")
+    artefact = _draft(bundle, "onnxruntime-fp32", tmp_path / "half.onnx")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     with pytest.raises(BackendError, match="would compute in fp32"):
-        open_engine(_draft(bundle, tmp_path), record)
+        open_engine(artefact)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with open_engine(_draft(bundle, tmp_path), record) as backend:
+    with open_engine(artefact) as backend:
         assert backend.precision == "fp16"
 
 
 @pytest.mark.parametrize("threads", [0, 10**6])
 def test_absurd_thread_counts_are_refused(threads, bundle):
     with pytest.raises(ConfigError, match=rf"threads {threads}: must be from 1 to"):
-        open_engine(bundle, bundle.engine("onnxruntime-fp32"), threads=threads)
+        open_engine(bundle.artefact("onnxruntime-fp32"), threads=threads)
 
 
 def test_onnxruntime_refuses_what_it_cannot_open(bundle, tmp_path):
     (tmp_path / "model.onnx").write_bytes((bundle.path / "model.onnx").read_bytes()[:1000])
     with pytest.raises(BackendError, match=r"model\.onnx"):
-        open_engine(_draft(bundle, tmp_path), bundle.engine("onnxruntime-fp32"))
+        open_engine(_draft(bundle, "onnxruntime-fp32", tmp_path / "model.onnx"))
 
 
 @pytest.mark.openvino
@@ -81,36 +82,36 @@ def test_openvino_never_runs_in_another_precision(bundle, monkeypatch):
     import openvino
 
     has = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    record = replace(bundle.engine("openvino-fp32"), name="openvino-bf16", precision="bf16")
+    artefact = replace(bundle.artefact("openvino-fp32"), name="openvino-bf16", precision="bf16")
     if "BF16" in has:
-        with open_engine(bundle, record) as backend:
+        with open_engine(artefact) as backend:
             assert backend.precision == "bf16"
         return
     with pytest.raises(BackendError, match="this CPU has no bf16 arithmetic"):
-        open_engine(bundle, record)
+        open_engine(artefact)
     # Asked past the check, OpenVINO would quietly take f32; reading the hint back notices.
-    monkeypatch.setattr(backend_class("openvino"), "obstacle", classmethod(lambda cls, engine: None))
+    monkeypatch.setattr(OpenVino, "_obstacle", lambda *_: None)
     with pytest.raises(BackendError, match="openvino would run openvino-bf16 in f32"):
-        open_engine(bundle, record)
+        open_engine(artefact)
 
 
 @pytest.mark.openvino
 def test_openvino_without_its_package_names_the_extra(bundle, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(BackendError, match=r'pip install "agln-fast\[openvino\]"'):
-        open_engine(bundle, bundle.engine("openvino-fp32"))
+        open_engine(bundle.artefact("openvino-fp32"))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_onnxruntime_gets_its_threads(threads, bundle):
-    with open_engine(bundle, bundle.engine("onnxruntime-fp32"), threads=threads) as backend:
+    with open_engine(bundle.artefact("onnxruntime-fp32"), threads=threads) as backend:
         assert backend._session.get_session_options().intra_op_num_threads == threads
 
 
 @pytest.mark.openvino
 def test_onnxruntimes_threads_do_not_spin_after_a_run(bundle):
     """They would hold the cores that whoever comes next has need of."""
-    with open_engine(bundle, bundle.engine("onnxruntime-fp32")) as opened:
+    with open_engine(bundle.artefact("onnxruntime-fp32")) as opened:
         options = opened._session.get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
@@ -126,7 +127,7 @@ def test_openvino_gets_its_threads_and_its_precision(bundle, monkeypatch):
         return compile_model(self, model, device, settings)
 
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
-    open_engine(bundle, bundle.engine("openvino-fp32"), threads=1).close()
+    open_engine(bundle.artefact("openvino-fp32"), threads=1).close()
     assert (seen["INFERENCE_NUM_THREADS"], seen["INFERENCE_PRECISION_HINT"]) == (1, "f32")
     assert seen["CPU_DENORMALS_OPTIMIZATION"] is True
 
@@ -144,16 +145,18 @@ OTHER_CONTRACTS = {
 @pytest.mark.parametrize("name", ["onnxruntime-fp32", pytest.param("openvino-fp32", marks=pytest.mark.openvino)])
 def test_an_engine_is_what_the_manifest_says(name, case, bundle):
     """Otherwise every run would fail inside the library, or masks would be misread."""
-    manifest = replace(bundle.manifest, contract=replace(bundle.manifest.contract, **OTHER_CONTRACTS[case]))
+    artefact = bundle.artefact(name)
+    other = replace(artefact, contract=replace(artefact.contract, **OTHER_CONTRACTS[case]))
     with pytest.raises(BundleError, match=r"model\.onnx: (takes image|gives labels) .*, and the manifest says"):
-        open_engine(Bundle(bundle.path, manifest), bundle.engine(name))
+        open_engine(other)
 
 
 @pytest.mark.parametrize("name", ["torch-fp32", "fused-fp32"])
 def test_weights_are_of_the_network_that_the_manifest_says(name, bundle):
-    manifest = replace(bundle.manifest, model=replace(bundle.manifest.model, num_classes=6))
+    artefact = bundle.artefact(name)
+    other = replace(artefact, model=replace(artefact.model, num_classes=6))
     with pytest.raises(BundleError, match=r"weights\.safetensors: holds the weights of another network"):
-        open_engine(Bundle(bundle.path, manifest), bundle.engine(name))
+        open_engine(other)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime-fp32", pytest.param("openvino-fp32", marks=pytest.mark.openvino)])
@@ -165,20 +168,17 @@ def test_graphs_with_weights_elsewhere_are_refused(name, bundle, tmp_path):
     )
     assert (tmp_path / "elsewhere.bin").stat().st_size > 0
     with pytest.raises(BundleError, match="refused: some of its weights lie in another file"):
-        open_engine(_draft(bundle, tmp_path), bundle.engine(name))
+        open_engine(_draft(bundle, name, tmp_path / "model.onnx"))
 
 
 @pytest.fixture(scope="module")
 def int8(bundle, tmp_path_factory):
-    """A folder with the bundle's graph as it is and quantised, opened as a bundle, and the engine's record."""
+    """The bundle's graph quantised, in a folder with the graph as it is."""
     pytest.importorskip("nncf", reason="needs the package nncf")
     folder = tmp_path_factory.mktemp("int8")
     shutil.copy(bundle.path / "model.onnx", folder)
-    quantize_onnx(
-        folder / "model.onnx", folder / "model.int8.xml", [IMAGE[0], 255 - IMAGE[0]], bundle.manifest.contract
-    )
-    record = replace(bundle.engine("openvino-fp32"), name="openvino-int8", precision="int8", file="model.int8.xml")
-    return _draft(bundle, folder), record
+    quantize_onnx(folder / "model.onnx", folder / "model.int8.xml", [IMAGE, 255 - IMAGE])
+    return _draft(bundle, "openvino-fp32", folder / "model.int8.xml", name="openvino-int8", precision="int8")
 
 
 def _without(capability, monkeypatch):
@@ -208,48 +208,45 @@ def test_openvino_runs_int8_and_the_rest_in_bf16_where_the_cpu_has_it(capability
 
     _without(capability, monkeypatch)
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
-    with open_engine(*int8, threads=1) as backend:
+    with open_engine(int8, threads=1) as backend:
         assert backend.precision == "int8"
         labels = backend.run(IMAGE)
     rest = "bf16" if capability is None and "BF16" in _capabilities() else "f32"
     assert seen["INFERENCE_PRECISION_HINT"] == rest
-    with open_engine(bundle, bundle.engine("openvino-fp32"), threads=1) as backend:
+    with open_engine(bundle.artefact("openvino-fp32"), threads=1) as backend:
         assert 0.7 < (labels == backend.run(IMAGE)).mean() < 1
 
 
 @pytest.mark.openvino
 def test_openvino_int8_is_read_back(int8):
-    """A record that claims int8 does not help a graph that is not quantised past the check."""
-    bundle, record = int8
+    """An artefact that claims int8 does not help a graph that is not quantised past the check."""
     with pytest.raises(
         BackendError, match=r"convolutions of .*model\.onnx in (bf16|f32), not in int8: the file is not"
     ):
-        open_engine(bundle, replace(record, file="model.onnx"))
+        open_engine(replace(int8, file=int8.file.with_name("model.onnx")))
 
 
 @pytest.mark.openvino
 def test_openvino_int8_needs_a_cpu_that_has_it(int8, monkeypatch):
     _without("INT8", monkeypatch)
     with pytest.raises(BackendError, match=r"openvino-int8 cannot run here: this CPU has no int8 arithmetic .*FP32"):
-        open_engine(*int8)
+        open_engine(int8)
 
 
 @pytest.mark.parametrize("name", ["torch", "fused", "onnxruntime"])
 def test_other_backends_have_no_int8(name, bundle, small_network):
     """Neither as an engine of a bundle nor, the first two, for a network in memory."""
-    record = replace(bundle.engine(f"{name}-fp32"), name=f"{name}-int8", precision="int8")
+    artefact = replace(bundle.artefact(f"{name}-fp32"), name=f"{name}-int8", precision="int8")
     with pytest.raises(BackendError, match=rf"{name}-int8 cannot run here: {name} has no int8"):
-        open_engine(bundle, record)
-    backend = backend_class(name)
-    if issubclass(backend, NetworkBackend):
-        create = {"torch": NetworkBackend, "fused": FusedNetworkBackend}[name]
-        with pytest.raises(BackendError, match=rf"{name} has no int8, which is for OpenVINO: take fp32, bf16 or fp16"):
-            create(small_network(), bundle.manifest.contract, precision="int8")
+        open_engine(artefact)
+    if name in network_kinds():
+        with pytest.raises(ConfigError, match="known: fp32, bf16, fp16; int8 needs a bundle, and OpenVINO"):
+            load_network(small_network(), backend=name, precision="int8")
 
 
 def test_onnxruntime_takes_denormals_for_zeros(bundle):
     """Where attention is nearly one-hot its smallest weights are denormals, and products with them are slow."""
-    with open_engine(bundle, bundle.engine("onnxruntime-fp32"), threads=1) as backend:
+    with open_engine(bundle.artefact("onnxruntime-fp32"), threads=1) as backend:
         options = backend._session.get_session_options()
     assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
 
@@ -264,7 +261,7 @@ import numpy as np
 
 bundle = open_bundle(sys.argv[1])
 torch.set_flush_denormal(sys.argv[3] == "True")
-with open_engine(bundle, bundle.engine(sys.argv[2]), threads=1) as backend:
+with open_engine(bundle.artefact(sys.argv[2]), threads=1) as backend:
     opened = denormals_are_zero()
     backend.run(np.zeros((1, 64, 96, 3), np.uint8))
     print(opened, denormals_are_zero())
@@ -299,28 +296,27 @@ def test_onnxruntime_never_falls_back_to_another_provider(bundle, monkeypatch):
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     with pytest.raises(BackendError, match=r"onnxruntime c(annot open|ould not start)"):
-        open_engine(bundle, bundle.engine("onnxruntime-fp32"), device="cuda")
+        open_engine(bundle.artefact("onnxruntime-fp32"), device="cuda")
 
 
 @pytest.mark.gpu
 def test_torch_runs_on_the_gpu_as_on_the_cpu(bundle):
-    with open_engine(bundle, bundle.engine("torch-fp32"), device="cuda") as gpu:
+    with open_engine(bundle.artefact("torch-fp32"), device="cuda") as gpu:
         assert gpu.device == "cuda"
         on_gpu = gpu.run(IMAGE)
-    with open_engine(bundle, bundle.engine("torch-fp32")) as cpu:
+    with open_engine(bundle.artefact("torch-fp32")) as cpu:
         assert (on_gpu == cpu.run(IMAGE)).mean() > 0.999
 
 
 def test_threads_come_from_the_environment(bundle, monkeypatch):
     seen = {}
-    backend = backend_class("onnxruntime")
-    original = backend.__init__
+    original = OnnxRuntime.open
 
-    def spy(self, *args, threads, **kwargs):
-        seen["threads"] = threads
-        original(self, *args, threads=threads, **kwargs)
+    def spy(self, artefact, **asked):
+        seen.update(asked)
+        return original(self, artefact, **asked)
 
-    monkeypatch.setattr(backend, "__init__", spy)
+    monkeypatch.setattr(OnnxRuntime, "open", spy)
     monkeypatch.setenv("AGLN_FAST_THREADS", "1")
     agln_fast.load(bundle, "onnxruntime").close()
     assert seen["threads"] == 1
@@ -332,21 +328,21 @@ def test_threads_come_from_the_environment(bundle, monkeypatch):
 
 
 def test_onnxruntime_does_not_keep_its_file(bundle):
-    engine = bundle.engine("onnxruntime-fp32")
-    open_engine(bundle, engine).close()  # what is imported and remembered once
+    artefact = bundle.artefact("onnxruntime-fp32")
+    open_engine(artefact).close()  # what is imported and remembered once
     tracemalloc.start()
     try:
-        with open_engine(bundle, engine):
+        with open_engine(artefact):
             kept, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert kept < (bundle.path / engine.file).stat().st_size / 2
+    assert kept < artefact.file.stat().st_size / 2
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ModuleNotFoundError("no", name="onnxruntime"), "is not installed: pip install onnxruntime"),
+        (ModuleNotFoundError("no", name="onnxruntime"), 'is not installed: pip install "agln-fast\\[onnxruntime\\]"'),
         (ImportError("libonnxruntime.so: wrong ELF class"), "is installed but does not load: libonnxruntime.so: wrong"),
         (ModuleNotFoundError("No module named 'flatbuffers'", name="flatbuffers"), "does not load: No module named"),
     ],
@@ -360,4 +356,4 @@ def test_onnxruntime_that_cannot_be_imported_is_an_obstacle(error, message, bund
     with pytest.raises(
         BackendError, match=f'engine onnxruntime-fp32 cannot run here: package "onnxruntime" .*{message}'
     ):
-        open_engine(bundle, bundle.engine("onnxruntime-fp32"))
+        open_engine(bundle.artefact("onnxruntime-fp32"))

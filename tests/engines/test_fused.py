@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 import agln_fast
 from agln_fast.contract import IOContract
-from agln_fast.engines import fused
-from agln_fast.engines.fused import FusedNetworkBackend
-from agln_fast.engines.torch import NetworkBackend, exact_float32
+from agln_fast.engines import fused, fused_network
+from agln_fast.engines.fused import Fused
+from agln_fast.engines.fused_network import FusedEngine
+from agln_fast.engines.torch_network import NetworkEngine, exact_float32
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.models.blocks import resize
 from agln_fast.plan.convolution import choose_convolutions
@@ -35,7 +37,7 @@ def images(batch=1, seed=0):
 @pytest.mark.parametrize("name", ["fpn_resnet18", "fcn8s_resnet18", "agln_resnet18", "agln_lite_resnet18"])
 def test_labels_are_those_of_the_reference(name, small_network):
     network = small_network(name)
-    with FusedNetworkBackend(network, LABELS, device="cpu") as ours, NetworkBackend(network, LABELS) as reference:
+    with FusedEngine(network, LABELS, device="cpu") as ours, NetworkEngine(network, LABELS) as reference:
         labels, expected = ours.run(images(2)), reference.run(images(2))
     assert (labels.dtype, labels.shape) == (expected.dtype, expected.shape)
     assert (labels == expected).mean() > 0.9999
@@ -47,8 +49,8 @@ def test_logits_in_every_precision(precision, error, small_network):
     """Errors are relative to the spread of the logits, which `small_network` sets to 1."""
     network = small_network()
     with (
-        FusedNetworkBackend(network, LOGITS, precision=precision, device="cpu") as ours,
-        NetworkBackend(network, LOGITS) as reference,
+        FusedEngine(network, LOGITS, precision=precision, device="cpu") as ours,
+        NetworkEngine(network, LOGITS) as reference,
     ):
         logits, expected = ours.run(images()), reference.run(images())
         assert ours.precision == precision
@@ -58,7 +60,7 @@ def test_logits_in_every_precision(precision, error, small_network):
 
 def test_more_than_256_classes(small_network):
     network = small_network(num_classes=300)
-    with FusedNetworkBackend(network, LABELS, device="cpu") as ours, NetworkBackend(network, LABELS) as reference:
+    with FusedEngine(network, LABELS, device="cpu") as ours, NetworkEngine(network, LABELS) as reference:
         labels, expected = ours.run(images()), reference.run(images())
     assert labels.dtype == expected.dtype == np.int32
     assert (labels == expected).mean() > 0.9999
@@ -85,22 +87,22 @@ def test_a_network_in_memory(small_network):
     with load_network(small_network(), size=(64, 96), resize="stretch", backend="fused", device="cpu") as segment:
         assert segment.engine.name == "fused-fp32"
         assert segment(images()[0]).labels.shape == (64, 96)
-    with pytest.raises(ConfigError, match="backend 'openvino': a network in memory runs on torch or fused"):
+    with pytest.raises(ConfigError, match="backend 'openvino': a network in memory runs on fused or torch"):
         load_network(small_network(), backend="openvino")
 
 
 def test_the_reference_is_left_alone(small_network):
     network = small_network().train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with FusedNetworkBackend(network, LABELS, precision="fp16", device="cpu") as ours:
+    with FusedEngine(network, LABELS, precision="fp16", device="cpu") as ours:
         ours.run(images())
     assert network.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_programs_used_least_recently_go_first(small_network, monkeypatch):
-    monkeypatch.setattr(fused, "_PROGRAMS", 2)
-    with FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend:
+    monkeypatch.setattr(fused_network, "_PROGRAMS", 2)
+    with FusedEngine(small_network(), LABELS, device="cpu") as backend:
         for batch in (1, 2, 1, 3):
             assert len(backend.run(images(batch))) == batch
         assert [shape[0] for shape in backend._programs] == [1, 3]
@@ -109,7 +111,7 @@ def test_programs_used_least_recently_go_first(small_network, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 64, 64, 3), (1, 96, 64, 3), (64, 96, 3)])
 def test_an_image_of_another_size_is_refused(shape, small_network):
     with (
-        FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend,
+        FusedEngine(small_network(), LABELS, device="cpu") as backend,
         pytest.raises(BackendError, match=r"the engine takes \('batch', 64, 96, 3\)"),
     ):
         backend.run(np.zeros(shape, np.uint8))
@@ -117,20 +119,20 @@ def test_an_image_of_another_size_is_refused(shape, small_network):
 
 def test_an_impossible_device_is_named(small_network):
     with pytest.raises(BackendError, match="fused cannot use device 'warp'"):
-        FusedNetworkBackend(small_network(), LABELS, device="warp")
+        FusedEngine(small_network(), LABELS, device="warp")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_threads_share_a_backend_or_have_their_own(device, small_network):
     network = small_network()
     inputs = [images(1 + seed % 3, seed) for seed in range(12)]
-    with FusedNetworkBackend(network, LABELS, device=device) as backend:
+    with FusedEngine(network, LABELS, device=device) as backend:
         expected = [backend.run(image) for image in inputs]
         with ThreadPoolExecutor(4) as pool:
             shared = list(pool.map(backend.run, inputs))
 
     def alone(image):
-        with FusedNetworkBackend(network, LABELS, device=device) as own:
+        with FusedEngine(network, LABELS, device=device) as own:
             return own.run(image)
 
     with ThreadPoolExecutor(4) as pool:
@@ -179,7 +181,7 @@ def recorded_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(fused, "_pinned", torch.empty_like)
+    monkeypatch.setattr(fused_network, "_pinned", torch.empty_like)
     return captured
 
 
@@ -187,10 +189,10 @@ def recorded_graphs(monkeypatch):
 def test_replays_see_the_new_image(contract, recorded_graphs, small_network, monkeypatch):
     """Three images through one graph: each result is that image's, and stays so when the next one runs."""
     network = small_network()
-    with FusedNetworkBackend(network, contract, device="cpu") as backend:
+    with FusedEngine(network, contract, device="cpu") as backend:
         expected = [backend.run(images(2, seed)) for seed in range(3)]
         backend._programs.clear()
-        prepare = fused._Graph
+        prepare = fused_network._Graph
         monkeypatch.setattr(backend, "_prepare", lambda image: prepare(backend._network, image, None))
         results = [backend.run(images(2, seed)) for seed in range(3)]
     assert len(recorded_graphs) == 1
@@ -206,9 +208,9 @@ def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_netwo
         "agln_fast.plan.inference.resize", lambda x, size: sizes.append(tuple(size[-2:])) or resize(x, size)
     )
     chosen = partial(choose_convolutions, race=lambda steps, one_call: (1.0, 2.0))
-    monkeypatch.setattr(fused, "choose_convolutions", chosen)
-    with FusedNetworkBackend(small_network(), LABELS, device="cpu") as backend:
-        fused._Graph(backend._network, torch.from_numpy(images()), None)
+    monkeypatch.setattr(fused_network, "choose_convolutions", chosen)
+    with FusedEngine(small_network(), LABELS, device="cpu") as backend:
+        fused_network._Graph(backend._network, torch.from_numpy(images()), None)
     assert len(recorded_graphs) == 1
     assert sizes
     assert (64, 96) not in sizes
@@ -231,7 +233,7 @@ def test_the_last_thread_puts_the_settings_back():
 
 def test_settings_of_the_process_neither_count_nor_change(small_network):
     network = small_network()
-    with FusedNetworkBackend(network, LOGITS, device="cpu") as backend:
+    with FusedEngine(network, LOGITS, device="cpu") as backend:
         expected = backend.run(images())
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium")
@@ -245,14 +247,14 @@ def test_settings_of_the_process_neither_count_nor_change(small_network):
 
 
 def test_after_closing_it_says_so(small_network):
-    backend = FusedNetworkBackend(small_network(), LABELS, device="cpu")
+    backend = FusedEngine(small_network(), LABELS, device="cpu")
     backend.close()
     with pytest.raises(BackendError, match="fused: this backend is closed"):
         backend.run(images())
 
 
 def test_errors_of_the_library_are_ours(small_network, monkeypatch):
-    with NetworkBackend(small_network(), LABELS, device="cpu") as backend:
+    with NetworkEngine(small_network(), LABELS, device="cpu") as backend:
         monkeypatch.setattr(backend, "_network", lambda image: (_ for _ in ()).throw(RuntimeError("out of memory\nat")))
         with pytest.raises(
             BackendError, match=r"torch failed on cpu with an image of \(1, 64, 96, 3\): out of memory$"
@@ -269,14 +271,16 @@ def test_a_gpu_that_cannot_run_the_kernels_is_refused(triton, capability, messag
     monkeypatch.setattr(fused, "find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert FusedNetworkBackend.default_device() == "cpu"
+    monkeypatch.setattr("agln_fast.engines.torch.check_driver", lambda device: None)
+    assert Fused().default_device() == "cpu"
+    assert re.search(message, Fused().obstacle("fp32", "cuda:1"))
     with pytest.raises(BackendError, match=message):
-        FusedNetworkBackend(small_network(), LABELS, device="cuda")
+        FusedEngine(small_network(), LABELS, device="cuda")
 
 
 def test_auto_goes_by_the_device_that_is_asked_for(bundle, monkeypatch):
     """With a GPU, the fused engine comes first; asked for the CPU, the engine that was fastest there."""
-    monkeypatch.setattr(FusedNetworkBackend, "default_device", classmethod(lambda cls: "cuda"))
+    monkeypatch.setattr(Fused, "default_device", lambda self: "cuda")
     slow, quick = (
         replace(engine, verification=replace(engine.verification, latency_ms=latency))
         for engine, latency in ((bundle.engine("fused-fp32"), 1e6), (bundle.engine("onnxruntime-fp32"), 1.0))
@@ -289,7 +293,7 @@ def test_auto_goes_by_the_device_that_is_asked_for(bundle, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_steady_state_takes_no_memory(small_network):
-    with FusedNetworkBackend(small_network(), LABELS, device="cuda") as backend:
+    with FusedEngine(small_network(), LABELS, device="cuda") as backend:
         backend.run(images())
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         backend.run(images(seed=1))
@@ -299,11 +303,11 @@ def test_a_steady_state_takes_no_memory(small_network):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_graphs_on_the_gpu(precision, small_network, monkeypatch):
-    monkeypatch.setattr(fused, "_PROGRAMS", 2)
+    monkeypatch.setattr(fused_network, "_PROGRAMS", 2)
     network = small_network()
     with (
-        FusedNetworkBackend(network, LABELS, precision=precision, device="cuda") as gpu,
-        FusedNetworkBackend(network, LABELS, precision=precision, device="cpu") as cpu,
+        FusedEngine(network, LABELS, precision=precision, device="cuda") as gpu,
+        FusedEngine(network, LABELS, precision=precision, device="cpu") as cpu,
     ):
         for batch in (1, 2, 1, 3, 2):
             result = gpu.run(images(batch, batch))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from agln_fast.engines.onnx_file import PRECISIONS, graph_precision, parse_graph
+from agln_fast.engines.onnx_file import graph_precision, parse_graph
 from agln_fast.errors import BackendError, BundleError
 
 
@@ -30,7 +30,9 @@ def _model(*, convolutions: int = 1, kind: int = TensorProto.FLOAT) -> onnx.Mode
     return helper.make_model(helper.make_graph(nodes, "g", [image], [result], weights))
 
 
-@given(kind=st.sampled_from(list(PRECISIONS)), convolutions=st.integers(1, 4))
+@given(
+    kind=st.sampled_from([TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16]), convolutions=st.integers(1, 4)
+)
 def test_the_type_of_convolutions(kind, convolutions):
     data = _model(convolutions=convolutions, kind=kind).SerializeToString()
     names = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}

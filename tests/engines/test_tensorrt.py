@@ -5,7 +5,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,25 +12,29 @@ import onnx.parser
 import pytest
 import torch
 
-from agln_fast.bundle import Bundle
+from agln_fast.artefact import Artefact
 from agln_fast.contract import IOContract
-from agln_fast.engines.tensorrt import TensorRTBackend, TensorRTRTXBackend, compute_capability, shared_logger
+from agln_fast.engines import EngineKind, open_engine
+from agln_fast.engines.tensorrt import TensorRT, TensorRTRTX, TensorRTRTXEngine, compute_capability, shared_logger
 from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES, import_library, library_version
 from agln_fast.errors import BackendError, BundleError, MissingPackageError
-from agln_fast.manifest import EngineRecord, Manifest
 from agln_fast.models.config import ModelConfig
 
-BACKENDS = pytest.mark.parametrize("backend", [TensorRTBackend, TensorRTRTXBackend], ids=lambda backend: backend.name)
+KINDS = pytest.mark.parametrize("kind", [TensorRT(), TensorRTRTX()], ids=lambda kind: kind.name)
 
 
-def record(backend: Any, version: str = "1.2.3", capabilities: tuple[str, ...] = ("sm86", "sm89")) -> EngineRecord:
-    return EngineRecord(
+def artefact(
+    kind: EngineKind, version: str = "1.2.3", capabilities: tuple[str, ...] = ("sm86", "sm89"), file: Path = Path("x")
+) -> Artefact:
+    contract = IOContract(height=32, width=48, min_batch=1, max_batch=4)
+    return Artefact(
         name="small",
-        backend=backend.name,
+        kind=kind.name,
         precision="fp16",
-        file="small.engine",
-        target=backend.name,
-        versions={backend.name: version},
+        file=file,
+        contract=contract,
+        model=ModelConfig("fpn", "resnet18", 5),
+        versions={kind.name: version},
         compute_capabilities=capabilities,
     )
 
@@ -49,46 +52,45 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-@BACKENDS
-def test_obstacles_in_their_order(backend: Any, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = record(backend)
-    assert backend.obstacle(engine) is None
+@KINDS
+def test_obstacles_in_their_order(kind: EngineKind, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = artefact(kind)
+    assert kind.obstacle_to(engine) is None
 
     machine.capability = (8, 0)
-    build = f"build it again with `agln-fast build ... --target {backend.name}`"
-    assert backend.obstacle(engine) == f"built for sm86, sm89, but this GPU is sm80: {build}"
+    build = f"build it again with `agln-fast build ... --target {kind.name}`"
+    assert kind.obstacle_to(engine) == f"built for sm86, sm89, but this GPU is sm80: {build}"
     machine.cuda = False
-    assert backend.obstacle(engine) == "no CUDA device is present, and it needs a GPU of sm86, sm89"
+    assert kind.obstacle_to(engine) == "no CUDA device is present, and it needs a GPU of sm86, sm89"
     machine.library.__version__ = "1.2.4"
-    assert backend.obstacle(engine) == f"built with {backend.name} 1.2.3, but 1.2.4 is installed: " + (
+    assert kind.obstacle_to(engine) == f"built with {kind.name} 1.2.3, but 1.2.4 is installed: " + (
         "build it again from the bundle's own weights with `agln-fast rebuild`"
     )
-    monkeypatch.setitem(sys.modules, backend.name.replace("-", "_"), None)
-    assert f'pip install "agln-fast[{backend.name}]"' in str(backend.obstacle(engine))
+    monkeypatch.setitem(sys.modules, kind.name.replace("-", "_"), None)
+    assert f'pip install "agln-fast[{kind.name}]"' in str(kind.obstacle_to(engine))
 
 
 def test_data_centre_gpu_is_sent_to_tensorrt(machine: SimpleNamespace) -> None:
     machine.capability = (9, 0)
-    obstacle = TensorRTRTXBackend.obstacle(record(TensorRTRTXBackend))
+    obstacle = TensorRTRTX().obstacle_to(artefact(TensorRTRTX()))
     assert obstacle == (
         "built for sm86, sm89, but this GPU is sm90: build it again with `agln-fast build ... --target tensorrt`"
     )
 
 
-@BACKENDS
+@KINDS
 @pytest.mark.parametrize(
     ("device", "message"),
     [
         ("cpu", "'cpu': TensorRT engines run on CUDA devices only"),
-        ("gpu", "'gpu': TensorRT engines run on CUDA devices only"),
         ("cuda:1", r"'cuda:1': this machine has 1 CUDA device"),
-        (None, "'small': built for sm86, sm89, but this GPU is sm120"),
+        (None, "engine small cannot run here: built for sm86, sm89, but this GPU is sm120"),
     ],
 )
-def test_opening_says_why_not(backend: Any, machine: SimpleNamespace, device: str | None, message: str) -> None:
+def test_opening_says_why_not(kind: EngineKind, machine: SimpleNamespace, device: str | None, message: str) -> None:
     machine.capability = (12, 0)
     with pytest.raises(BackendError, match=message):
-        backend(SimpleNamespace(), record(backend), device=device, threads=None)
+        open_engine(artefact(kind), device=device)
 
 
 def test_ports_are_what_the_engine_says() -> None:
@@ -98,7 +100,7 @@ def test_ports_are_what_the_engine_says() -> None:
         "labels": ("OUTPUT", "INT32", (-1, 32, 48)),
         "extra": ("OUTPUT", "HALF", (1,)),
     }
-    backend = object.__new__(TensorRTRTXBackend)
+    backend = object.__new__(TensorRTRTXEngine)
     backend._engine = SimpleNamespace(
         num_io_tensors=len(ports),
         get_tensor_name=lambda index: list(ports)[index],
@@ -158,14 +160,14 @@ def test_logger_forwards_and_remembers(caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [TensorRTBackend, TensorRTRTXBackend], ids=lambda backend: backend.name)
-def test_runs_as_onnxruntime_does(backend: Any, tmp_path: Path) -> None:
-    package = backend.name.replace("-", "_")
+@KINDS
+def test_runs_as_onnxruntime_does(kind: EngineKind, tmp_path: Path) -> None:
+    package = kind.name.replace("-", "_")
     capability = compute_capability()
     if capability is None:
         pytest.skip("needs a CUDA device")
     library = pytest.importorskip(package, reason=f"needs the package {package}")
-    if backend is TensorRTRTXBackend and capability not in RTX_CAPABILITIES:
+    if isinstance(kind, TensorRTRTX) and capability not in RTX_CAPABILITIES:
         pytest.skip(f"TensorRT-RTX does not serve {capability}")
     from onnxruntime import InferenceSession
 
@@ -189,19 +191,17 @@ def test_runs_as_onnxruntime_does(backend: Any, tmp_path: Path) -> None:
     build_tensorrt_engine(
         tmp_path / "small.onnx",
         tmp_path / "small.engine",
-        flavour=backend.flavour,
+        flavour=kind.name,
         precision="fp32",
         compute_capabilities=(capability,),
         batch=(1, 2, 4),
     )
-    contract = IOContract(height=32, width=48, min_batch=1, max_batch=4)
-    bundle = Bundle(tmp_path, Manifest(ModelConfig("fpn", "resnet18", 5), (), (), contract, ()))
-    engine = record(backend, library.__version__, (capability,))
-    other = Bundle(tmp_path, replace(bundle.manifest, contract=replace(contract, output="logits")))
+    engine = artefact(kind, library.__version__, (capability,), tmp_path / "small.engine")
+    other = replace(engine, contract=replace(engine.contract, output="logits"))
     with pytest.raises(BundleError, match=r"gives labels uint8 .* and the manifest says logits"):
-        backend(other, engine, device="cuda:0", threads=None)
+        open_engine(other, device="cuda:0")
     session = InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
-    with backend(bundle, engine, device="cuda:0", threads=None) as opened:
+    with open_engine(engine, device="cuda:0") as opened:
         assert opened.device == "cuda:0"
         for batch in (4, 1, 3):
             image = random.integers(0, 256, (batch, 32, 48, 3), dtype=np.uint8)

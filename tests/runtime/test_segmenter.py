@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_engine import fake_segmenter
 from PIL import Image
 
 import agln_fast
 from agln_fast.bundle import Bundle
-from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD, IOContract
-from agln_fast.data.classes import ClassSet
+from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD
 from agln_fast.errors import BackendError, BundleError, ConfigError, ImageError
-from agln_fast.runtime.segmenter import Segmenter, runnable_engines
+from agln_fast.runtime.segmenter import runnable_engines
 
 BACKENDS = ["torch", "onnxruntime", pytest.param("openvino", marks=pytest.mark.openvino)]
 
@@ -130,32 +131,10 @@ def test_threads_share_a_segmenter(bundle):
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-class _FakeBackend:
-    """An "engine" whose logits are the colour channels: what comes out shows where each pixel went."""
-
-    device, precision = "cpu", "fp32"
-
-    def __init__(self, contract: IOContract) -> None:
-        self.contract, self.batches = contract, []
-
-    def run(self, image):
-        self.batches.append(len(image))
-        assert image.shape[1:] == (self.contract.height, self.contract.width, 3)
-        logits = np.ascontiguousarray(image.transpose(0, 3, 1, 2).astype(np.float32))
-        return logits if self.contract.output == "logits" else logits.argmax(1).astype(np.uint8)
-
-    def close(self) -> None:
-        self.closed = True
-
-
 @pytest.fixture
-def colour_segmenter(bundle):
-    def create(**settings):
-        contract = IOContract(**{"height": 64, "width": 96, **settings})
-        colours = ClassSet("rgb", "RGB", ("red", "green", "blue"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
-        return Segmenter(bundle.manifest.engines[0], _FakeBackend(contract), contract, colours)
-
-    return create
+def colour_segmenter():
+    """Logits are the colour channels: what comes out shows where each pixel went."""
+    return partial(fake_segmenter, output="labels")
 
 
 def _quadrants(height: int, width: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def test_close_waits_for_the_run_that_goes_on_and_ends_those_behind_it(resize, p
     running = pool.submit(segment, _pixels())
     assert held.inside.wait(_LONG)
     closing = pool.submit(segment.close)
-    assert not hasattr(segment._backend, "closed")
+    assert not segment._backend.closed
     held.go.set()
     closing.result(_LONG)
     assert segment._backend.closed
@@ -151,7 +151,7 @@ def test_engines_are_closed_while_threads_run_them(name, bundle):
 
 @ENGINES
 def test_a_closed_backend_says_so(name, bundle):
-    backend = open_engine(bundle, bundle.engine(name), threads=1)
+    backend = open_engine(bundle.artefact(name), threads=1)
     backend.close()
     backend.close()
     with pytest.raises(BackendError, match=f"{name.partition('-')[0]}: this backend is closed; open it again"):
@@ -161,6 +161,6 @@ def test_a_closed_backend_says_so(name, bundle):
 @ENGINES
 def test_threads_share_a_backend(name, bundle, pool):
     images = [_pixels(seed)[None] for seed in range(8)]
-    with open_engine(bundle, bundle.engine(name), threads=1) as backend:
+    with open_engine(bundle.artefact(name), threads=1) as backend:
         expected = [backend.run(image) for image in images]
         assert all(np.array_equal(a, b) for a, b in zip(pool.map(backend.run, images), expected, strict=True))

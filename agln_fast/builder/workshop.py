@@ -1,0 +1,124 @@
+"""The files of one network behind one contract, each made once: for races of plans, for the bundle, for the bench."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from rich.progress import Progress
+
+from agln_fast.artefact import Artefact
+from agln_fast.contract import IOContract
+from agln_fast.export.onnx import export_onnx
+from agln_fast.models.checkpoint import save_checkpoint
+from agln_fast.models.config import ModelConfig
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.cost import CostModel
+from agln_fast.plan.plan import Plan
+from agln_fast.precision import Precision
+from agln_fast.runtime.images import pack
+from agln_fast.runtime.verify import sample_images
+
+__all__ = ["CALIBRATION", "Workshop"]
+
+CALIBRATION = 128
+"""Pictures to quantise by."""
+
+
+@dataclass(eq=False)
+class Workshop:
+    """What `EngineKind.make` works with; see `agln_fast.engines.base.Workbench`.
+
+    folder: is there; each file gets a folder of its own in it. metadata: goes into each ONNX file.
+    """
+
+    network: SegmentationNetwork
+    contract: IOContract
+    folder: Path
+    metadata: Mapping[str, str] | None = None
+    compute_capabilities: Sequence[str] = ()
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+    progress: Progress | None = None
+    _files: dict[Hashable, Path] = field(default_factory=dict, init=False)
+    _seconds: dict[Hashable, float] = field(default_factory=dict, init=False)
+
+    @property
+    def model(self) -> ModelConfig:
+        """What the network is."""
+        return self.network.config
+
+    def weights(self) -> Path:
+        """The reference's weights as safetensors."""
+        return self.file("weights.safetensors", "weights", lambda file: save_checkpoint(self.network, file))
+
+    def graph(self, kind: Precision, plan: Plan) -> Path:
+        """The ONNX file of the network, rewritten as `plan` says, with weights of type `kind`."""
+        name = "model.onnx" if kind == "fp32" else f"model.{kind}.onnx"
+        return self.file(
+            name,
+            ("graph", kind, plan),
+            lambda file: export_onnx(self.network, file, self.contract, kind, self.metadata, plan),
+        )
+
+    def plans(self, kind: Precision) -> list[Plan]:
+        """Those whose ONNX files of type `kind` are there already."""
+        keys = [key for key in self._files if isinstance(key, tuple) and key[:2] == ("graph", kind)]
+        return [plan for _, _, plan in keys]
+
+    def file(self, name: str, key: Hashable, write: Callable[[Path], object]) -> Path:
+        """The file that `write` writes, called `name`; it is written when `key` is first asked for."""
+        if key not in self._files:
+            file = Path(tempfile.mkdtemp(dir=self.folder)) / name
+            began = time.perf_counter()
+            write(file)
+            self._seconds[key] = time.perf_counter() - began
+            self._files[key] = file
+        return self._files[key]
+
+    def seconds(self, file: Path) -> float:
+        """What writing the file took, with all that had to be there before and was not."""
+        return self._seconds[self._key(file)]
+
+    def _key(self, file: Path) -> Hashable:
+        return next(key for key, known in self._files.items() if known == file)
+
+    def deliver(self, artefact: Artefact, folder: Path) -> Artefact:
+        """Move the files of `artefact` into `folder`, on the same disk, unless they are there already.
+
+        The first of its name keeps it; others, rewritten otherwise, are named by the engine.
+        """
+        file = artefact.file
+        if file.parent == folder:
+            return artefact
+        place = folder / file.name
+        if place.exists():
+            place = folder / f"model.{artefact.name}{file.suffix}"
+        for part in artefact.files:
+            part.rename(place.with_suffix(part.suffix))
+        self._files[self._key(file)] = place
+        return replace(artefact, file=place)
+
+    def calibration(self) -> list[npt.NDArray[Any]]:
+        """Scenes of the train split to quantise by, in batches of the smallest size that the contract allows."""
+        contract, size = self.contract, self.contract.min_batch
+        endless = cycle(sample_images(CALIBRATION, contract.height, contract.width, split="train"))
+        return [pack(list(islice(endless, size)), contract) for _ in range(-(-CALIBRATION // size))]
+
+    @cached_property
+    def cost(self) -> CostModel:
+        """What a run of the largest batch costs under a plan."""
+        return CostModel(self.network, (self.contract.height, self.contract.width), self.contract.max_batch)
+
+    @cached_property
+    def sample(self) -> npt.NDArray[Any]:
+        """A batch of input, as large as the contract allows: a scene."""
+        frame = sample_images(1, self.contract.height, self.contract.width)
+        return pack(frame * self.contract.max_batch, self.contract)

@@ -1,0 +1,136 @@
+"""What runs a fused network, on CUDA captured as a graph: the engine of kind `fused`."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from agln_fast.contract import IOContract
+from agln_fast.deployment import DeployedNetwork
+from agln_fast.engines.fused import gpu_obstacle
+from agln_fast.engines.torch_network import NetworkEngine, dtype_of, exact_float32
+from agln_fast.errors import BackendError
+from agln_fast.kernels.label_upsample import label_upsample
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.convolution import choose_convolutions
+from agln_fast.plan.fuse import fuse
+from agln_fast.plan.inference import InferenceNetwork
+
+__all__ = ["FusedDeployment", "FusedEngine"]
+
+_PROGRAMS = 8  # shapes that are kept ready; on CUDA each holds the memory of one run
+_WARM_UP = 3  # runs before a capture: kernels are compiled, algorithms chosen, memory is found
+
+_capturing = threading.Lock()  # what cuDNN is told during a capture holds for the whole process
+
+
+class FusedDeployment(DeployedNetwork):
+    """A fused network behind an `IOContract`: labels are made of its low-resolution logits, (K, H, W) never exists."""
+
+    network: InferenceNetwork
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: InferenceNetwork, contract: IOContract, num_classes: int) -> None:
+        super().__init__(network, contract, num_classes)
+        mean, std = self.mean.double(), self.std.double()
+        self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
+        self.register_buffer("shift", (-mean / std).float(), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`image` as the contract says -> `labels` or `logits`."""
+        if self.contract.output == "logits":
+            return super().forward(image)
+        logits = self.network.logits(self.normalise(image))
+        return label_upsample(logits, (self.contract.height, self.contract.width)).to(self.labels_dtype)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """As in `DeployedNetwork`, with one multiplication and one addition."""
+        if self.contract.layout == "uint8_nhwc":
+            image = torch.addcmul(self.shift, image.permute(0, 3, 1, 2).float(), self.scale)
+        return image.to(next(self.network.parameters()).dtype)
+
+
+class _Graph:
+    """The network for one shape of input as a CUDA graph between static buffers, pinned on the host's side."""
+
+    def __init__(self, network: FusedDeployment, image: Tensor, pool: Any) -> None:
+        """`image` is a first input, on the host; the current stream captures and replays.
+
+        `pool` is the memory of all graphs of a backend: only one of them runs at a time, and leaves nothing there.
+        """
+        self._stream = torch.cuda.current_stream()
+        self._host_image = _pinned(image).copy_(image)
+        with _capturing, exact_float32(benchmark=True):
+            on_device = self._host_image.to(network.mean.device)
+            choose_convolutions(network, on_device)
+            for _ in range(_WARM_UP):
+                result = network(on_device)
+            self._host_result = _pinned(result)
+            self._graph = torch.cuda.CUDAGraph()
+            # "thread_local": work of other threads, on streams of their own, goes on meanwhile.
+            with torch.cuda.graph(self._graph, pool, stream=self._stream, capture_error_mode="thread_local"):
+                on_device.copy_(self._host_image, non_blocking=True)
+                self._host_result.copy_(network(on_device), non_blocking=True)
+        self._device_image = on_device  # the graph reads its memory
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self._host_image.copy_(image)
+        self._graph.replay()
+        self._stream.synchronize()
+        return self._host_result.clone()
+
+
+def _pinned(like: Tensor) -> Tensor:
+    """Host memory that the GPU copies to and from by itself."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+class FusedEngine(NetworkEngine):
+    """Runs a network that is in memory, fused (`agln_fast.fuse`), in one precision throughout, with TF32 off.
+
+    On CUDA, a graph is captured for each shape of input, from a pinned image to pinned labels: both copies,
+    normalisation and argmax lie inside. The shapes used last are kept. Each backend has a stream of its own, so that
+    several run side by side.
+
+    Sums, energies and softmaxes are float32 in every precision. CPUs without half-precision arithmetic emulate it:
+    slow, but rounded alike. The network given is not changed.
+    """
+
+    name = "fused"
+
+    def _deploy(self, network: SegmentationNetwork, contract: IOContract) -> FusedDeployment:
+        self._programs: OrderedDict[torch.Size, Callable[[Tensor], Tensor]] = OrderedDict()
+        self._stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            if obstacle := gpu_obstacle(self.device):
+                raise BackendError(f"fused cannot use device {self.device!r}: {obstacle}")
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+        fused = fuse(network).to(self._device, dtype_of(self.precision))
+        return FusedDeployment(fused, contract, network.config.num_classes)
+
+    def _forward(self, image: Tensor) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            program = self._programs.pop(image.shape, None) or self._prepare(image)
+            self._programs[image.shape] = program
+            return program(image)
+
+    def _prepare(self, image: Tensor) -> Callable[[Tensor], Tensor]:
+        """The program for images of one shape; the one used least recently goes first, so that its memory is free."""
+        network = cast(FusedDeployment, self._network)
+        wanted = network.contract.input_shape
+        if tuple(image.shape[1:]) != wanted[1:]:
+            raise BackendError(f"image of shape {tuple(image.shape)}: the engine takes {wanted}")
+        while len(self._programs) >= _PROGRAMS:
+            self._programs.popitem(last=False)
+        return exact_float32()(network) if self._stream is None else _Graph(network, image, self._pool)
+
+    def _release(self) -> None:
+        self._programs.clear()
+        super()._release()

@@ -1,0 +1,162 @@
+"""What runs a network in eager PyTorch, on the CPU or a CUDA device: the engine of kind `torch`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from agln_fast.artefact import Artefact
+from agln_fast.contract import IOContract
+from agln_fast.deployment import DeployedNetwork
+from agln_fast.engines.base import Array, Engine
+from agln_fast.errors import BackendError, BundleError
+from agln_fast.forking import use_threads
+from agln_fast.models.checkpoint import load_weights
+from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.precision import PRECISIONS, Precision
+
+__all__ = ["NetworkEngine", "dtype_of", "exact_float32", "network_of"]
+
+
+_guard = threading.Lock()
+_users = 0
+_restore = ExitStack()
+
+
+def _forget_other_threads() -> None:
+    """In a forked process: whoever held the guard, or was in `exact_float32`, is not here to leave it."""
+    global _guard, _users
+    _guard = threading.Lock()
+    if _users:
+        _users = 0
+        _restore.close()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_forget_other_threads)
+
+
+@contextmanager
+def exact_float32(*, benchmark: bool = False) -> Iterator[None]:
+    """float32 is float32, not TF32 or bfloat16, and sums of half precision are float32, whatever the process has set.
+
+    PyTorch's settings hold for the whole process. Threads may be in here together: the first one changes the settings,
+    the last one puts them back. `benchmark`: cuDNN times its algorithms.
+    """
+    global _users, _restore
+    with _guard:
+        if _users == 0:
+            _restore = _set_exact()
+        _users += 1
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or benchmark
+    try:
+        yield
+    finally:
+        with _guard:
+            torch.backends.cudnn.benchmark = before
+            _users -= 1
+            if _users == 0:
+                _restore.close()
+
+
+def _set_exact() -> ExitStack:
+    """Change the settings; closing the result puts them back."""
+    stack = ExitStack()
+    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision("highest")
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+        stack.callback(setattr, torch.backends.cuda.matmul, name, getattr(torch.backends.cuda.matmul, name))
+        setattr(torch.backends.cuda.matmul, name, False)
+    stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+    return stack
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """PyTorch's type of the numbers of `precision`."""
+    return cast(torch.dtype, getattr(torch, PRECISIONS[precision].torch))
+
+
+class NetworkEngine(Engine):
+    """Runs a network that is in memory in eager PyTorch, with TF32 off. `threads` holds for the whole process."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        contract: IOContract,
+        *,
+        precision: Precision = "fp32",
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        """
+        Args:
+            network: used as it is, not copied; moved to `device` and put into eval mode.
+            precision: "fp32", or "fp16" and "bf16" under `torch.autocast`, which CPUs without such arithmetic emulate:
+                slow, but rounded alike.
+
+        Raises:
+            BackendError: it cannot run on that device.
+        """
+        use_threads(threads)
+        self.device = device
+        self.precision = precision
+        try:
+            self._device = torch.device(self.device)
+            if self._device.type not in ("cpu", "cuda"):
+                raise RuntimeError("only cpu and cuda are supported")
+            self._network = self._deploy(network, contract)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise BackendError(
+                f"{self.name} cannot use device {self.device!r}: {reason}; `agln-fast doctor` shows more"
+            ) from None
+
+    def _deploy(self, network: SegmentationNetwork, contract: IOContract) -> DeployedNetwork:
+        return DeployedNetwork(network.to(self._device).eval(), contract, network.config.num_classes)
+
+    @torch.inference_mode()
+    def _run(self, image: Array) -> Array:
+        use_threads()  # perhaps another thread than the one that loaded
+        try:
+            return cast(Array, self._forward(torch.from_numpy(image)).numpy())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise BackendError(
+                f"{self.name} failed on {self.device} with an image of {image.shape}: {reason}"
+            ) from error
+
+    def _forward(self, image: Tensor) -> Tensor:
+        """From host to host."""
+        half = PRECISIONS[self.precision].half
+        dtype = dtype_of(self.precision) if half else None
+        autocast = torch.autocast(self._device.type, dtype, enabled=half, cache_enabled=False)
+        with exact_float32(), autocast:
+            return cast(Tensor, self._network(image.to(self._device)).cpu())
+
+    def _release(self) -> None:
+        del self._network
+
+
+def network_of(artefact: Artefact, threads: int | None) -> SegmentationNetwork:
+    """The network whose weights the artefact is, read with so many threads; see `use_threads`.
+
+    Raises:
+        BackendError: more threads than there may be.
+        BundleError: it is not the one that the artefact says, or not as it was when the bundle was opened.
+        CheckpointError: the file holds no weights.
+    """
+    use_threads(threads)
+    name = str(artefact.file)
+    network = load_weights(artefact.read(artefact.file), name)
+    if network.config != artefact.model:
+        raise BundleError(f"{name}: holds the weights of another network than the manifest says; build it again")
+    return network
