@@ -17,6 +17,7 @@ import numpy as np
 
 from agln_fast.artefact import Artefact
 from agln_fast.contract import IOContract
+from agln_fast.decode import best_classes
 from agln_fast.engines.base import Array, Engine, EngineKind, Workbench
 from agln_fast.errors import BackendError
 from agln_fast.plan.plan import NO_PLAN, Plan
@@ -62,7 +63,7 @@ class EchoEngine(Engine):
         logits = np.stack([self._function(each) for each in image]).astype(np.float32)
         if contract.output == "logits":
             return logits
-        return logits.argmax(1).astype(np.uint8 if logits.shape[1] <= 256 else np.int32)
+        return np.stack([best_classes(each) for each in logits])
 
     def _release(self) -> None:
         self.closed = True
