@@ -6,7 +6,9 @@ DEMO ?= demo
 RUNS ?= runs
 TESTS ?= not slow
 BIN = $(VENV)/bin
-PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip install -qq --disable-pip-version-check
+# setuptools warns of itself, and of bytecode where the user wants none.
+QUIET = PYTHONWARNINGS=ignore PYTHONDONTWRITEBYTECODE=
+PIP = $(QUIET) $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY = $(VENV)/.ready
 SOURCES = agln_fast kernels export bench tests setup.py
 
@@ -42,7 +44,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	rm -rf build/lint
-	$(BIN)/python setup.py --quiet build_py --build-lib build/lint
+	$(QUIET) $(BIN)/python setup.py --quiet build_py --build-lib build/lint
 	$(BIN)/mypy --config-file pyproject.toml build/lint/agln_fast
 	cd build/lint && $(abspath $(BIN))/lint-imports --config ../../pyproject.toml
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -99,8 +100,18 @@ def small_checkpoint(
 
 
 @pytest.fixture(scope="session")
-def bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> agln_fast.Bundle:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of a run keep what they share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def bundle(small_checkpoint: Path, shared_folder: Path) -> agln_fast.Bundle:
     """A bundle of a small network for the CPU, 64x96, labels. Do not change it."""
-    return agln_fast.build(
-        small_checkpoint, tmp_path_factory.mktemp("bundle") / "small", size=(64, 96), precision="fp32"
-    )
+    path = shared_folder / "small.agln"
+    with (shared_folder / "small.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return agln_fast.open_bundle(path)
+        return agln_fast.build(small_checkpoint, path, size=(64, 96), precision="fp32")

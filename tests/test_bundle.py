@@ -33,12 +33,17 @@ def test_manifest_survives_json(bundle):
     assert Manifest.from_dict(json.loads(json.dumps(bundle.manifest.to_dict()))) == bundle.manifest
 
 
-def test_every_byte_of_the_small_files_counts(tmp_path):
+@pytest.mark.parametrize("stretch", [16, pytest.param(1, marks=pytest.mark.slow)], ids=["sample", "all"])
+def test_every_byte_of_the_small_files_counts(stretch, tmp_path):
+    """All of the first hundred, and one at random of each `stretch` behind."""
     small = hand_made_bundle(tmp_path / "small.agln").path
+    random = np.random.default_rng(0)
     for name in ("manifest.json", "SHA256SUMS"):
         file = small / name
         whole = file.read_bytes()
-        for i in range(len(whole)):
+        assert len(whole) > 100
+        behind = [int(random.integers(i, min(i + stretch, len(whole)))) for i in range(100, len(whole), stretch)]
+        for i in [*range(100), *behind]:
             for flip in (0x01, 0x20):
                 file.write_bytes(whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1 :])
                 with pytest.raises(BundleError):

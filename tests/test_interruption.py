@@ -18,6 +18,11 @@ import ctypes, os, signal, sys
 from pathlib import Path
 from agln_fast import interruption
 
+# Who runs the tests may ignore some, as `nohup` does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
 def ask(number=int(sys.argv[1])):
     os.kill(os.getpid(), number)
 
@@ -244,7 +249,7 @@ def lose_a_signal_and_pack(*arguments):
 
 verify.pack = lose_a_signal_and_pack
 checkpoint, bundle = sys.argv[2:]
-sys.argv[1:] = ["build", checkpoint, "-o", bundle, "--size", "64x64", "--precision", "fp32"]
+sys.argv[1:] = ["build", checkpoint, "-o", bundle, "--size", "64x64", "--precision", "fp32", "--target", "cuda"]
 main()
 """
 

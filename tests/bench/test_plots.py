@@ -70,6 +70,7 @@ def _inside(figure):
 def test_no_text_leaves_the_page_or_lies_on_another(name):
     figure = (DRAW | CROWDED)[name]()
     texts = _inside(figure)
+    assert texts
     width, height = figure.canvas.get_width_height()
     for words, box in texts:
         assert box.x0 >= 0, words

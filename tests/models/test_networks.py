@@ -24,6 +24,7 @@ from agln_fast.models.config import ModelConfig, preset
 from agln_fast.models.networks import AGLNDecoder, SegmentationNetwork
 
 FILES = sorted(path.name for path in GOLDEN.glob("*.npz"))
+assert len(FILES) == 4, "AGLN, deep-stem AGLN, FPN and FCN-8s"
 
 
 def _load_golden(file: str, folder) -> tuple[SegmentationNetwork, Tensor, dict[str, Tensor]]:

@@ -206,22 +206,27 @@ def test_short_batches_are_filled_up(colour_segmenter):
         assert np.array_equal(result.labels, image.argmax(2))
 
 
-@pytest.mark.parametrize("layout", ["uint8_nhwc", "float_nchw"])
-def test_float_engines_get_normalised_images(layout, bundle, small_network, tmp_path):
-    built = agln_fast.build(small_network(), tmp_path / layout, size=(64, 96), layout=layout, output="logits")
+@pytest.fixture(scope="module")
+def normalised(small_checkpoint, tmp_path_factory):
+    """A bundle whose engines take normalised float images and give logits."""
+    path = tmp_path_factory.mktemp("normalised") / "x"
+    options = {"size": (64, 96), "precision": "fp32", "plan": agln_fast.Plan(fold_batchnorm=True)}
+    return agln_fast.build(small_checkpoint, path, layout="float_nchw", output="logits", **options)
+
+
+def test_float_engines_get_normalised_images(normalised):
     pixels = _pixels(64, 96)
-    with agln_fast.load(built, "onnxruntime") as segment:
+    with agln_fast.load(normalised, "onnxruntime") as segment:
         labels = segment(pixels).labels
-    assert (labels == _reference(built, pixels).argmax(0)).mean() >= 0.999
+    assert (labels == _reference(normalised, pixels).argmax(0)).mean() >= 0.999
 
 
-def test_logits_are_resampled_once_to_the_own_size(small_network, tmp_path):
-    built = agln_fast.build(small_network(), tmp_path / "logits", size=(64, 96), output="logits")
+def test_logits_are_resampled_once_to_the_own_size(normalised):
     pixels = _pixels(64, 96)
     large = np.asarray(Image.fromarray(pixels).resize((192, 128), Image.Resampling.NEAREST))
-    with agln_fast.load(built, "onnxruntime") as segment:
+    with agln_fast.load(normalised, "onnxruntime") as segment:
         labels = segment(large).labels
     frame = np.asarray(Image.fromarray(large).resize((96, 64), Image.Resampling.BILINEAR))
-    logits = torch.from_numpy(_reference(built, frame))[None]
+    logits = torch.from_numpy(_reference(normalised, frame))[None]
     expected = F.interpolate(logits, (128, 192), mode="bilinear", align_corners=True).argmax(1)[0]
     assert (labels == expected.numpy()).mean() >= 0.999

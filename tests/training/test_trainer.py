@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -120,26 +118,42 @@ def test_the_weights_load_and_the_log_is_complete(finished: Path) -> None:
     assert float(rows[1]["learning_rate"]) == pytest.approx(0.05 * (1 / 6) ** 0.9)
 
 
+_KILLED = """
+import os, signal, sys
+
+folder, left = sys.argv[1], int(sys.argv.pop(2))
+
+
+def step(event, arguments):
+    global left
+    if event == "os.rename" and str(arguments[1]).startswith(folder):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(step)
+from agln_fast.cli import main
+
+sys.argv[1:2] = ["train", "-o", folder, "--resume"]
+main()
+"""
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> None:
-    """SIGKILL, twice, wherever the process happens to be; then to the end."""
+    """SIGKILL before a file gets its name: nothing else changes what a resumed training finds.
+
+    These are the config first, then weights, log and state after each iteration: the processes die before the first
+    log, between two weights and their state, and between two iterations; the last one lives.
+    """
     folder = tmp_path / "run"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "agln_fast.cli", "train", "-o", str(folder), "--resume", *flags]
-    kills = 0
-    for iteration in (1, 4):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and _iteration(folder) < iteration and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
-        assert not (folder / WEIGHTS_FILE).exists() or agln_fast.load_checkpoint(folder / WEIGHTS_FILE)
-    assert kills >= 1
-    assert 1 <= _iteration(folder) < ITERATIONS
-    subprocess.run(command, check=True, capture_output=True)
+    for renamed, iteration in ((2, 0), (5, 1), (4, 2), (100, ITERATIONS)):
+        command = [sys.executable, "-c", _KILLED, str(folder), str(renamed), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == (0 if iteration == ITERATIONS else -signal.SIGKILL), done.stderr
+        assert _iteration(folder) == iteration
     assert same_weights(folder / STATE_FILE, finished / STATE_FILE)
     without_time = [[row.rsplit(",", 1)[0] for row in (f / LOG_FILE).open()] for f in (folder, finished)]
     assert without_time[0] == without_time[1]
