@@ -27,8 +27,8 @@ from agln_fast.files import scratch_folder
 from agln_fast.forking import use_threads
 from agln_fast.manifest import EngineRecord, Manifest
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.network import plan_network
-from agln_fast.plan.plan import ALGEBRA, NO_PLAN, STAGES, MixForm, Plan
+from agln_fast.plan.network import InferenceNetwork
+from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.plan.rates import Rates, cpu_rates
 from agln_fast.runtime.turns import rounds
 
@@ -247,8 +247,7 @@ class _Model:
 
     def seconds(self, plan: Plan) -> float:
         """Of one run."""
-        full_size = self.graphs.contract.output == "logits" or not plan.low_resolution_labels
-        return self.graphs.cost.seconds(plan, self._rates, element_size=self._element_size, full_size=full_size)
+        return self.graphs.cost.seconds(plan, self._rates, element_size=self._element_size)
 
 
 @dataclass(eq=False)
@@ -369,42 +368,28 @@ def _decisions(graphs: Graphs, backend: str, precision: Precision, *, timed: boo
 
     Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does. So
     is the plain graph, in case an engine does better by itself.
-    `suitable` says what else is not for every engine.
     """
-    network = plan_network(graphs.network)
-    fusions = list(network.fusions())
     if timed:
         yield lambda best: [vars(NO_PLAN)]
-
-    def switch(name: str) -> Changes:
-        return lambda best: [{name: not getattr(best, name)}]
-
-    def forms(group: int) -> Changes:
-        return lambda best: _forms(best, group)
-
-    groups = [] if network.decoder is None else list(range(len(network.decoder.lateral)))
-    for group in groups[:-1]:
-        yield forms(group)
-    if suitable(Plan(winograd=1), backend, precision).winograd:
-        # The coarsest stage, 1/32, has too few tiles for it.
-        yield lambda best: [{"winograd": count} for count in range(STAGES) if count != best.winograd]
-    for group in groups[-1:]:  # whether it pays hangs on how fast the convolution is that it makes smaller
-        yield forms(group)
-    if graphs.contract.output == "labels" and timed:
-        yield switch("low_resolution_labels")
-    if fusions:
-        yield switch("pixel_major_attention")
-        yield switch("distribute_before_upsample")
-        if any(fusion.enhance is None and fusion.terms.refines for fusion in fusions):
-            yield switch("energy_before_upsample")
+    turns = sorted((turn, name, part) for name, row in NO_PLAN.table().items() for part, turn in enumerate(row.turns))
+    for _, name, part in turns:
+        if name != "low_resolution_labels" or (timed and graphs.contract.output == "labels"):
+            yield partial(_changes, graphs, backend, precision, name, part)
 
 
-def _forms(best: Plan, group: int) -> list[dict[str, Any]]:
-    forms = best.mix_before_upsample
-    others = [form for form in get_args(MixForm) if form != forms[group]]
-    return [
-        {"fold_batchnorm": True, "mix_before_upsample": (*forms[:group], form, *forms[group + 1 :])} for form in others
-    ]
+def _changes(
+    graphs: Graphs, backend: str, precision: Precision, name: str, part: int, best: Plan
+) -> list[dict[str, Any]]:
+    """Other values of the rewrite `name`, as far as they suit the engine and do something to this network."""
+    row = best.table()[name]
+    needed = {row.needs: True} if row.needs else {}
+    without = replace(best, **needed)
+
+    def counts(plan: Plan) -> bool:
+        return suitable(plan, backend, precision) == plan and graphs.cost.differ(plan, without)
+
+    changes = [{**needed, name: value} for value in row.others(getattr(best, name), part)]
+    return [change for change in changes if counts(replace(best, **change))]
 
 
 def _record(backend: str, precision: Precision, file: str, plan: Plan) -> EngineRecord:
@@ -427,7 +412,9 @@ def _memory(graphs: Graphs, backend: str, precision: Precision, threads: int | N
     facts = {
         "format": _MEMORY_FORMAT,
         "model": graphs.network.config.to_json(),
-        "terms": [(f.terms.refines, f.terms.distributes) for f in plan_network(graphs.network).fusions()],
+        "terms": [
+            (f.terms.alive.refines, f.terms.alive.distributes) for f in InferenceNetwork(graphs.network).fusions()
+        ],
         "contract": graphs.contract.to_dict(),
         "engine": [backend, precision, threads],
     }

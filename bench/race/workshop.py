@@ -28,7 +28,7 @@ from agln_fast.manifest import EngineRecord, Manifest
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
-from agln_fast.plan.rewrite import rewrite
+from agln_fast.plan.rewrites import rewrite
 
 __all__ = ["HALVES", "EngineRecipe", "Opened", "Recipe", "TorchRecipe", "Workshop"]
 

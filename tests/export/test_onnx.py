@@ -139,7 +139,7 @@ def test_energies_that_overflow_float16_do_no_harm(overflowing, tmp_path):
 
 @torch.inference_mode()
 def test_the_overflow_test_would_notice(overflowing, tmp_path, monkeypatch):
-    monkeypatch.setattr("agln_fast.plan.network._wide", lambda x: x)
+    monkeypatch.setattr("agln_fast.plan.network.wide", lambda x: x)
     contract = IOContract(256, 256, output="logits")
     export_onnx(overflowing, tmp_path / "half.onnx", contract, "fp16")
     assert not np.isfinite(_run_in_true_half(tmp_path / "half.onnx", _image(contract))).all()
