@@ -16,16 +16,14 @@ import onnx
 import torch
 from onnx_ir.passes import common
 from onnxscript import optimizer
-from torch import nn
 
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BuildError, ConfigError
 from agln_fast.files import replacing
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.low_resolution_labels import LowResolutionLogits
 from agln_fast.plan.plan import NO_PLAN, Plan
-from agln_fast.plan.rewrite import rewrite
+from agln_fast.plan.rewrites import rewrite
 from agln_fast.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -67,11 +65,12 @@ def export_onnx(
         raise ConfigError(f"ONNX export in {precision!r}: it is {', '.join(known)}; int8 is made of the fp32 graph")
     if precision != "fp32":  # afterwards the weights are rounded
         plan = replace(plan, fold_batchnorm=True)
+    if contract.output == "logits":
+        plan = replace(plan, low_resolution_labels=False)
+    elif plan.low_resolution_labels:
+        contract = replace(contract, output="logits")
     rewritten = rewrite(network, plan).to(getattr(torch, PRECISIONS[precision].torch))
-    planned: nn.Module = rewritten
-    if plan.low_resolution_labels and contract.output == "labels":
-        planned, contract = LowResolutionLogits(rewritten), replace(contract, output="logits")
-    deployed = DeployedNetwork(planned, contract, network.config.num_classes).eval()
+    deployed = DeployedNetwork(rewritten, contract, network.config.num_classes).eval()
     dynamic = contract.min_batch != contract.max_batch
     # torch.export takes a batch of one for a constant.
     batch = max(2, contract.min_batch) if dynamic else contract.max_batch

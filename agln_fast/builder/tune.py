@@ -26,8 +26,8 @@ from agln_fast.files import scratch_folder
 from agln_fast.forking import use_threads
 from agln_fast.manifest import PlanChosenBy
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.network import plan_network
-from agln_fast.plan.plan import NO_PLAN, STAGES, MixForm, Plan, PlanChoice
+from agln_fast.plan.network import InferenceNetwork
+from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
 from agln_fast.plan.rates import Rates, cpu_rates
 from agln_fast.precision import PRECISIONS, Precision, check_precision
 from agln_fast.runtime.turns import rounds
@@ -256,8 +256,7 @@ class _Model:
 
     def seconds(self, plan: Plan) -> float:
         """Of one run."""
-        full_size = self.workshop.contract.output == "logits" or not plan.low_resolution_labels
-        return self.workshop.cost.seconds(plan, self._rates, element_size=self._element_size, full_size=full_size)
+        return self.workshop.cost.seconds(plan, self._rates, element_size=self._element_size)
 
 
 @dataclass(eq=False)
@@ -373,40 +372,27 @@ def _decisions(workshop: Workshop, kind: EngineKind, precision: Precision, *, ti
     is the plain graph, in case an engine does better by itself.
     `EngineKind.suits` says what else is not for every engine.
     """
-    network = plan_network(workshop.network)
-    fusions = list(network.fusions())
     if timed:
         yield lambda best: [vars(NO_PLAN)]
-
-    def switch(name: str) -> Changes:
-        return lambda best: [{name: not getattr(best, name)}]
-
-    def forms(group: int) -> Changes:
-        return lambda best: _forms(best, group)
-
-    groups = [] if network.decoder is None else list(range(len(network.decoder.lateral)))
-    for group in groups[:-1]:
-        yield forms(group)
-    if kind.suits(Plan(winograd=1), precision).winograd:
-        # The coarsest stage, 1/32, has too few tiles for it.
-        yield lambda best: [{"winograd": count} for count in range(STAGES) if count != best.winograd]
-    for group in groups[-1:]:  # whether it pays hangs on how fast the convolution is that it makes smaller
-        yield forms(group)
-    if workshop.contract.output == "labels" and timed:
-        yield switch("low_resolution_labels")
-    if fusions:
-        yield switch("pixel_major_attention")
-        yield switch("distribute_before_upsample")
-        if any(fusion.enhance is None and fusion.terms.refines for fusion in fusions):
-            yield switch("energy_before_upsample")
+    turns = sorted((turn, name, part) for name, row in NO_PLAN.table().items() for part, turn in enumerate(row.turns))
+    for _, name, part in turns:
+        if name != "low_resolution_labels" or (timed and workshop.contract.output == "labels"):
+            yield partial(_changes, workshop, kind, precision, name, part)
 
 
-def _forms(best: Plan, group: int) -> list[dict[str, Any]]:
-    forms = best.mix_before_upsample
-    others = [form for form in get_args(MixForm) if form != forms[group]]
-    return [
-        {"fold_batchnorm": True, "mix_before_upsample": (*forms[:group], form, *forms[group + 1 :])} for form in others
-    ]
+def _changes(
+    workshop: Workshop, kind: EngineKind, precision: Precision, name: str, part: int, best: Plan
+) -> list[dict[str, Any]]:
+    """Other values of the rewrite `name`, as far as they suit the engine and do something to this network."""
+    row = best.table()[name]
+    needed: dict[str, Any] = {row.needs: True} if row.needs else {}
+    without = replace(best, **needed)
+
+    def counts(plan: Plan) -> bool:
+        return kind.suits(plan, precision) == plan and workshop.cost.differ(plan, without)
+
+    changes = [{**needed, name: value} for value in row.others(getattr(best, name), part)]
+    return [change for change in changes if counts(replace(best, **change))]
 
 
 def _planned() -> dict[str, EngineKind]:
@@ -419,7 +405,9 @@ def _memory(workshop: Workshop, kind: EngineKind, precision: Precision, threads:
     facts = {
         "format": _MEMORY_FORMAT,
         "model": workshop.model.to_json(),
-        "terms": [(f.terms.refines, f.terms.distributes) for f in plan_network(workshop.network).fusions()],
+        "terms": [
+            (f.terms.alive.refines, f.terms.alive.distributes) for f in InferenceNetwork(workshop.network).fusions()
+        ],
         "contract": workshop.contract.to_dict(),
         "engine": [kind.name, precision, threads],
     }

@@ -19,7 +19,7 @@ from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.convolution import choose_convolutions
 from agln_fast.plan.fuse import fuse
-from agln_fast.plan.inference import InferenceNetwork
+from agln_fast.plan.network import InferenceNetwork
 
 __all__ = ["FusedDeployment", "FusedEngine"]
 

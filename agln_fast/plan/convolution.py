@@ -19,7 +19,7 @@ _CALLS, _ROUNDS = 10, 15
 
 
 class FusedConv2d(nn.Module):
-    """y = relu(conv(x) + bias + residual), residual and ReLU if there are any.
+    """y = relu(conv(x) + bias + residual), all but the convolution where there are any.
 
     x (B, in, H, W), residual (B, out, H', W') -> (B, out, H', W'); all of the weight's dtype, best in channels_last.
 
@@ -31,13 +31,17 @@ class FusedConv2d(nn.Module):
     """
 
     def __init__(self, convolution: nn.Conv2d, *, relu: bool) -> None:
-        """Takes over the weight, in channels_last, and the bias of `convolution`, which has zero padding and a bias."""
+        """Takes over the weight, in channels_last, and the bias of `convolution`, which has zero padding.
+
+        `relu` needs a bias.
+        """
         super().__init__()
-        assert convolution.bias is not None
+        assert convolution.bias is not None or not relu
         assert convolution.padding_mode == "zeros"
         weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(convolution.bias.detach(), requires_grad=False)
+        bias = convolution.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.stride = convolution.stride
         self.padding = cast(tuple[int, int], convolution.padding)
         self.dilation = convolution.dilation

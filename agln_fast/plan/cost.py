@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.network import PlannedNetwork
+from agln_fast.plan.network import InferenceNetwork
 from agln_fast.plan.plan import Plan
 from agln_fast.plan.rates import Rates
-from agln_fast.plan.rewrite import rewrite
+from agln_fast.plan.rewrites import rewrite
 
 __all__ = ["CostModel"]
 
@@ -59,28 +59,34 @@ class CostModel:
         tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 1]
         self._model = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
         self._image = torch.empty(batch, 3, *size, device="meta")
-        self._rewritten: dict[tuple[str, ...], PlannedNetwork] = {}
-        self._counted: dict[tuple[Plan, bool], list[_Operation]] = {}
+        self._rewritten: dict[tuple[str, ...], InferenceNetwork] = {}
+        self._counted: dict[Plan, list[_Operation]] = {}
 
-    def seconds(self, plan: Plan, rates: Rates, *, element_size: int, full_size: bool) -> float:
+    def seconds(self, plan: Plan, rates: Rates, *, element_size: int) -> float:
         """Seconds on a machine of `rates`, where a number has `element_size` bytes.
 
-        An operation is bound by its arithmetic or by its traffic, whatever takes longer. `full_size`: logits are
-        resized to the size of the image.
+        An operation is bound by its arithmetic or by its traffic, whatever takes longer.
         """
         return sum(
             max(
                 operation.flops / (rates.convolution if operation.convolves else rates.product),
                 element_size * operation.numbers / rates.bytes,
             )
-            for operation in self._operations(plan, full_size)
+            for operation in self._operations(plan)
         )
 
+    def differ(self, plan: Plan, other: Plan) -> bool:
+        """Both make different networks of this one: what only one of them asks for is not without effect here."""
+        return self._network(plan) is not self._network(other)
+
+    def _network(self, plan: Plan) -> InferenceNetwork:
+        return rewrite(self._model, plan, self._rewritten).to("meta")
+
     @torch.no_grad()
-    def _operations(self, plan: Plan, full_size: bool) -> list[_Operation]:
-        if (plan, full_size) not in self._counted:
-            network = rewrite(self._model, plan, self._rewritten).to("meta")
+    def _operations(self, plan: Plan) -> list[_Operation]:
+        if plan not in self._counted:
+            network = self._network(plan)
             with _Meter() as meter:
-                network(self._image) if full_size else network.logits(self._image)
-            self._counted[plan, full_size] = meter.operations
-        return self._counted[plan, full_size]
+                network(self._image)
+            self._counted[plan] = meter.operations
+        return self._counted[plan]

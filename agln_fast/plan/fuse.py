@@ -1,47 +1,40 @@
-"""From a reference network to the network for inference: all exact rewrites, one function each."""
+"""From a reference network to the network of the fused runtime: ops in the place of the attention's steps and of
+convolutions with what follows them, all maps in channels_last.
+
+These come after all rewrites of a plan; no exporter takes what they leave.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agln_fast.errors import ConfigError
 from agln_fast.forking import use_threads
-from agln_fast.models.blocks import AveragePoolingBlock, ContextFusionBlock, SemanticAggregationBlock
-from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork
+from agln_fast.kernels.separable_conv import separable_conv
+from agln_fast.kernels.upsample_taps import upsample_taps
+from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import BasicBlock, Bottleneck, ResNet
 from agln_fast.plan.convolution import FusedConv2d
-from agln_fast.plan.fold_batchnorm import fold_batchnorm
-from agln_fast.plan.inference import (
-    Aggregation,
-    ContextFusion,
-    Decoder,
-    Encoder,
-    FusionLevel,
-    FusionTerms,
-    InferenceNetwork,
-    PyramidLevel,
-    ResidualBlock,
-    SeparableConv,
-)
+from agln_fast.plan.mix_before_upsample import MixedConvolution
+from agln_fast.plan.network import Concatenation, InferenceNetwork, convolution_from
+from agln_fast.plan.plan import FUSED, NOT_MIXED
+from agln_fast.plan.rewrites import rewrite
 
 __all__ = ["fuse"]
 
-_Projection = tuple[Tensor, Tensor]  # a matrix (C, C) and a bias (C,)
+_FEWEST_CHANNELS = 128  # of a group of conv5: with fewer the taps cost what the products save
 
 
 @torch.no_grad()
 def fuse(model: SegmentationNetwork) -> InferenceNetwork:
     """Make the network for inference that computes the same function, with its attention steps as fused ops.
 
-    Every rewrite changes the order of linear operations or leaves out what cannot count, never the function: batch
-    normalisation is folded into the convolutions, features are pooled before they are projected, descriptors are
-    projected in the place of maps, branches with a factor of exactly zero are dropped. In float64 both networks agree
-    to rounding.
+    It is rewritten as `FUSED` says, which never changes the function. In float64 both networks agree to rounding.
 
     Args:
         model: a reference network, best in float32: weights are composed before `.half()` or `.to(torch.bfloat16)`
@@ -53,173 +46,104 @@ def fuse(model: SegmentationNetwork) -> InferenceNetwork:
     Raises:
         ConfigError: not a `SegmentationNetwork`, or an α, β or γ of NaN or Inf.
     """
-    if not isinstance(model, SegmentationNetwork):
-        raise ConfigError(
-            f"fuse needs a SegmentationNetwork (create_model, load_checkpoint), got {type(model).__name__}"
-        )
     use_threads()
-    folded = fold_batchnorm(model)
-    return InferenceNetwork(
-        model.config,
-        _encoder(folded.encoder),
-        None if folded.decoder is None else _decoder(folded.decoder),
-        nn.Sequential(
-            FusedConv2d(cast(nn.Conv2d, folded.classifier[0]), relu=True),
-            FusedConv2d(cast(nn.Conv2d, folded.classifier[4]), relu=False),  # dropout, before it, is for training
-        ),
-    ).eval()
+    narrow = isinstance(model, SegmentationNetwork) and model.config.channels < _FEWEST_CHANNELS
+    network = rewrite(model, replace(FUSED, mix_before_upsample=NOT_MIXED) if narrow else FUSED)
+    network.attend("kernels")
+    network.set_submodule("encoder", Encoder(network.encoder))
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Sequential) and not name.startswith("encoder"):
+            network.set_submodule(name, _fused(*(layer for layer in module if not isinstance(layer, nn.Identity))))
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            network.set_submodule(name, FusedConv2d(module, relu=False))
+    return network.eval()
 
 
-def pool_before_projection(block: SemanticAggregationBlock | AveragePoolingBlock) -> _Projection:
-    """φ as a matrix and a bias, for pooled features: D = Wφ (X · attention) + bφ 1ᵀ.
-
-    Exact because (Wφ X + bφ 1ᵀ) · attention = Wφ (X · attention) + bφ (1ᵀ · attention), and each attention map, or the
-    mean, sums to 1 over the pixels.
-    """
-    return _matrix(block.phi)
-
-
-def drop_attention_bias(block: SemanticAggregationBlock | AveragePoolingBlock) -> Tensor | None:
-    """θ without its bias, (N, C); None for the mean, which needs none.
-
-    Exact because the bias adds the same number to all pixels of an attention map, and cancels in its softmax.
-    """
-    return _matrix(block.theta)[0] if isinstance(block, SemanticAggregationBlock) else None
+def _fused(*layers: nn.Module) -> nn.Module:
+    """Layers that end in a ReLU, as one."""
+    match layers:
+        case (nn.Conv2d() as convolution, nn.ReLU()):
+            return FusedConv2d(convolution, relu=True)
+        case (nn.Conv2d() as depthwise, nn.Conv2d() as pointwise, nn.ReLU()):
+            return SeparableConv(depthwise, pointwise)
+        case (MixedConvolution() as mixed, nn.ReLU()):
+            return UpsampledTaps(mixed)
+        case (Concatenation() as concatenation, *rest):
+            return nn.Sequential(concatenation, _fused(*rest))
+    raise AssertionError(layers)
 
 
-def project_descriptors(projection: _Projection, block: ContextFusionBlock) -> _Projection:
-    """φ, then the release's projection of M, as one for the pooled features: Wo Wφ and Wo bφ + bo.
+class SeparableConv(nn.Module):
+    """Depthwise 3x3, pointwise 1x1, bias, ReLU, the convolution of AGLN-Lite: (B, C, H, W) -> the same."""
 
-    Exact because Wo (D · attention) + bo 1ᵀ = (Wo D + bo 1ᵀ) · attention: each pixel's attention sums to 1 over the
-    descriptors.
-    """
-    if block.sdm.project is None:
-        return projection
-    (inner, inner_bias), (outer, outer_bias) = projection, _matrix(block.sdm.project)
-    weight = outer.double() @ inner.double()
-    bias = outer.double() @ inner_bias.double() + outer_bias.double()
-    return weight.to(inner.dtype), bias.to(inner.dtype)
+    def __init__(self, depthwise: nn.Conv2d, pointwise: nn.Conv2d) -> None:
+        super().__init__()
+        # In memory the channels come last, as in the map that it filters.
+        weight = depthwise.weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        self.depthwise = nn.Parameter(weight, requires_grad=False)
+        self.pointwise = pointwise.weight
+        assert pointwise.bias is not None
+        self.bias = pointwise.bias
 
-
-def negate_energy(block: ContextFusionBlock) -> int:
-    """Sign of the energy in the softmax of the channel attention.
-
-    Exact because the release's softmax(rowmax − energy) = softmax(−energy): the same number is added to a whole row.
-    """
-    return -1 if block.lrm is not None and block.lrm.formulation == "release" else 1
+    def forward(self, x: Tensor) -> Tensor:
+        return separable_conv(x, self.depthwise, self.pointwise, self.bias)
 
 
-def drop_dead_branches(block: ContextFusionBlock, name: str) -> FusionTerms:
-    """α, and the factors of the gated and the plain lateral feature; the zeros among them are not computed.
+class UpsampledTaps(nn.Module):
+    """conv5 and its ReLU: the taps of coarse features (B, C, h_g, w_g) at their own size, then one op for the rest."""
 
-    Paper: β G. Release: β (γ G + B) = βγ G + β B. Without LRM: β B.
+    def __init__(self, mixed: MixedConvolution) -> None:
+        """Of `mixed`, all groups of which are in full."""
+        super().__init__()
+        assert set(mixed.forms) == {"full"}
+        assert mixed.direct.bias is not None
+        self.direct = convolution_from(mixed.direct.weight, None, (1, 1))
+        self.bias = mixed.direct.bias
+        # (out, dy, dx) -> (dy, dx, out)
+        weights = [cast(nn.Conv2d, layer).weight for layer in mixed.mixed]
+        weights = [weight.reshape(-1, 9, *weight.shape[1:]).transpose(0, 1) for weight in weights]
+        self.taps = nn.ModuleList(convolution_from(weight.flatten(0, 1), None) for weight in weights)
 
-    Exact because zero times a finite value is zero.
-
-    Raises:
-        ConfigError: α, β or γ is NaN or Inf; `name` is that of the block.
-    """
-
-    def number(scalar: str) -> float:
-        value = float(getattr(block, scalar))
-        if not math.isfinite(value):
-            raise ConfigError(f"{name}.{scalar} is {value}: needs a finite number; the training diverged")
-        return value
-
-    alpha, beta = number("alpha"), number("beta")
-    if block.lrm is None:
-        gate_scale, skip_scale = 0.0, beta
-    elif block.gamma is None:
-        gate_scale, skip_scale = beta, 0.0
-    else:
-        gate_scale, skip_scale = beta * number("gamma"), beta
-    lrm = block.lrm if gate_scale != 0 else None
-    return FusionTerms(
-        alpha,
-        gate_scale,
-        skip_scale,
-        negate_energy(block),
-        resamples=lrm is not None and lrm.channel_resampling,
-        gates=lrm is not None and lrm.spatial_gating,
-    )
+    def forward(self, features: list[Tensor]) -> Tensor:
+        *coarse, finest = features
+        taps = [layer(x) for layer, x in zip(self.taps, coarse, strict=True)]
+        return upsample_taps(self.direct(finest), taps, self.bias)
 
 
-def fuse_convolution(layers: nn.Module) -> FusedConv2d | SeparableConv:
-    """A convolution (depthwise and pointwise in AGLN-Lite), BN folded into it, and ReLU as one layer."""
-    first, second, *_ = cast(nn.Sequential, layers)
-    if isinstance(second, nn.Conv2d):
-        assert second.bias is not None
-        return SeparableConv(cast(Tensor, first.weight), second.weight, second.bias)
-    return FusedConv2d(cast(nn.Conv2d, first), relu=True)
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) -> the four stages c1..c4, in channels_last."""
+
+    def __init__(self, encoder: ResNet) -> None:
+        super().__init__()
+        stem = [layer for layer in encoder.conv1.modules() if isinstance(layer, nn.Conv2d)]
+        self.stem = nn.Sequential(*(FusedConv2d(layer, relu=True) for layer in stem))
+        stages = encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4
+        self.stages = nn.ModuleList(nn.Sequential(*map(ResidualBlock, stage)) for stage in stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = F.max_pool2d(self.stem(x.to(memory_format=torch.channels_last)), 3, 2, 1)
+        outputs: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
 
 
-def _matrix(convolution: nn.Conv2d) -> _Projection:
-    """A 1x1 convolution as a matrix (out, in) and a bias (out,)."""
-    assert convolution.bias is not None
-    return convolution.weight.flatten(1), convolution.bias
+class ResidualBlock(nn.Module):
+    """relu(convolutions(x) + shortcut(x)): (B, in, H, W) -> (B, out, H/stride, W/stride)."""
 
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(block, BasicBlock | Bottleneck)
+        convolutions: Sequence[nn.Conv2d] = block.conv1, block.conv2
+        if isinstance(block, Bottleneck):
+            convolutions = *convolutions, block.conv3
+        *first, self.last = (FusedConv2d(layer, relu=True) for layer in convolutions)
+        self.first = nn.Sequential(*first)
+        shortcut = cast(nn.Sequential | None, block.downsample)
+        self.shortcut = None if shortcut is None else FusedConv2d(cast(nn.Conv2d, shortcut[0]), relu=False)
 
-def _encoder(encoder: ResNet) -> Encoder:
-    stem = encoder.conv1.modules()
-    convolutions = [FusedConv2d(layer, relu=True) for layer in stem if isinstance(layer, nn.Conv2d)]
-    stages = (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
-    return Encoder(nn.Sequential(*convolutions), [nn.Sequential(*map(_residual_block, stage)) for stage in stages])
-
-
-def _residual_block(block: nn.Module) -> ResidualBlock:
-    assert isinstance(block, BasicBlock | Bottleneck)
-    convolutions = [block.conv1, block.conv2, *([block.conv3] if isinstance(block, Bottleneck) else [])]
-    shortcut = block.downsample
-    return ResidualBlock(
-        [FusedConv2d(convolution, relu=True) for convolution in convolutions],
-        None if shortcut is None else FusedConv2d(cast(nn.Conv2d, cast(nn.Sequential, shortcut)[0]), relu=False),
-    )
-
-
-def _decoder(decoder: FPNDecoder) -> Decoder:
-    levels = _fusion_levels(decoder) if isinstance(decoder, AGLNDecoder) else (PyramidLevel() for _ in decoder.lateral)
-    return Decoder(
-        fuse_convolution(decoder.reduce),
-        map(fuse_convolution, decoder.lateral),
-        levels,
-        map(fuse_convolution, decoder.smooth),
-    )
-
-
-def _fusion_levels(decoder: AGLNDecoder) -> Iterator[FusionLevel]:
-    """The levels. Descriptors are numbered as they appear; an aggregation makes those that some CFB distributes."""
-    chains = [cast(list[ContextFusionBlock], list(cast(nn.ModuleList, chain))) for chain in decoder.cfb]
-    terms = {
-        block: drop_dead_branches(block, f"decoder.cfb.{level}.{j}")
-        for level, chain in enumerate(chains)
-        for j, block in enumerate(chain)
-    }
-    sources: dict[ContextFusionBlock, int] = {}
-    count = 0
-    aggregations: list[Aggregation | None] = [None] * len(chains)
-    for j, sab in enumerate(decoder.sab):
-        assert isinstance(sab, SemanticAggregationBlock | AveragePoolingBlock)
-        projections: list[_Projection] = []
-        for block in (chain[j] for chain in chains if j < len(chain)):
-            if not terms[block].distributes:
-                continue
-            if block.sdm.project is not None or not projections:  # the paper's blocks share one
-                projections.append(project_descriptors(pool_before_projection(sab), block))
-            sources[block] = count + len(projections) - 1
-        if projections:
-            aggregations[j] = Aggregation(drop_attention_bias(sab), projections)
-        count += len(projections)
-    for aggregation, chain in zip(aggregations, chains, strict=True):
-        yield FusionLevel(
-            aggregation,
-            (
-                ContextFusion(
-                    terms[block],
-                    block.sdm.phi,
-                    sources.get(block),
-                    None if block.enhance is None else fuse_convolution(block.enhance),
-                    None if block.fuse is None else fuse_convolution(block.fuse),
-                )
-                for block in chain
-            ),
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(x), x if self.shortcut is None else self.shortcut(x))
+        return y

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from agln_fast.errors import ConfigError
 from agln_fast.models.blocks import resize
-from agln_fast.plan.network import PlannedNetwork, upsample_matrix
+from agln_fast.plan.network import InferenceNetwork, convolution_from, upsample_matrix
 from agln_fast.plan.plan import MixForm
 
 __all__ = ["MixedConvolution", "mix_before_upsample"]
@@ -31,7 +31,7 @@ class MixedConvolution(nn.Module):
         self.forms = forms
         weights = convolution.weight.detach().chunk(len(forms) + 1, 1)
         direct = [weight for weight, form in zip(weights, (*forms, "none"), strict=True) if form == "none"]
-        self.direct = _convolution(torch.cat(direct, 1), convolution.bias.detach(), (1, 1))
+        self.direct = convolution_from(torch.cat(direct, 1), convolution.bias.detach(), (1, 1))
         self.mixed = nn.ModuleList(_mixed(w, form) for w, form in zip(weights, forms, strict=False) if form != "none")
         self.channels = convolution.out_channels
 
@@ -60,18 +60,8 @@ class MixedConvolution(nn.Module):
 def _mixed(weight: Tensor, form: MixForm) -> nn.Conv2d:
     """(out, C, 3, 3) -> the convolution of the form, its output channels ordered (out, dy) or (out, dy, dx)."""
     if form == "rows":
-        return _convolution(weight.transpose(1, 2).flatten(0, 1).unsqueeze(2), None, (0, 1))
-    return _convolution(weight.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None], None, (0, 0))
-
-
-def _convolution(weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> nn.Conv2d:
-    out, channels, *size = weight.shape
-    kernel = cast(tuple[int, int], tuple(size))
-    convolution = nn.Conv2d(channels, out, kernel, padding=padding, bias=bias is not None, device="meta")
-    convolution.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=False)
-    if bias is not None:
-        convolution.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return convolution
+        return convolution_from(weight.transpose(1, 2).flatten(0, 1).unsqueeze(2), None, (0, 1))
+    return convolution_from(weight.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None], None)
 
 
 def _shifted(source: int, target: int, like: Tensor) -> Tensor:
@@ -81,7 +71,7 @@ def _shifted(source: int, target: int, like: Tensor) -> Tensor:
     return torch.cat([torch.cat([edge, u[:-1]]), u, torch.cat([u[1:], edge])], 1)
 
 
-def mix_before_upsample(network: PlannedNetwork, forms: tuple[MixForm, ...]) -> PlannedNetwork:
+def mix_before_upsample(network: InferenceNetwork, forms: tuple[MixForm, ...]) -> InferenceNetwork:
     """Split conv5 by group and mix the channels of coarse groups before they are resized, in the given `forms`.
 
     Exact because a convolution mixes channels and a resize mixes pixels: they commute, and the shifts of the taps are
@@ -93,15 +83,14 @@ def mix_before_upsample(network: PlannedNetwork, forms: tuple[MixForm, ...]) -> 
     Raises:
         ConfigError: not a form for each group, or BN is not folded yet.
     """
-    if network.decoder is None:
-        return network.copy()
-    groups = len(network.decoder.lateral)
+    groups = len(network.levels())
+    if not groups:
+        return network
     if len(forms) != groups or not set(forms) <= set(get_args(MixForm)):
         raise ConfigError(f"mix_before_upsample {forms!r}: needs {groups} of {', '.join(get_args(MixForm))}")
-    convolution = network.classifier[0]
+    convolution = network.mix[1]
     if not isinstance(convolution, nn.Conv2d) or convolution.bias is None:
         raise ConfigError("mix_before_upsample splits a convolution, once, that BN has been folded into")
     network = network.copy()
-    network.mix = MixedConvolution(convolution, forms)
-    network.classifier[0] = nn.Identity()
+    network.mix = nn.Sequential(MixedConvolution(convolution, forms), nn.ReLU())
     return network

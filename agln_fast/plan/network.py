@@ -1,7 +1,8 @@
-"""The network that rewrites work on: what a `SegmentationNetwork` computes, in plain PyTorch that exporters take.
+"""The one network for inference: what a `SegmentationNetwork` computes, in forms that rewrites choose between.
 
-`plan_network` makes it, in the form of the reference; each rewrite returns a copy in another form. What a form changes
-stands beside the plain form, in one `forward`, so that both can be compared line by line.
+`InferenceNetwork(model)` has the form of the reference; each rewrite returns a copy in another form. What a form
+changes stands beside the plain form, in one `forward`, so that both can be compared line by line. The symbols are those
+of `agln_fast.models.blocks`; α, β and γ are plain numbers, which no dtype rounds.
 """
 
 from __future__ import annotations
@@ -9,18 +10,46 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Self, cast
+from dataclasses import dataclass, replace
+from typing import Literal, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agln_fast.errors import ConfigError
+from agln_fast.kernels.attention_pool import attention_pool
+from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
+from agln_fast.kernels.layout import wide
+from agln_fast.kernels.semantic_distribution import semantic_distribution
 from agln_fast.models.blocks import AveragePoolingBlock, ContextFusionBlock, SemanticAggregationBlock, resize
 from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork, check_image
 
-__all__ = ["Aggregation", "Distribution", "Fusion", "FusionTerms", "PlannedNetwork", "plan_network", "upsample_matrix"]
+__all__ = [
+    "Aggregation",
+    "Attention",
+    "Concatenation",
+    "Distribution",
+    "Fusion",
+    "FusionTerms",
+    "InferenceNetwork",
+    "convolution_from",
+    "upsample_matrix",
+]
+
+Attention = Literal["channels", "pixels", "kernels"]
+"""How the steps of the attention are computed: as products of (channels, pixels), of (pixels, channels), or by the
+fused ops. The second are what the ops' references compute, but in the type of the maps: the references widen all they
+read, and an exported graph in half precision would multiply in float32."""
+
+
+def convolution_from(weight: Tensor, bias: Tensor | None, padding: tuple[int, int] = (0, 0)) -> nn.Conv2d:
+    """A convolution of stride 1 of the given weight (out, in, h, w) and bias (out,), which it takes over."""
+    out, channels, *size = weight.shape
+    layer = nn.Conv2d(channels, out, cast(tuple[int, int], tuple(size)), padding=padding, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def upsample_matrix(source: int, target: int, like: Tensor) -> Tensor:
@@ -34,18 +63,8 @@ def upsample_matrix(source: int, target: int, like: Tensor) -> Tensor:
     return torch.tensor(matrix.tolist(), dtype=like.dtype, device=like.device)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _softmax(x: Tensor, dim: int) -> Tensor:
-    return _wide(x).softmax(dim).to(x.dtype)
-
-
-def _affine(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of x (B, C, N)."""
-    assert convolution.bias is not None
-    return convolution.weight.flatten(1) @ x + convolution.bias[:, None]
+    return wide(x).softmax(dim).to(x.dtype)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -59,55 +78,68 @@ def _map(x: Tensor, like: Tensor) -> Tensor:
 
 
 class Aggregation(nn.Module):
-    """SAB, or its average: X (B, C, h, w) -> D (B, C, N). `pools_first`: see `pool_before_projection`."""
+    """SAB, or its mean: X (B, C, h, w) -> `count` descriptors D, each (B, C, N).
+
+    The features that are pooled are φ(X), with `phi`, or X itself without. `projection`, a 1x1 convolution, is of what
+    has been pooled: see `pool_before_projection` and `project_descriptors`. "pixels" is as "channels".
+    """
 
     def __init__(self, block: SemanticAggregationBlock | AveragePoolingBlock) -> None:
         super().__init__()
-        self.phi = block.phi
+        self.phi: nn.Conv2d | None = block.phi
         self.theta = block.theta if isinstance(block, SemanticAggregationBlock) else None
-        self.pools_first = False
+        self.projection: nn.Conv2d | None = None
+        self.count = 1
+        self.attention: Attention = "channels"
 
-    def forward(self, x: Tensor) -> Tensor:
-        features = (x if self.pools_first else self.phi(x)).flatten(2)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features = x if self.phi is None else self.phi(x)
         if self.theta is None:
-            pooled = _wide(features).mean(-1, keepdim=True).to(x.dtype)
+            pooled = wide(features.flatten(2)).mean(-1, keepdim=True).to(x.dtype)
+        elif self.attention == "kernels":
+            pooled = attention_pool(features, self.theta.weight.flatten(1))
         else:
-            pooled = features @ _softmax(self.theta(x).flatten(2), -1).transpose(1, 2)
-        return _affine(self.phi, pooled) if self.pools_first else pooled
+            pooled = features.flatten(2) @ _softmax(self.theta(x).flatten(2), -1).transpose(1, 2)
+        if self.projection is not None:
+            assert self.projection.bias is not None
+            pooled = self.projection.weight.flatten(1) @ pooled + self.projection.bias[:, None]
+        return pooled.chunk(self.count, 1) if self.count > 1 else (pooled,)
 
 
 class Distribution(nn.Module):
-    """SDM: A (B, C, H, W), D (B, C, N) -> M (B, C, H, W).
+    """SDM and the sum after it: A (B, C, H, W), D (B, C, N) -> M and A + αM, each (B, C, H, W).
 
-    `projects_descriptors`: see `project_descriptors`; `before_upsample`: see `distribute_before_upsample`;
-    `pixel_major`: see `pixel_major_attention`.
+    `before_upsample`: see `distribute_before_upsample`.
     """
 
     def __init__(self, phi: nn.Conv2d, project: nn.Conv2d | None) -> None:
         super().__init__()
         self.phi = phi
         self.project = project
-        self.projects_descriptors = False
         self.before_upsample = False
-        self.pixel_major = False
+        self.attention: Attention = "channels"
 
-    def forward(self, a: Tensor, descriptors: Tensor, coarse: Tensor | None) -> Tensor:
+    def forward(self, a: Tensor, descriptors: Tensor, alpha: float, coarse: Tensor | None) -> tuple[Tensor, Tensor]:
         """`coarse` (B, C, h, w) is what A was resized from, None where A is no resized map."""
-        if self.projects_descriptors and self.project is not None:
-            descriptors = _affine(self.project, descriptors)
+        if self.attention == "kernels":
+            assert self.phi.bias is not None
+            assert self.project is None
+            return semantic_distribution(a, self.phi.weight.flatten(1), self.phi.bias, descriptors, alpha)
         scores = self.phi(a) if coarse is None or not self.before_upsample else resize(self.phi(coarse), a.shape)
-        if self.pixel_major:
+        if self.attention == "pixels":
             m = _map(_softmax(_pixels(scores), -1) @ descriptors.transpose(1, 2), a)
         else:
             m = (descriptors @ _softmax(scores.flatten(2), 1)).view_as(a)
-        return m if self.projects_descriptors or self.project is None else self.project(m)
+        m = m if self.project is None else self.project(m)
+        return m, torch.add(a, m, alpha=alpha) if alpha != 0 else a
 
 
 @dataclass(frozen=True)
 class FusionTerms:
     """The sum in a CFB: base + gate_scale · (R B) ⊙ σ(M) + skip_scale · B, with R = softmax(sign · Q Bᵀ).
 
-    A term whose scale is 0 need not be computed. Without `resamples` R is the identity, without `gates` σ(M) is 1.
+    Without `resamples` R is the identity, without `gates` σ(M) is 1; without both the gated term does not exist.
+    Without `distributes` nothing reads M.
     """
 
     alpha: float
@@ -116,26 +148,31 @@ class FusionTerms:
     sign: int
     resamples: bool
     gates: bool
+    distributes: bool = True
 
     @property
     def refines(self) -> bool:
-        """The gated term counts."""
-        return self.gate_scale != 0 and (self.resamples or self.gates)
+        """The gated term exists."""
+        return self.resamples or self.gates
 
     @property
-    def distributes(self) -> bool:
-        """Something reads M."""
-        return self.alpha != 0 or (self.refines and self.gates)
+    def alive(self) -> FusionTerms:
+        """Without what a factor of zero keeps from counting."""
+        counts = self.gate_scale != 0
+        resamples, gates = self.resamples and counts, self.gates and counts
+        return replace(self, resamples=resamples, gates=gates, distributes=self.alpha != 0 or gates)
 
 
 class Fusion(nn.Module):
     """CFB: A (B, C, H, W), B (B, C, H, W), D (B, C, N) -> O (B, C, H, W); Ψ is `enhance`, Φ is `fuse`.
 
-    `negates`: see `negate_energy`; `drops_dead`: see `drop_dead_branches`; `energy_before_upsample` and `pixel_major`:
-    see the rewrites of these names.
+    Paper: base = Q = Ψ(A + αM). Release: base = A + αM, Q = A. Then the sum of `FusionTerms`, then Φ.
+
+    `source`: which of the aggregations D is from, and its place among what that one makes. `negates`: see
+    `negate_energy`; `energy_before_upsample`: see the rewrite of this name.
     """
 
-    def __init__(self, block: ContextFusionBlock, name: str) -> None:
+    def __init__(self, block: ContextFusionBlock, name: str, aggregation: int) -> None:
         """
         Raises:
             ConfigError: α, β or γ is NaN or Inf; `name` is that of the block.
@@ -145,46 +182,52 @@ class Fusion(nn.Module):
         self.enhance = block.enhance
         self.fuse = block.fuse
         self.terms = _terms(block, name)
+        self.source = aggregation, 0
         self.negates = False
-        self.drops_dead = False
         self.energy_before_upsample = False
-        self.pixel_major = False
+        self.attention: Attention = "channels"
 
-    def forward(self, a: Tensor, b: Tensor, descriptors: Tensor, coarse: Tensor | None) -> Tensor:
-        """`coarse` is what A was resized from, None where A is no resized map."""
-        terms = self.terms
-        m, base = None, a
-        if terms.distributes or not self.drops_dead:
-            m = self.distribution(a, descriptors, coarse)
-        if m is not None and (terms.alpha != 0 or not self.drops_dead):
-            base = a + terms.alpha * m
-        query = a
+    def forward(
+        self, a: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]], coarse: Tensor | None = None
+    ) -> Tensor:
+        """`descriptors` of each aggregation; `coarse` is what A was resized from, None where A is no resized map."""
+        terms, m, base, query = self.terms, None, a, a
+        if terms.distributes:
+            aggregation, place = self.source
+            m, base = self.distribution(a, descriptors[aggregation][place], terms.alpha, coarse)
         if self.enhance is not None:
             query = base = self.enhance(base)
             coarse = None
-        if terms.refines or (not self.drops_dead and (terms.resamples or terms.gates)):
-            g = self.resampled(query, b, coarse) if terms.resamples else b
-            base = base + terms.gate_scale * (g * m.sigmoid() if terms.gates and m is not None else g)
-        if terms.skip_scale != 0:
-            base = base + terms.skip_scale * b
+        m = m if terms.gates else None
+        if terms.refines and self.attention == "kernels":
+            r = channel_affinity(query, b, terms.sign, dtype=b.dtype) if terms.resamples else None
+            base = channel_apply(r, b, m, base, terms.gate_scale, terms.skip_scale)
+        else:
+            if terms.refines:
+                g = self.resampled(query, b, coarse) if terms.resamples else b
+                base = torch.add(base, g if m is None else g * m.sigmoid(), alpha=terms.gate_scale)
+            if terms.skip_scale != 0:
+                base = torch.add(base, b, alpha=terms.skip_scale)
         return base if self.fuse is None else cast(Tensor, self.fuse(base))
 
     def resampled(self, query: Tensor, b: Tensor, coarse: Tensor | None) -> Tensor:
         """R B, with the energy and its softmax in at least float32."""
         if coarse is not None and self.energy_before_upsample:
             (h, w), (height, width) = coarse.shape[2:], b.shape[2:]
-            rows, columns = upsample_matrix(h, height, _wide(b)), upsample_matrix(w, width, _wide(b))
-            energy = self._product(_wide(coarse), rows.T @ (_wide(b) @ columns))
+            rows, columns = upsample_matrix(h, height, wide(b)), upsample_matrix(w, width, wide(b))
+            energy = self._product(wide(coarse), rows.T @ (wide(b) @ columns))
         else:
-            energy = self._product(_wide(query), _wide(b))
+            energy = self._product(wide(query), wide(b))
         if self.terms.sign < 0:
             energy = -energy if self.negates else energy.amax(-1, keepdim=True) - energy
         r = energy.softmax(-1).to(b.dtype)
-        return _map(_pixels(b) @ r.transpose(1, 2), b) if self.pixel_major else (r @ b.flatten(2)).view_as(b)
+        if self.attention == "pixels":
+            return _map(_pixels(b) @ r.transpose(1, 2), b)
+        return (r @ b.flatten(2)).view_as(b)
 
     def _product(self, query: Tensor, b: Tensor) -> Tensor:
         """Q Bᵀ (B, C, C), summed over the pixels."""
-        if self.pixel_major:
+        if self.attention == "pixels":
             return _pixels(query).transpose(1, 2) @ _pixels(b)
         return query.flatten(2) @ b.flatten(2).transpose(1, 2)
 
@@ -206,7 +249,7 @@ def _terms(block: ContextFusionBlock, name: str) -> FusionTerms:
     return FusionTerms(alpha, gate_scale, skip_scale, sign, lrm.channel_resampling, lrm.spatial_gating)
 
 
-class PlannedLevel(nn.Module):
+class Level(nn.Module):
     """A level of the pyramid: FPN's sum where `fusions` is empty, otherwise a chain of CFBs."""
 
     def __init__(self, aggregation: Aggregation | None, fusions: list[Fusion]) -> None:
@@ -214,21 +257,20 @@ class PlannedLevel(nn.Module):
         self.aggregation = aggregation
         self.fusions = nn.ModuleList(fusions)
 
-    def forward(self, d: Tensor, b: Tensor, descriptors: list[Tensor]) -> Tensor:
+    def forward(self, d: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]]) -> Tensor:
         """d (B, C, h, w) of the level before, b (B, C, H, W) -> d of this level; `descriptors` grows in place."""
-        if self.aggregation is not None:
-            descriptors.append(self.aggregation(d))
+        descriptors.append(() if self.aggregation is None else self.aggregation(d))
         a = resize(d, b.shape)
         if not self.fusions:
-            return a + b
+            return a.add_(b)
         coarse: Tensor | None = d
-        for j, fusion in enumerate(self.fusions):
-            a = fusion(a, b, descriptors[j], coarse)
+        for fusion in self.fusions:
+            a = fusion(a, b, descriptors, coarse)
             coarse = None
         return a
 
 
-class PlannedDecoder(nn.Module):
+class Decoder(nn.Module):
     """Stages c1..c4 -> four features (B, C, h, w), coarse to fine, each at its own size."""
 
     def __init__(self, decoder: FPNDecoder) -> None:
@@ -241,41 +283,67 @@ class PlannedDecoder(nn.Module):
     def forward(self, c1: Tensor, c2: Tensor, c3: Tensor, c4: Tensor) -> list[Tensor]:
         d = self.reduce(c4)
         outputs = [d]
-        descriptors: list[Tensor] = []
+        descriptors: list[tuple[Tensor, ...]] = []
         for c, lateral, merge, smooth in zip((c3, c2, c1), self.lateral, self.merge, self.smooth, strict=True):
             d = merge(d, lateral(c), descriptors)
             outputs.append(smooth(d))
         return outputs
 
 
-def _levels(decoder: FPNDecoder) -> Iterator[PlannedLevel]:
+def _levels(decoder: FPNDecoder) -> Iterator[Level]:
     for level in range(len(decoder.lateral)):
         if not isinstance(decoder, AGLNDecoder):
-            yield PlannedLevel(None, [])
+            yield Level(None, [])
             continue
         sab = decoder.sab[level] if level < len(decoder.sab) else None
         assert sab is None or isinstance(sab, SemanticAggregationBlock | AveragePoolingBlock)
         chain = cast(list[ContextFusionBlock], list(cast(nn.ModuleList, decoder.cfb[level])))
-        yield PlannedLevel(
+        yield Level(
             None if sab is None else Aggregation(sab),
-            [Fusion(block, f"decoder.cfb.{level}.{j}") for j, block in enumerate(chain)],
+            [Fusion(block, f"decoder.cfb.{level}.{j}", j) for j, block in enumerate(chain)],
         )
 
 
-class PlannedNetwork(nn.Module):
-    """Normalised image (B, 3, H, W) -> logits (B, K, H, W), for any H, W >= 32, in the dtype of the weights."""
+class Concatenation(nn.Module):
+    """Features (B, C, h, w), coarse to fine -> all of them at the size of the finest, (B, ΣC, H, W)."""
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        *coarse, finest = features
+        return torch.cat([*(resize(x, finest.shape) for x in coarse), finest], 1) if coarse else finest
+
+
+class InferenceNetwork(nn.Module):
+    """Normalised image (B, 3, H, W) -> logits (B, K, H, W), for any H, W >= 32, in the dtype of the weights.
+
+    `encoder` gives the stages, `decoder` makes features of them, coarse to fine; FCN-8s has none, and its only feature
+    is the last stage. `mix` is conv5 of all features with its ReLU, `classifier` the 1x1 convolution to the classes.
+    `full_size`: see `low_resolution_labels`.
+    """
 
     def __init__(self, model: SegmentationNetwork) -> None:
-        """Takes over the modules of `model`."""
+        """Of copies of `model`'s modules, in eval mode, without gradients.
+
+        Raises:
+            ConfigError: not a `SegmentationNetwork`, or an α, β or γ of NaN or Inf.
+        """
+        if not isinstance(model, SegmentationNetwork):
+            raise ConfigError(
+                f"inference needs a SegmentationNetwork (create_model, load_checkpoint), got {type(model).__name__}"
+            )
         super().__init__()
+        model = copy.deepcopy(model).requires_grad_(False)
         self.config = model.config
         self.encoder = model.encoder
-        self.decoder = None if model.decoder is None else PlannedDecoder(model.decoder)
-        self.classifier = model.classifier
-        self.mix: nn.Module | None = None  # in the place of the classifier's first layer: see mix_before_upsample
+        self.decoder = None if model.decoder is None else Decoder(model.decoder)
+        *mix, _dropout, classifier = model.classifier
+        self.mix = nn.Sequential(Concatenation(), *mix)
+        self.classifier = classifier
+        self.full_size = True
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return resize(self.logits(x), x.shape)
+        logits = self.logits(x)
+        return resize(logits, x.shape) if self.full_size else logits
 
     def logits(self, x: Tensor) -> Tensor:
         """Before the last resize: (B, K, h, w).
@@ -285,15 +353,8 @@ class PlannedNetwork(nn.Module):
         """
         check_image(x)
         stages = self.encoder(x)
-        if self.decoder is None:
-            y = self.classifier[0](stages[-1])
-        else:
-            features = self.decoder(*stages)
-            if self.mix is None:
-                y = self.classifier[0](torch.cat([resize(feature, features[-1].shape) for feature in features], 1))
-            else:
-                y = self.mix(features)
-        logits: Tensor = self.classifier[1:](y)
+        features = [stages[-1]] if self.decoder is None else self.decoder(*stages)
+        logits: Tensor = self.classifier(self.mix(features))
         return logits
 
     def copy(self) -> Self:
@@ -302,24 +363,23 @@ class PlannedNetwork(nn.Module):
         memo |= {id(buffer): buffer.detach() for buffer in self.buffers()}
         return copy.deepcopy(self, memo)
 
-    def aggregations(self) -> Iterator[Aggregation]:
-        """Every SAB."""
-        return (module for module in self.modules() if isinstance(module, Aggregation))
+    def levels(self) -> list[Level]:
+        """Of the decoder, from 1/16 to 1/4."""
+        return [] if self.decoder is None else cast(list[Level], list(self.decoder.merge))
+
+    def aggregations(self) -> Iterator[tuple[int, Aggregation]]:
+        """Every SAB, with the number by which its readers know it."""
+        for number, level in enumerate(self.levels()):
+            if level.aggregation is not None:
+                yield number, level.aggregation
 
     def fusions(self) -> Iterator[Fusion]:
         """Every CFB."""
-        return (module for module in self.modules() if isinstance(module, Fusion))
+        for level in self.levels():
+            yield from cast(list[Fusion], level.fusions)
 
-
-@torch.no_grad()
-def plan_network(model: SegmentationNetwork) -> PlannedNetwork:
-    """A copy of `model`, in eval mode and for inference only, that rewrites can work on.
-
-    Raises:
-        ConfigError: not a `SegmentationNetwork`, or an α, β or γ of NaN or Inf.
-    """
-    if not isinstance(model, SegmentationNetwork):
-        raise ConfigError(
-            f"rewrites need a SegmentationNetwork (create_model, load_checkpoint), got {type(model).__name__}"
-        )
-    return PlannedNetwork(copy.deepcopy(model)).eval().requires_grad_(False)
+    def attend(self, attention: Attention) -> None:
+        """Compute every step of the attention so."""
+        for module in self.modules():
+            if isinstance(module, Aggregation | Distribution | Fusion):
+                module.attention = attention

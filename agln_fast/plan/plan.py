@@ -1,20 +1,99 @@
-"""A plan: which rewrites are applied before a network is compiled. It is data, and loads without PyTorch."""
+"""A plan: which rewrites are applied before a network is compiled. It is data, and loads without PyTorch.
+
+The fields of `Plan` are the table of rewrites, in the order in which they are applied. Each stands for the function of
+its name, which says why it is exact.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, get_args
 
 from agln_fast.errors import ConfigError, choose
 
-__all__ = ["ALGEBRA", "NOT_MIXED", "NO_PLAN", "STAGES", "MixForm", "Plan", "PlanChoice"]
+__all__ = ["ALGEBRA", "FUSED", "NOT_MIXED", "NO_PLAN", "STAGES", "MixForm", "Plan", "PlanChoice", "Rewrite"]
 
 MixForm = Literal["none", "rows", "full"]
 STAGES = 4
 """How many stages of a network Winograd's convolutions may serve."""
 
 NOT_MIXED: tuple[MixForm, ...] = ("none", "none", "none")
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A row of the table: what a plan may say of a rewrite, which is on or off.
+
+    turns: when `tune` decides on it, those with the largest effect first; as often as its value has parts. Empty for
+        what only leaves work out, on any machine.
+    needs: another rewrite, which must be on with it.
+    module: where its function stands.
+    """
+
+    turns: tuple[float, ...] = ()
+    needs: str = ""
+    module: str = "agln_fast.plan.rewrites"
+
+    off: ClassVar[Any] = False
+
+    def field(self) -> Any:
+        """Of a class of plans."""
+        return field(default=self.off, metadata={"rewrite": self})
+
+    def checked(self, name: str, value: Any) -> Any:
+        """
+        Raises:
+            ConfigError: `value` is none of the rewrite's, whose name is `name`.
+        """
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} {value!r}: must be true or false")
+        return value
+
+    def others(self, value: Any, part: int) -> list[Any]:
+        """What may be tried in the place of `value`, whose part number `part` is to be decided on."""
+        return [not value]
+
+    def words(self, name: str, value: Any) -> str:
+        """The rewrite and all that `value` says about it."""
+        return name
+
+
+class _Forms(Rewrite):
+    off: ClassVar[Any] = NOT_MIXED
+
+    def checked(self, name: str, value: Any) -> Any:
+        known = get_args(MixForm)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != len(NOT_MIXED)
+            or not all(isinstance(form, str) and form in known for form in value)
+        ):
+            raise ConfigError(f"{name} {value!r}: give a list of {len(NOT_MIXED)} of {', '.join(known)}")
+        return tuple(value)
+
+    def others(self, value: Any, part: int) -> list[Any]:
+        forms = [form for form in get_args(MixForm) if form != value[part]]
+        return [(*value[:part], form, *value[part + 1 :]) for form in forms]
+
+    def words(self, name: str, value: Any) -> str:
+        return f"{name}({', '.join(value)})"
+
+
+class _Stages(Rewrite):
+    off: ClassVar[Any] = 0
+
+    def checked(self, name: str, value: Any) -> Any:
+        if type(value) is not int or not 0 <= value <= STAGES:
+            raise ConfigError(f"{name} {value!r}: give a number of stages, 0 to {STAGES}")
+        return value
+
+    def others(self, value: Any, part: int) -> list[Any]:
+        return [count for count in range(STAGES) if count != value]  # the coarsest, 1/32, has too few tiles for it
+
+    def words(self, name: str, value: Any) -> str:
+        return f"{name}({value})"
 
 
 @dataclass(frozen=True)
@@ -28,49 +107,46 @@ class Plan:
         effect where logits are asked for.
     """
 
-    fold_batchnorm: bool = False
-    pool_before_projection: bool = False
-    drop_attention_bias: bool = False
-    project_descriptors: bool = False
-    negate_energy: bool = False
-    drop_dead_branches: bool = False
-    distribute_before_upsample: bool = False
-    energy_before_upsample: bool = False
-    pixel_major_attention: bool = False
-    mix_before_upsample: tuple[MixForm, ...] = NOT_MIXED
-    winograd: int = 0
-    low_resolution_labels: bool = False
+    fold_batchnorm: bool = Rewrite().field()
+    drop_attention_bias: bool = Rewrite().field()
+    drop_dead_branches: bool = Rewrite().field()
+    pool_before_projection: bool = Rewrite().field()
+    project_descriptors: bool = Rewrite().field()
+    negate_energy: bool = Rewrite().field()
+    distribute_before_upsample: bool = Rewrite(turns=(6,)).field()
+    energy_before_upsample: bool = Rewrite(turns=(7,)).field()
+    pixel_major_attention: bool = Rewrite(turns=(5,)).field()
+    # Whether the finest group pays hangs on how fast the convolution is that it makes smaller: after `winograd`.
+    mix_before_upsample: tuple[MixForm, ...] = _Forms(
+        turns=(0, 1, 3), needs="fold_batchnorm", module="agln_fast.plan.mix_before_upsample"
+    ).field()
+    winograd: int = _Stages(turns=(2,), module="agln_fast.plan.winograd").field()
+    low_resolution_labels: bool = Rewrite(turns=(4,)).field()
 
     def __post_init__(self) -> None:
-        known, forms = get_args(MixForm), self.mix_before_upsample
-        if (
-            not isinstance(forms, list | tuple)
-            or len(forms) != len(NOT_MIXED)
-            or not all(isinstance(form, str) and form in known for form in forms)
-        ):
-            raise ConfigError(f"mix_before_upsample {forms!r}: give a list of {len(NOT_MIXED)} of {', '.join(known)}")
-        forms = tuple(forms)
-        object.__setattr__(self, "mix_before_upsample", forms)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "bool" and not isinstance(value, bool):
-                raise ConfigError(f"{field.name} {value!r}: must be true or false")
-        if type(self.winograd) is not int or not 0 <= self.winograd <= STAGES:
-            raise ConfigError(f"winograd {self.winograd!r}: give a number of stages, 0 to {STAGES}")
-        if forms != NOT_MIXED and not self.fold_batchnorm:
-            raise ConfigError("mix_before_upsample needs fold_batchnorm: it splits the folded convolution")
+        for name, rewrite in self.table().items():
+            object.__setattr__(self, name, rewrite.checked(name, getattr(self, name)))
+        for name, rewrite, _ in self.steps():
+            if rewrite.needs and not getattr(self, rewrite.needs):
+                raise ConfigError(f"{name} needs {rewrite.needs}")
 
     def __str__(self) -> str:
-        names = [field.name for field in fields(self) if getattr(self, field.name) is True]
-        if self.mix_before_upsample != NOT_MIXED:
-            names.append(f"mix_before_upsample({', '.join(self.mix_before_upsample)})")
-        if self.winograd:
-            names.append(f"winograd({self.winograd})")
-        return ", ".join(names) or "none"
+        return ", ".join(rewrite.words(name, value) for name, rewrite, value in self.steps()) or "none"
+
+    @classmethod
+    def table(cls) -> dict[str, Rewrite]:
+        """All rewrites, in the order in which they are applied."""
+        return {row.name: row.metadata["rewrite"] for row in fields(cls)}
+
+    def steps(self) -> Iterator[tuple[str, Rewrite, Any]]:
+        """Those that are on, in this order, with their values."""
+        for name, rewrite in self.table().items():
+            if (value := getattr(self, name)) != rewrite.off:
+                yield name, rewrite, value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**asdict(self), "mix_before_upsample": list(self.mix_before_upsample)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def to_json(self) -> str:
         """As a file for `--plan`."""
@@ -85,7 +161,7 @@ class Plan:
         """
         if not isinstance(values, dict):
             raise ConfigError("a plan is a JSON object of rewrites; `agln-fast inspect BUNDLE --json` shows some")
-        known = [field.name for field in fields(cls)]
+        known = list(cls.table())
         for name in values:
             choose("rewrite", name, known)
         return cls(**values)
@@ -105,15 +181,10 @@ class Plan:
 
 
 NO_PLAN = Plan()
-# What only leaves work out, on any machine; the rest trades one kind of work for another: `tune` decides.
-ALGEBRA = Plan(
-    fold_batchnorm=True,
-    pool_before_projection=True,
-    drop_attention_bias=True,
-    project_descriptors=True,
-    negate_energy=True,
-    drop_dead_branches=True,
-)
+ALGEBRA = Plan.from_dict({name: True for name, rewrite in Plan.table().items() if not rewrite.turns})
+"""What only leaves work out, on any machine; the rest trades one kind of work for another: `tune` decides."""
+FUSED = replace(ALGEBRA, mix_before_upsample=("full", "full", "full"))
+"""What `fuse` starts from."""
 
 PlanChoice = Literal["auto", "none"] | Plan
 """What a user may ask for: the fastest plan for each engine, no rewrites, or one plan for all engines."""

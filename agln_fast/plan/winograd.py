@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agln_fast.errors import ConfigError
-from agln_fast.plan.network import PlannedNetwork
+from agln_fast.plan.network import InferenceNetwork
 from agln_fast.plan.plan import STAGES
 
 __all__ = ["WinogradConv2d", "winograd"]
@@ -89,7 +89,7 @@ class WinogradConv2d(nn.Module):
         return y.reshape(-1, rows * _TILE, columns * _TILE, out)
 
 
-def winograd(network: PlannedNetwork, stages: int, *, fewest_channels: int = 128) -> PlannedNetwork:
+def winograd(network: InferenceNetwork, stages: int, *, fewest_channels: int = 128) -> InferenceNetwork:
     """Every dense 3x3 convolution of stride 1 in the `stages` finest stages, 1/4, 1/8, …, as `WinogradConv2d`.
 
     Exact because both compute the same product of polynomials: in rational arithmetic, the identity of Toom and Cook.
@@ -105,18 +105,19 @@ def winograd(network: PlannedNetwork, stages: int, *, fewest_channels: int = 128
     """
     if type(stages) is not int or not 0 <= stages <= STAGES:
         raise ConfigError(f"winograd {stages!r}: give a number of stages, 0 to {STAGES}")
-    network = network.copy()
-    reductions = [_FINEST * 2**stage for stage in range(stages)]
+    rewritten = network.copy()
+    wanted = [_FINEST * 2**stage for stage in range(stages)]
+    changed = False
     for name, reduction in _reductions(network).items():
-        layer = network.get_submodule(name)
+        layer = rewritten.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
-        if reduction in reductions and layer.in_channels >= fewest_channels:
-            owner, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(owner), attribute, WinogradConv2d(layer))
-    return network
+        if reduction in wanted and layer.in_channels >= fewest_channels:
+            rewritten.set_submodule(name, WinogradConv2d(layer))
+            changed = True
+    return rewritten if changed else network
 
 
-def _reductions(network: PlannedNetwork) -> dict[str, int]:
+def _reductions(network: InferenceNetwork) -> dict[str, int]:
     """Name of each convolution that `WinogradConv2d` can do -> height of the image over that of the map."""
     found: dict[str, int] = {}
     side = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from agln_fast.bench.race.workshop import RaceWorkshop
 from agln_fast.contract import IOContract
 from agln_fast.engines import check_threads, kind_of
 from agln_fast.errors import ConfigError
-from agln_fast.plan.plan import NO_PLAN, Plan
+from agln_fast.plan.plan import Plan
 from agln_fast.precision import Precision
 
 __all__ = ["best_plan", "cumulative", "default_rungs", "ladder"]
@@ -40,15 +40,12 @@ def ladder(
 
 
 def cumulative(plan: Plan) -> list[tuple[str, Plan]]:
-    """Each rewrite of `plan` added to those before it, in the order of `Plan`; the last one is `plan` itself."""
-    steps, so_far = [], NO_PLAN
-    for field in fields(Plan):
-        wanted = getattr(plan, field.name)
-        if wanted != getattr(NO_PLAN, field.name):
-            so_far = replace(so_far, **{field.name: wanted})
-            forms = f"({', '.join(wanted)})" if field.name == "mix_before_upsample" else ""
-            steps.append((field.name + forms, so_far))
-    return steps
+    """Each rewrite of `plan` added to those before it, in order of application; the last one is `plan` itself."""
+    rungs, so_far = [], type(plan)()
+    for name, row, value in plan.steps():
+        so_far = replace(so_far, **{name: value})
+        rungs.append((row.words(name, value), so_far))
+    return rungs
 
 
 def default_rungs(

@@ -27,7 +27,7 @@ from agln_fast.errors import BackendError
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
-from agln_fast.plan.rewrite import rewrite
+from agln_fast.plan.rewrites import rewrite
 from agln_fast.precision import PRECISIONS, Precision
 
 __all__ = ["EngineRecipe", "Opened", "RaceWorkshop", "Recipe", "TorchRecipe"]

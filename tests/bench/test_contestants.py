@@ -25,7 +25,7 @@ from agln_fast.deployment import DeployedNetwork
 from agln_fast.engines import KINDS
 from agln_fast.engines.openvino import OpenVino
 from agln_fast.errors import BackendError, ConfigError
-from agln_fast.plan.network import PlannedNetwork
+from agln_fast.plan.network import InferenceNetwork
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.runtime.verify import make_reference, sample_frames
 
@@ -85,7 +85,7 @@ def test_compiled_in_its_mode_with_frozen_weights(name, mode, workshop, referenc
     told = []
 
     def compiled(network, **options):
-        assert isinstance(network.network, PlannedNetwork) == name.startswith("planned")
+        assert isinstance(network.network, InferenceNetwork) == name.startswith("planned")
 
         def run(image):
             told.append((options, torch._inductor.config.freezing, torch.is_inference_mode_enabled()))

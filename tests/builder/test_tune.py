@@ -145,8 +145,9 @@ def test_when_a_race_may_end(times, clear):
     assert module._is_clear(times) == clear
 
 
-def test_only_fp32_engines_on_cpus_take_winograd(workshop):
+def test_only_fp32_engines_on_cpus_take_winograd(tmp_path):
     """Its sums cost labels in bf16, and TensorRT has its own."""
+    workshop = Workshop(agln_fast.create_model("fpn_resnet18", 5), IOContract(64, 64), tmp_path)
     found = [
         [change["winograd"] for decide in decisions for change in decide(ALGEBRA) if "winograd" in change]
         for decisions in (module._decisions(workshop, KINDS[backend], kind, timed=False) for backend, kind in _KINDS)
@@ -392,9 +393,10 @@ def test_the_cost_model_counts_by_hand(small_network):
         for forms in (("none", "none", "none"), ("full", "none", "none"))
     )
 
-    def seconds(plan, rates, batch=1, **changes):
+    def seconds(plan, rates, batch=1, element_size=4, full_size=False):
         model = CostModel(small_network("fpn_resnet18"), (128, 128), batch)
-        return model.seconds(plan, rates, **{"element_size": 4, "full_size": False, **changes})
+        plan = replace(plan, low_resolution_labels=not full_size)
+        return model.seconds(plan, rates, element_size=element_size)
 
     arithmetic, traffic = Rates(1.0, 1.0, 1e30), Rates(1e30, 1e30, 1.0)
     direct = 9 * 32 * 16 * 32**2

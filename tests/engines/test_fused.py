@@ -205,7 +205,7 @@ def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_netwo
     """Neither in a run, nor where a graph is captured and convolutions are chosen."""
     sizes = []
     monkeypatch.setattr(
-        "agln_fast.plan.inference.resize", lambda x, size: sizes.append(tuple(size[-2:])) or resize(x, size)
+        "agln_fast.plan.network.resize", lambda x, size: sizes.append(tuple(size[-2:])) or resize(x, size)
     )
     chosen = partial(choose_convolutions, race=lambda steps, one_call: (1.0, 2.0))
     monkeypatch.setattr(fused_network, "choose_convolutions", chosen)

@@ -13,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import agln_fast
 from agln_fast.errors import ConfigError
 from agln_fast.kernels.label_upsample import label_upsample
-from agln_fast.plan.inference import Aggregation, SeparableConv
+from agln_fast.models.blocks import AveragePoolingBlock
+from agln_fast.plan import fuse as fuse_module
+from agln_fast.plan.fuse import SeparableConv
+from agln_fast.plan.network import Aggregation
 
 PRESETS = [*agln_fast.list_models("*_resnet18"), "agln_resnet50s", "fcn8s_resnet34s"]
 VARIANTS = [
@@ -50,11 +53,22 @@ def assert_same_function(fused, network, image):
     assert error < 1e-10
 
 
+@pytest.fixture(params=["direct", "mixed"])
+def conv5(request, monkeypatch):
+    """Small networks have few channels, and are fused as narrow ones or as wide ones."""
+    monkeypatch.setattr(fuse_module, "_FEWEST_CHANNELS", {"direct": 17, "mixed": 16}[request.param])
+    return request.param
+
+
 @pytest.mark.parametrize(("name", "overrides"), VARIANTS)
 @torch.inference_mode()
-def test_fused_network_is_the_same_function(name, overrides, small_network):
+def test_fused_network_is_the_same_function(name, overrides, small_network, conv5):
     network = randomise(small_network(name, **overrides).double())
-    assert_same_function(agln_fast.fuse(network), network, torch.randn(2, 3, 43, 37, dtype=torch.float64))
+    fused, image = agln_fast.fuse(network), torch.randn(2, 3, 43, 37, dtype=torch.float64)
+    with Calls() as seen:
+        fused.logits(image)
+    assert seen.counts["upsample_taps"] == (conv5 == "mixed" and fused.decoder is not None)
+    assert_same_function(fused, network, image)
 
 
 DENSE = {"attention_pool": 3, "semantic_distribution": 6, "channel_affinity": 6, "channel_apply": 6}
@@ -129,7 +143,8 @@ def test_a_lateral_feature_with_beta_zero_is_not_read(small_network):
 
 
 def test_the_mean_of_a_large_map_does_not_overflow():
-    mean = Aggregation(None, [(torch.eye(4), torch.zeros(4))]).half()
+    mean = Aggregation(AveragePoolingBlock(4)).half()
+    mean.phi = None
     (pooled,) = mean(torch.full((1, 4, 128, 128), 8.0, dtype=torch.float16))  # the sum, 131072, is infinite in float16
     assert pooled.squeeze().tolist() == [8, 8, 8, 8]
 
@@ -137,7 +152,7 @@ def test_the_mean_of_a_large_map_does_not_overflow():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["agln", "agln_release", "agln_lite", "agln_minus_gap"])
 @torch.inference_mode()
-def test_half_precision_gives_the_same_labels(name, dtype, small_network):
+def test_half_precision_gives_the_same_labels(name, dtype, small_network, conv5):
     network = small_network(f"{name}_resnet18")
     image = torch.randn(2, 3, 64, 96)
     logits = agln_fast.fuse(network).to(dtype)(image.to(dtype))
@@ -176,12 +191,12 @@ def test_the_original_is_untouched(small_network):
 
 @pytest.mark.parametrize("name", ["agln_release", "agln_lite", "fpn", "fcn8s"])
 @torch.inference_mode()
-def test_nothing_of_training_is_left_and_channels_come_last(name, small_network):
+def test_nothing_of_training_is_left_and_channels_come_last(name, small_network, conv5):
     fused = agln_fast.fuse(small_network(f"{name}_resnet18"))
 
     def check(module, arguments, output):
         outputs = output if isinstance(output, list | tuple) else [output]
-        for tensor in outputs if module is fused else [*arguments, *outputs]:
+        for tensor in outputs if module in (fused, fused.encoder) else [*arguments, *outputs]:
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 4:
                 assert tensor.is_contiguous(memory_format=torch.channels_last), module
                 checked.append(module)
@@ -222,7 +237,7 @@ def test_tracers_see_the_ops(small_network):
 
 
 def test_another_module_is_refused():
-    with pytest.raises(ConfigError, match=r"fuse needs a SegmentationNetwork .*got Linear"):
+    with pytest.raises(ConfigError, match=r"needs a SegmentationNetwork .*got Linear"):
         agln_fast.fuse(nn.Linear(2, 2))
 
 

@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from agln_fast.errors import ConfigError
 from agln_fast.models.blocks import resize
 from agln_fast.models.networks import SegmentationNetwork, create_model
-from agln_fast.plan.fold_batchnorm import fold_batchnorm
+from agln_fast.plan import rewrites
 from agln_fast.plan.mix_before_upsample import MixedConvolution, mix_before_upsample
-from agln_fast.plan.network import PlannedNetwork, plan_network, upsample_matrix
+from agln_fast.plan.network import InferenceNetwork, upsample_matrix
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, MixForm, Plan
-from agln_fast.plan.pool_before_projection import pool_before_projection
-from agln_fast.plan.rewrite import rewrite
+from agln_fast.plan.rewrites import fold_batchnorm, pool_before_projection, rewrite
 from agln_fast.plan.winograd import WinogradConv2d, winograd
 
 SWITCHES = [field.name for field in fields(Plan) if field.type == "bool" and field.name != "low_resolution_labels"]
@@ -61,7 +60,7 @@ def network(variant: str, zeros: tuple[str, ...] = ()) -> SegmentationNetwork:
     return model
 
 
-def assert_same(model: SegmentationNetwork, planned: PlannedNetwork, image: Tensor) -> None:
+def assert_same(model: SegmentationNetwork, planned: InferenceNetwork, image: Tensor) -> None:
     """To 1e-10 of how the logits vary over the image, which a large bias could hide."""
     with torch.no_grad():
         expected, actual = model(image), planned(image)
@@ -115,7 +114,7 @@ def test_dropped_branches_are_not_computed(zeros: tuple[str, ...], gone: list[st
     assert not _called(planned, image) & set(gone)
 
 
-def _called(planned: PlannedNetwork, image: Tensor) -> set[str]:
+def _called(planned: InferenceNetwork, image: Tensor) -> set[str]:
     calls: set[str] = set()
     for fusion in planned.fusions():
         fusion.distribution.register_forward_hook(lambda *_: calls.add("distribution"))
@@ -132,12 +131,10 @@ def _called(planned: PlannedNetwork, image: Tensor) -> set[str]:
 
 def test_rewrites_commute() -> None:
     """Each in first place, then the others; mixing comes last, because it splits the folded convolution."""
-    from agln_fast.plan import rewrite as module
-
     model, x = network("release"), torch.randn(1, 3, 65, 39, dtype=torch.float64)
-    steps = module._REWRITES
+    steps = [getattr(rewrites, name) for name in SWITCHES]
     for first in range(len(steps)):
-        planned = plan_network(model)
+        planned = InferenceNetwork(model)
         for step in (*steps[first:], *steps[:first]):
             planned = step(planned)
         assert_same(model, mix_before_upsample(planned, ("rows", "full", "rows")), x)
@@ -146,12 +143,12 @@ def test_rewrites_commute() -> None:
 def test_rewrites_leave_their_argument_alone(image: Tensor) -> None:
     model = network("release")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    planned = plan_network(model)
+    planned = InferenceNetwork(model)
     expected = planned(image)
     pool_before_projection(planned)
     rewrite(model, EVERYTHING)
     assert torch.equal(planned(image), expected)
-    assert not any(aggregation.pools_first for aggregation in planned.aggregations())
+    assert all(aggregation.phi is not None for _, aggregation in planned.aggregations())
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
@@ -240,8 +237,8 @@ def test_winograd_multiplies_a_quarter() -> None:
     ("stages", "places"),
     [
         (0, {}),
-        (1, {"fuse.": 3, "enhance.": 3, "smooth.2.": 1, "classifier.": 1}),
-        (2, {"fuse.": 5, "enhance.": 5, "smooth.2.": 1, "smooth.1.": 1, "classifier.": 1, "layer2.": 3}),
+        (1, {"fuse.": 3, "enhance.": 3, "smooth.2.": 1, "mix.": 1}),
+        (2, {"fuse.": 5, "enhance.": 5, "smooth.2.": 1, "smooth.1.": 1, "mix.": 1, "layer2.": 3}),
         (4, {"fuse.": 6, "enhance.": 6, "smooth.2.": 1, "layer2.": 3, "layer3.": 5, "layer4.": 2, "reduce.": 1}),
     ],
 )
@@ -258,7 +255,7 @@ def test_no_stage_of_winograd_is_none() -> None:
     """Nor is the stem of `resnet*s`, at 1/2, in any of them."""
     model = create_model("fpn_resnet50s", 5)
     for stages, expected in ((0, False), (4, True)):
-        planned = winograd(plan_network(model), stages, fewest_channels=1)
+        planned = winograd(InferenceNetwork(model), stages, fewest_channels=1)
         names = [name for name, module in planned.named_modules() if isinstance(module, WinogradConv2d)]
         assert bool(names) == expected
         assert not any("encoder.conv1" in name for name in names)
@@ -279,7 +276,7 @@ def test_strips_of_winograd_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("stages", [-1, 5, True, 1.0])
 def test_winograd_has_so_many_stages(stages: int) -> None:
     with pytest.raises(ConfigError, match="0 to 4"):
-        winograd(plan_network(network("fpn")), stages)
+        winograd(InferenceNetwork(network("fpn")), stages)
 
 
 @pytest.mark.parametrize(("source", "target"), [(1, 1), (1, 4), (5, 1), (7, 13), (16, 32), (9, 4)])
@@ -290,7 +287,7 @@ def test_the_matrix_of_a_resize(source: int, target: int) -> None:
 
 
 def test_mixing_needs_a_folded_convolution_once() -> None:
-    planned = plan_network(network("fpn"))
+    planned = InferenceNetwork(network("fpn"))
     with pytest.raises(ConfigError, match="BN has been folded"):
         mix_before_upsample(planned, ("full", "full", "full"))
     mixed = mix_before_upsample(fold_batchnorm(planned), ("full", "full", "full"))
