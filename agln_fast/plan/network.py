@@ -102,7 +102,7 @@ class Aggregation(nn.Module):
             pooled = features.flatten(2) @ _softmax(self.theta(x).flatten(2), -1).transpose(1, 2)
         if self.projection is not None:
             assert self.projection.bias is not None
-            pooled = self.projection.weight.flatten(1) @ pooled + self.projection.bias[:, None]
+            pooled = self.projection.weight.flatten(1) @ pooled + self.projection.bias.unsqueeze(1)
         return pooled.chunk(self.count, 1) if self.count > 1 else (pooled,)
 
 
