@@ -73,12 +73,11 @@ for stage in "${stages[@]}"; do
             ;;
         models)
             rm -f "$out/models.json"
-            tables+=("$out/models.json")
-            persistent "$python" -m agln_fast.bench.race.models --out "$out/models.json" || status=1
+            persistent "$python" -m agln_fast.cli bench --target cuda --full --save "$out/models.json" --resume || status=1
             ;;
     esac
 done
 if [ "${#tables[@]}" -gt 0 ]; then
-    "$python" -m agln_fast.bench.pages.tables "${tables[@]}" || status=1
+    "$python" -m agln_fast.bench.kernels.table "${tables[@]}" || status=1
 fi
 exit "$status"

@@ -65,7 +65,7 @@ def results() -> Results:
         scaling += [row(ms * batch**0.5, batch=batch, **one) for batch in (2, 4, 8, 16)]
     ladder = [
         row(706.0, contestant="openvino, best peer"),
-        row(353.0, contestant="mix_before_upsample(3)", ours=True, plan="mix_before_upsample(3)"),
-        row(70.6, contestant="bf16", ours=True, precision="bf16"),
+        row(353.0, contestant="fold_batchnorm", ours=True, plan="fold_batchnorm"),
+        row(70.6, contestant="winograd(3)", ours=True, plan="fold_batchnorm winograd(3)"),
     ]
     return Results(MACHINE, "agln-fast bench", "2026-01-02", tuple(rows), tuple(ladder), tuple(scaling))

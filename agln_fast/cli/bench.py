@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ from agln_fast.cli.console import Json, out, print_json, print_wide, progress_ba
 from agln_fast.cli.files import read_plan
 
 if TYPE_CHECKING:
+    from agln_fast.bench.race.measure import Entry
     from agln_fast.bench.race.results import Results
 
 __all__ = ["bench"]
@@ -33,12 +33,16 @@ def bench(
     warmup: Annotated[int, typer.Option(help="Rounds before timing.")] = 1,
     iters: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every contestant.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="With torch.compile and int8, plans by timing: hours.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="With torch.compile, int8, plans by timing, 150 classes, mIoU: an hour or more."),
+    ] = False,
     budget: Annotated[float | None, typer.Option(help="Seconds for each part; default 270, none with --full.")] = None,
     ladder: Annotated[bool, typer.Option("--ladder", help="Rewrite by rewrite, on the first AGLN.")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Over sizes and batches, on the first AGLN.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write everything as JSON, after each network.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on behind what the file of --save holds.")] = False,
     figures: Annotated[Path | None, typer.Option(help="Draw into this folder.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Results to compare with.")] = None,
     json: Json = False,
@@ -48,13 +52,13 @@ def bench(
     from datetime import UTC, datetime
 
     from agln_fast.bench.race import arguments
-    from agln_fast.bench.race.results import Results, load_results, save_results, write_csv
+    from agln_fast.bench.race.results import Results, load_results, write_csv
     from agln_fast.cli.places import check_file
     from agln_fast.contract import parse_size
     from agln_fast.engines import check_threads
     from agln_fast.engines.driver import check_driver
 
-    old = None if compare is None else load_results(compare)
+    old = None if compare is None else load_results(compare, "networks")
     device = arguments.choose_device(target, device)
     pixels = parse_size(size or ("512x512" if full else "256x256"))
     chosen = networks or list(arguments.DEFAULT_NETWORKS)
@@ -73,10 +77,14 @@ def bench(
 
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.bench.race import cases as registry
-    from agln_fast.bench.race.measure import Case, Options, measure
+    from agln_fast.bench.race.measure import Case, Options
+    from agln_fast.bench.race.run import run
     from agln_fast.machine import machine
 
-    entries, waiting = registry.choose_entries(device, precision.split(","), target, full=full)
+    def choose(*, full: bool) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+        return registry.choose_entries(device, precision.split(","), target, full=full)
+
+    entries, waiting = choose(full=full)
     options = Options(
         warmup,
         iters,
@@ -84,26 +92,25 @@ def bench(
         device=device,
         threads=threads,
         plan=plan_choice,
-        tune_s=registry.TUNE_S if full else 0,
+        tune_s=None if full else 0,
     )
-    cases = [Case(name, pixels, batch, num_classes) for name in chosen]
-    with progress_bar("measurements") as progress:
-        parts = [measure(cases, entries, options, progress)]
-        parts.append(registry.measure_ladder(parts[0], cases, options, progress) if ladder else registry.NOTHING)
-        parts.append(registry.measure_scaling(parts[0], cases, options, progress) if scaling else registry.NOTHING)
+    parts = [registry.Part(tuple(Case(name, pixels, batch, num_classes) for name in chosen), tuple(entries))]
+    if full and not networks:
+        parts = registry.full_parts(pixels, entries, choose(full=False)[0])
     today = datetime.now(UTC).date().isoformat()
-    results = Results(machine(threads), _command(), today, *(part.rows for part in parts))
-    left_out = [*registry.by_reason(waiting), *(line for part in parts for line in part.left_out)]
+    results = Results(machine(threads), _command(), today, (), left_out=tuple(registry.by_reason(waiting)))
+    if resume and save is not None and save.exists():
+        results = load_results(save, "networks")
+    with progress_bar("measurements") as progress:
+        results = run(parts, options, results, save=save, ladder=ladder, scaling=scaling, progress=progress)
     if csv is not None:
         write_csv(results.rows, csv)
-    if save is not None:
-        save_results(results, save)
     if figures is not None:
         _draw(results, figures)
     if json:
-        print_json({**asdict(results), "left_out": left_out})
+        print_json(asdict(results))
         return
-    _print(results, left_out)
+    _print(results)
     if old is not None:
         _print_comparison(old, results)
 
@@ -123,7 +130,7 @@ def _check_figures(folder: Path) -> None:
         raise MissingPackageError("matplotlib", "eval")
 
 
-def _print(results: Results, left_out: Sequence[str]) -> None:
+def _print(results: Results) -> None:
     from agln_fast.bench.pages.presentation import (
         NOTES,
         machine_line,
@@ -147,7 +154,7 @@ def _print(results: Results, left_out: Sequence[str]) -> None:
         out.print(
             f"{row.network}: {row.parameters_m:.2f} M parameters, {row.gmacs:.1f} G multiply-adds", highlight=False
         )
-    for line in left_out:
+    for line in results.left_out:
         out.print(f"left out: {line}", highlight=False, markup=False)
 
 

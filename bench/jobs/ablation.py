@@ -10,27 +10,32 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
+from agln_fast.bench.race.results import Results, save_results
+from agln_fast.bench.race.rows import AblationRow
 from agln_fast.data.dataset import CachedDataset
 from agln_fast.data.scenes import Scenes
 from agln_fast.errors import ConfigError
 from agln_fast.evaluation.evaluate import evaluate
 from agln_fast.files import replacing
+from agln_fast.machine import machine
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import preset
 from agln_fast.runtime.segmenter import load_network
 from agln_fast.training.config import TrainingConfig
 from agln_fast.training.trainer import train
 
-__all__ = ["VARIANTS", "Outcome", "main", "markdown"]
+__all__ = ["VARIANTS", "main", "markdown"]
 
 VARIANTS = {
     "fpn_nano": ("FPN", "IV, V, VII"),
@@ -48,27 +53,12 @@ MULTISCALE = ("fpn_nano", "agln_nano", "agln_lite_nano")
 """Judged at several scales, too, which takes sixty times as long."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A variant trained with one seed: mIoU and pixel accuracy, 0..1, on the test split."""
-
-    model: str
-    seed: int
-    epochs: float
-    size: int
-    miou: float
-    pixel_accuracy: float
-    multiscale_miou: float | None
-    seconds: float
-    environment: str
-
-
-def run(model: str, seed: int, epochs: float, size: int, folder: Path, data: dict[str, CachedDataset]) -> Outcome:
+def run(model: str, seed: int, epochs: float, size: int, folder: Path, data: dict[str, CachedDataset]) -> AblationRow:
     """Train and evaluate, unless FOLDER holds the outcome."""
     place = folder / f"{model}-{seed}"
     stored = place / "outcome.json"
     if stored.exists():
-        outcome = Outcome(**json.loads(stored.read_text(encoding="utf-8")))
+        outcome = AblationRow(**json.loads(stored.read_text(encoding="utf-8")))
         if (outcome.epochs, outcome.size) != (epochs, size):
             raise ConfigError(f"{place}: {outcome.epochs:g} epochs at {outcome.size} pixels; choose another folder")
         return outcome
@@ -87,7 +77,7 @@ def run(model: str, seed: int, epochs: float, size: int, folder: Path, data: dic
         with load_network(trained.network, size=(size, size), resize="stretch") as segment:
             single = evaluate(segment, data["test"], progress=progress)
             multiple = evaluate(segment, data["test"], tta=True, progress=progress) if model in MULTISCALE else None
-    outcome = Outcome(
+    outcome = AblationRow(
         model,
         seed,
         epochs,
@@ -103,7 +93,7 @@ def run(model: str, seed: int, epochs: float, size: int, folder: Path, data: dic
     return outcome
 
 
-def markdown(outcomes: list[Outcome]) -> str:
+def markdown(outcomes: list[AblationRow]) -> str:
     """A table in Markdown: mean over the seeds, and half the distance between the best and the worst."""
     lines = [
         "| network | the paper's table | mIoU % | multi-scale | pixel accuracy % | parameters | multiply-adds |",
@@ -147,9 +137,11 @@ def main() -> None:
             outcome = run(model, seed, arguments.epochs, size, arguments.folder, data)
             print(f"{model} seed {seed}: mIoU {outcome.miou:.2%}, pixels {outcome.pixel_accuracy:.2%}", flush=True)
     files = sorted(arguments.folder.glob("*/outcome.json"))
-    outcomes = [Outcome(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    (arguments.folder / "ablation.json").write_text(
-        json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8"
+    outcomes = [AblationRow(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    command = shlex.join(["python", "-m", "agln_fast.bench.jobs.ablation", *sys.argv[1:]])
+    today = datetime.now(UTC).date().isoformat()
+    save_results(
+        Results(machine(), command, today, tuple(outcomes), kind="ablation"), arguments.folder / "ablation.json"
     )
     (arguments.folder / "ablation.md").write_text(markdown(outcomes), encoding="utf-8")
 

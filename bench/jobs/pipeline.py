@@ -8,18 +8,21 @@ Every engine of the bundle that runs on this CPU, in turns, on drawn scenes of 1
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from agln_fast.bench.race.results import Results, save_results
+from agln_fast.bench.race.rows import PipelineRow
 from agln_fast.bundle import open_bundle
 from agln_fast.data.scenes import Scenes
 from agln_fast.machine import machine
@@ -35,7 +38,7 @@ GOALS_MS = {(128, 128): 1.5, (512, 512): 8.0, (1080, 1920): 30.0}
 _WARM_UP = 3
 
 
-def measure(bundle: str | Path, rounds: int = 30, threads: int | None = None) -> list[dict[str, Any]]:
+def measure(bundle: str | Path, rounds: int = 30, threads: int | None = None) -> list[PipelineRow]:
     """For each engine on the CPU and each size: medians and minima of pre, engine and post, milliseconds.
 
     Raises:
@@ -64,17 +67,16 @@ def _turn(segment: Segmenter, timings: list[Timing], image: ImageArray) -> None:
     timings.append(segment(image).timing)
 
 
-def _row(name: str, size: tuple[int, int], timings: Sequence[Timing]) -> dict[str, Any]:
+def _row(name: str, size: tuple[int, int], timings: Sequence[Timing]) -> PipelineRow:
     columns = {
         "pre": [timing.preprocess for timing in timings],
         "engine": [timing.engine for timing in timings],
         "post": [timing.postprocess for timing in timings],
         "pre_and_post": [timing.preprocess + timing.postprocess for timing in timings],
     }
-    row: dict[str, Any] = {"engine_name": name, "height": size[0], "width": size[1]}
-    for column, values in columns.items():
-        row[f"{column}_ms"], row[f"least_{column}_ms"] = statistics.median(values), min(values)
-    return row
+    times = {f"{column}_ms": statistics.median(values) for column, values in columns.items()}
+    times |= {f"least_{column}_ms": min(values) for column, values in columns.items()}
+    return PipelineRow(name, size[0], size[1], **times)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,12 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(options.bundle, options.rounds, options.threads)
     table = Table("engine", "image", "pre ms", "engine ms", "post ms", "pre + post ms")
     for row in rows:
-        times = (f"{row[f'{column}_ms']:.2f}" for column in ("pre", "engine", "post", "pre_and_post"))
-        table.add_row(row["engine_name"], f"{row['height']}x{row['width']}", *times)
+        times = (f"{time:.2f}" for time in (row.pre_ms, row.engine_ms, row.post_ms, row.pre_and_post_ms))
+        table.add_row(row.engine_name, f"{row.height}x{row.width}", *times)
     Console().print(table)
     if options.output is not None:
-        found = {"machine": machine(options.threads), "rounds": options.rounds, "rows": rows}
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        command = shlex.join(["python", "-m", "agln_fast.bench.jobs.pipeline", *(arguments or sys.argv[1:])])
+        today = datetime.now(UTC).date().isoformat()
+        save_results(Results(machine(options.threads), command, today, tuple(rows), kind="pipeline"), options.output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from agln_fast.bench.race.timing import device_times
+from agln_fast.bench.kernels.timing import device_times
 
 __all__ = ["Roofline", "measure_roofline", "product_rate"]
 

@@ -111,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--check", action="store_true", help="write nothing, end with status 1 if something is stale")
-    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the checkout")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[2], help="the checkout")
     options = parser.parse_args(arguments)
     try:
-        results = load_results(options.results)
+        results = load_results(options.results, "networks")
         found = stale(results, options.root)
     except AglnError as error:
         print(error, file=sys.stderr)

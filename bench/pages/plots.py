@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from agln_fast.bench.pages.presentation import Series, by_case, case_names, digits, ladder_steps, scaling_series
+from agln_fast.bench.pages.presentation import (
+    Series,
+    by_case,
+    case_names,
+    digits,
+    ladder_steps,
+    ladders,
+    scaling_series,
+)
 from agln_fast.bench.race.rows import Row
 from agln_fast.errors import ConfigError, MissingPackageError
 from agln_fast.figures.comparison import FAINT, INK
@@ -37,6 +46,7 @@ _WIDTH = 7.16
 _TEXT, _HEADING = 8.0, 9.0  # points
 _NUMBER = 0.42  # beyond a bar, for its number
 _BAR = 0.19  # from one bar to the next
+_LONGEST_RUNG = 44  # letters of a line
 
 
 def draw_latency(rows: Sequence[Row]) -> Figure:
@@ -89,7 +99,7 @@ def draw_latency(rows: Sequence[Row]) -> Figure:
 
 def draw_ladder(rows: Sequence[Row]) -> Figure:
     """From the best peer down, a bar for each rung, and at its end ms, and how many times as fast as the rung above and
-    as the peer; a panel for each case.
+    as the peer; a panel for each case and precision.
 
     Raises:
         ConfigError: no rows.
@@ -98,33 +108,36 @@ def draw_ladder(rows: Sequence[Row]) -> Figure:
     if not rows:
         raise ConfigError("a ladder needs at least one row")
     shared, names = case_names(by_case(rows))
-    heights = [_BAR * 1.25 * (len(members) + 0.2) for members in by_case(rows).values()]
+    panels = {f"{names[case]}, {kind}": ladder_steps(members) for (case, kind), members in ladders(rows).items()}
+    heights = [_BAR * 1.25 * (len(rungs) + 0.2) for rungs in panels.values()]
     gap, top = 0.65, 0.5
     figure = _figure(_WIDTH, top + sum(heights) + gap * (len(heights) - 1) + 0.45)
-    room = 0.14 + max(_inches(row.contestant) for row in rows)
-    for (case, members), height in zip(by_case(rows).items(), heights, strict=True):
+    labels = {rung.name: textwrap.fill(rung.name, _LONGEST_RUNG) for rungs in panels.values() for rung in rungs}
+    room = 0.14 + max(_inches(line) for label in labels.values() for line in label.split("\n"))
+    for (title, rungs), height in zip(panels.items(), heights, strict=True):
         width = _WIDTH - room - 1.3
         axes = _axes(figure, room, top, width, height)
         top += height + gap
-        for y, (row, step, total) in enumerate(ladder_steps(members)):
+        for y, (_, row, step, total) in enumerate(rungs):
             axes.barh(y, row.median_ms, 0.7, color=OURS if row.ours else _PEER)
             _end(axes, row.median_ms, y, digits(row.median_ms), bold=True)
             for right, ratio in ((0.6, step), (1.2, total)):
-                words = "–" if ratio is None else f"×{ratio:.2f}"
+                words = f"×{ratio:.2f}"
                 axes.text(1 + right / width, y, words, transform=_rows(axes), ha="right", **_words(bold=right > 1))
         for right, words in ((0.6, "step"), (1.2, "total")):
             style = _words(bold=False, colour=FAINT)
             axes.text(1 + right / width, -0.95, words, transform=_rows(axes), ha="right", **style)
-        _bars(axes, {i: row.contestant for i, row in enumerate(members)}, len(members) - 0.4, first=-0.6)
-        axes.set_xlim(0, max(row.median_ms for row in members) * width / (width - _NUMBER))
+        _bars(axes, {y: labels[rung.name] for y, rung in enumerate(rungs)}, len(rungs) - 0.4, first=-0.6)
+        axes.set_xlim(0, max(rung.row.median_ms for rung in rungs) * width / (width - _NUMBER))
         axes.set_xlabel("ms", fontsize=_TEXT, color=INK, labelpad=2)
-        _title(axes, names[case])
+        _title(axes, title)
     _caption(figure, shared)
     return figure
 
 
 def draw_pareto(rows: Sequence[Row]) -> Figure:
-    """Left: latency against mIoU as measured, the line through what nothing beats in both. Right: Table VIII.
+    """Left: latency against mIoU of the trained networks, each its own, the line through what nothing beats in both.
+    Right: Table VIII.
 
     Markers are families, on both sides; colours precisions; peers are hollow. Rows without mIoU are left out.
 
@@ -150,7 +163,7 @@ def draw_pareto(rows: Sequence[Row]) -> Figure:
     _log_ticks(axes.xaxis)
     axes.margins(y=0.08)
     axes.set_xlabel(f"ms, {case_names(by_case(measured))[0]}", fontsize=_TEXT, color=INK)
-    axes.set_ylabel("mIoU of the shipped checkpoint, Scenes, %", fontsize=_TEXT, color=INK)
+    axes.set_ylabel("mIoU on Scenes, %", fontsize=_TEXT, color=INK)
     _title(axes, "(a) measured")
     _draw_table_viii(figure, 4.05, top, height)
     families = dict(_family(row.network) for row in measured) | dict(_FAMILIES.values())

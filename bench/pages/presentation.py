@@ -30,6 +30,7 @@ __all__ = [
     "differences",
     "digits",
     "ladder_steps",
+    "ladders",
     "machine_line",
     "markdown_ladder",
     "markdown_overview",
@@ -44,15 +45,17 @@ __all__ = [
 NOTES = (
     "ms: uint8 image to uint8 labels, both in host memory, median; p95: 95th percentile. ratio: how many times as fast "
     "as the best peer of the same precision class, fp32 or less (10th–90th percentile); ≈ 1 where that range holds 1. "
-    "MB: peak memory. agreement: labels equal to the fp32 reference's, random weights. mIoU: per cent, shipped "
-    "checkpoint of the family, of size nano, on Scenes."
+    "MB: peak memory; file MB: what is stored; build s: from the network to an engine that is ready. agreement: labels "
+    "equal to the fp32 reference's. mIoU: per cent, on Scenes, of the trained networks. "
+    "A column that could not be measured for all of a table is left out."
 )
 """What the columns of the tables are."""
 
-_COLUMNS = "contestant", "precision", "ms", "p95", "images/s", "ratio", "MB", "agreement", "mIoU"
+_COLUMNS = "contestant", "precision", "ms", "p95", "images/s", "ratio", "MB", "file MB", "build s", "agreement", "mIoU"
 _HARDWARE = "cpu", "threads", "gpu"  # of a machine; everything else about it is versions
 _NOTHING = "–"
 _SLOWER = 0.05
+_NEUTRAL = 0.02
 
 
 class Case(NamedTuple):
@@ -110,21 +113,42 @@ def overview_table(rows: Sequence[Row]) -> Table:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """All rows as `row_table` has them, with the case as a first column; ours in bold."""
+    """A table for each case, with its name above; ours in bold. No cell is empty: see NOTES."""
     shared, names = case_names(by_case(rows))
-    lines = []
+    tables = [shared]
     for case, members in by_case(rows).items():
-        for number, row in enumerate(members):
-            name, *cells = _cells(row)
-            lines.append([names[case] if number == 0 else "", _bold(name, row.ours), *cells])
-    return f"{shared}\n\n{_markdown(('network', *_COLUMNS), lines, left=3)}"
+        lines = [[_bold(name, row.ours), *cells] for row in members for name, *cells in [_cells(row)]]
+        tables += [f"{names[case]}:", _markdown(*_without_gaps(_COLUMNS, lines), left=2)]
+    return "\n\n".join(filter(None, tables))
 
 
 def markdown_overview(rows: Sequence[Row]) -> str:
-    """Networks side by side, as `overview_table` has them; ours in bold."""
-    shared, headings, lines = _overview(rows)
-    body = [[_bold(name, ours), precision, *cells] for (name, precision, ours), cells in lines.items()]
-    return f"{shared}\n\n{_markdown(('contestant', 'precision', *headings), body, left=2)}"
+    """Networks side by side, a table for each size and number of classes; ours in bold.
+
+    Whoever did not run on all networks of a table is not in it.
+    """
+    tables = []
+    groups: dict[tuple[str, int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.size, row.batch, row.num_classes), []).append(row)
+    for members in groups.values():
+        shared, headings, lines = _overview(members)
+        body = [
+            [_bold(name, ours), precision, *cells]
+            for (name, precision, ours), cells in lines.items()
+            if _NOTHING not in cells
+        ]
+        tables.append(f"{shared}\n\n{_markdown(('contestant', 'precision', *headings), body, left=2)}")
+    return "\n\n".join(tables)
+
+
+def _without_gaps(
+    headings: Sequence[str], lines: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Both without the columns in which something is missing."""
+    whole = [(name, *column) for name, *column in zip(headings, *lines, strict=True) if _NOTHING not in column]
+    heads, *body = zip(*whole, strict=True)
+    return heads, body
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -136,32 +160,58 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 class Rung(NamedTuple):
-    """A row of a ladder. step: times as fast as the rung above, total: as the first; both None for the first."""
+    """A row of a ladder. step: times as fast as the rung above, total: as the first; both are 1 for the first.
 
+    name: of the rung; the last one may stand for several rewrites that had no effect of their own.
+    """
+
+    name: str
     row: Row
-    step: float | None
-    total: float | None
+    step: float
+    total: float
+
+
+def ladders(rows: Iterable[Row]) -> dict[tuple[Case, str], list[Row]]:
+    """The rungs of each case and precision."""
+    found: dict[tuple[Case, str], list[Row]] = {}
+    for case, members in by_case(rows).items():
+        for row in members:
+            found.setdefault((case, row.precision), []).append(row)
+    return found
 
 
 def ladder_steps(rows: Sequence[Row]) -> list[Rung]:
-    """The rungs of one case, ratios of medians."""
-    return [
-        Rung(row, *((rows[i - 1].median_ms / row.median_ms, rows[0].median_ms / row.median_ms) if i else (None, None)))
-        for i, row in enumerate(rows)
-    ]
+    """The rungs of one ladder that changed the time by 2 % or more, ratios of medians; the others are one rung, last.
+
+    The last one's time is that of the whole plan.
+    """
+    first = rows[0]
+    rungs, neutral = [Rung(first.contestant, first, 1.0, 1.0)], []
+    for row in rows[1:]:
+        step = rungs[-1].row.median_ms / row.median_ms
+        if abs(step - 1) < _NEUTRAL:
+            neutral.append(row.contestant)
+        else:
+            rungs.append(Rung(row.contestant, row, step, first.median_ms / row.median_ms))
+    if neutral:
+        step = rungs[-1].row.median_ms / rows[-1].median_ms
+        rungs.append(Rung(f"no effect: {', '.join(neutral)}", rows[-1], step, first.median_ms / rows[-1].median_ms))
+    return rungs
 
 
 def markdown_ladder(rows: Sequence[Row]) -> str:
-    """A line for each rung: ms, ratios to the rung above and to the first, memory, agreement, mIoU."""
+    """A table for each precision, a line for each rung: ms, ratios to the rung above and to the first, and quality."""
     shared, names = case_names(by_case(rows))
-    lines = []
-    for case, members in by_case(rows).items():
-        for number, (row, step, total) in enumerate(ladder_steps(members)):
-            rung = [names[case] if number == 0 else "", _bold(row.contestant, row.ours), row.precision]
-            times = [digits(row.median_ms), _number(step, "{:.2f}"), _number(total, "{:.2f}")]
-            lines.append([*rung, *times, *_quality(row)])
-    headings = "network", "rung", "precision", "ms", "step", "total", "MB", "agreement", "mIoU"
-    return f"{shared}\n\n{_markdown(headings, lines, left=3)}"
+    headings = "rung", "ms", "step", "total", "MB", "file MB", "build s", "agreement", "mIoU"
+    tables = [shared]
+    for (case, precision), members in ladders(rows).items():
+        lines = [
+            [_bold(rung.name, row.ours), digits(row.median_ms), f"{rung.step:.2f}", f"{rung.total:.2f}", *_quality(row)]
+            for rung in ladder_steps(members)
+            for row in [rung.row]
+        ]
+        tables += [f"{names[case]}, {precision}:", _markdown(*_without_gaps(headings, lines), left=1)]
+    return "\n\n".join(filter(None, tables))
 
 
 class Fit(NamedTuple):
@@ -334,9 +384,9 @@ def _cells(row: Row) -> list[str]:
 
 
 def _quality(row: Row) -> list[str]:
-    """Memory, agreement and mIoU."""
-    agreement = _number(row.agreement, "{:.3%}")
-    return [_number(row.peak_memory_mb, "{:.0f}"), agreement, _number(row.miou, "{:.2f}")]
+    """Memory, size, seconds of the build, agreement and mIoU."""
+    resources = [_number(value, "{:.0f}") for value in (row.peak_memory_mb, row.size_mb, row.build_s)]
+    return [*resources, _number(row.agreement, "{:.3%}"), _number(row.miou, "{:.2f}")]
 
 
 def _overview(rows: Sequence[Row]) -> tuple[str, list[str], dict[tuple[str, str, bool], list[str]]]:

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from rich.progress import Progress
 
-from agln_fast.bench.race.arguments import check_ladder, check_precisions
+from agln_fast.bench.race.arguments import DEFAULT_NETWORKS, TRAINED_NETWORKS, check_ladder, check_precisions
 from agln_fast.bench.race.contestants import contestants
 from agln_fast.bench.race.ladder import best_plan, default_rungs, ladder
 from agln_fast.bench.race.measure import Case, Entry, Measured, Options
+from agln_fast.bench.race.rows import Row
 from agln_fast.bench.race.scaling import scale
+from agln_fast.data.classes import class_set
+from agln_fast.data.scenes import SCENE_SIZE
 from agln_fast.precision import Precision
 
 __all__ = [
-    "NOTHING",
-    "TUNE_S",
+    "Part",
     "by_reason",
     "choose_entries",
+    "full_parts",
+    "is_of",
     "measure_ladder",
     "measure_scaling",
 ]
 
-TUNE_S = 120.0
-"""Seconds for each plan, with --full."""
+_MANY_CLASSES = 150
+_LADDERS: tuple[Precision, ...] = "fp32", "bf16"
 
-NOTHING = Measured((), ())
+
+@dataclass(frozen=True)
+class Part:
+    """Cases that the same contestants are measured on; each part has a table of its own."""
+
+    cases: tuple[Case, ...]
+    entries: tuple[Entry, ...]
+
+
+def full_parts(size: tuple[int, int], entries: Sequence[Entry], quick: Sequence[Entry]) -> list[Part]:
+    """What a full run measures: the large networks, those with many classes by the `quick` entries, and the trained
+    ones at the size of their pictures."""
+    own = len(class_set("scenes").classes)
+    return [
+        Part(tuple(Case(name, size) for name in DEFAULT_NETWORKS), tuple(entries)),
+        Part(tuple(Case(name, size, num_classes=_MANY_CLASSES) for name in DEFAULT_NETWORKS), tuple(quick)),
+        Part(tuple(Case(name, SCENE_SIZE, num_classes=own) for name in TRAINED_NETWORKS), tuple(entries)),
+    ]
 
 
 def choose_entries(
@@ -75,30 +97,44 @@ def by_reason(left_out: Sequence[tuple[Entry, str]]) -> list[str]:
 
 
 def measure_ladder(
-    found: Measured, cases: Sequence[Case], options: Options, progress: Progress | None = None
+    found: Sequence[Row], cases: Sequence[Case], options: Options, progress: Progress | None = None
 ) -> Measured:
-    """From the best fp32 peer that was found, rewrite by rewrite, to bf16; of the first AGLN, or the first network.
+    """For fp32 and bf16, as far as they were measured, a ladder from the best peer that was found, rewrite by rewrite;
+    of the first AGLN, or the first network.
 
     Raises:
         ConfigError: not on the CPU, where OpenVINO is.
     """
     check_ladder(options.device)
     case = _first(cases)
-    peers = [row for row in found.rows if row.network == case.network and not row.ours and row.precision == "fp32"]
-    best = min(peers, key=lambda row: row.median_ms, default=None)
-    rungs = default_rungs(best_plan(case, options=options), "openvino" if best is None else best.contestant)
-    return ladder(case, rungs, options, progress)
+    rows: list[Row] = []
+    left_out: list[str] = []
+    for precision in _LADDERS:
+        peers = [row for row in found if is_of(row, case) and not row.ours and row.precision == precision]
+        if peers:
+            best = min(peers, key=lambda row: row.median_ms)
+            plan = best_plan(case, precision=precision, options=options)
+            measured = ladder(case, default_rungs(plan, best.contestant, precision=precision), options, progress)
+            rows += measured.rows
+            left_out += measured.left_out
+    return Measured(tuple(rows), tuple(left_out))
 
 
 def measure_scaling(
-    found: Measured, cases: Sequence[Case], options: Options, progress: Progress | None = None
+    found: Sequence[Row], cases: Sequence[Case], options: Options, progress: Progress | None = None
 ) -> Measured:
     """The fastest that was found, over sizes and batches; of the first AGLN, or the first network."""
     case = _first(cases)
-    row = min((row for row in found.rows if row.network == case.network), key=lambda row: row.median_ms, default=None)
+    row = min((row for row in found if is_of(row, case)), key=lambda row: row.median_ms, default=None)
     if row is None:
         return Measured((), (f"scaling: nothing of {case.network} could be measured",))
     return scale(case, [Entry(row.contestant, cast(Precision, row.precision))], options, progress=progress)
+
+
+def is_of(row: Row, case: Case) -> bool:
+    """Whether the row is one of the case."""
+    size = f"{case.size[0]}x{case.size[1]}"
+    return (row.network, row.size, row.batch, row.num_classes) == (case.network, size, case.batch, case.num_classes)
 
 
 def _first(cases: Sequence[Case]) -> Case:

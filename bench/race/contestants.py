@@ -189,11 +189,11 @@ def _of(kind: EngineKind, planned: bool) -> Contestant:
 _PYTORCH = (
     _pytorch("torch", ("fp32",), "eager, inference_mode, flush_denormal, channels_last where that is faster"),
     _pytorch("torch autocast", ("bf16", "fp16"), "as torch, under autocast: bf16 on CPUs, fp16 on GPUs"),
-    *(
-        _pytorch(
-            f"torch.compile{suffix}", ("fp32", "bf16", "fp16"), f"as torch, compiled in mode {mode}, freezing", mode
-        )
-        for suffix, mode in (("", "default"), (" max-autotune", "max-autotune"))
+    _pytorch("torch.compile", ("fp32", "bf16", "fp16"), "as torch, compiled in mode default, freezing", "default"),
+    # On CPUs convolutions and products are oneDNN's in either mode.
+    replace(
+        _pytorch("torch.compile max-autotune", ("fp32", "bf16", "fp16"), "as torch, compiled so", "max-autotune"),
+        devices=("cuda",),
     ),
     Contestant(
         "planned torch.compile",

@@ -49,12 +49,11 @@ def cumulative(plan: Plan) -> list[tuple[str, Plan]]:
 
 
 def default_rungs(
-    plan: Plan, peer: str = "openvino", ours: str = "planned openvino", reduced: Precision | None = "bf16"
+    plan: Plan, peer: str = "openvino", ours: str = "planned openvino", precision: Precision = "fp32"
 ) -> list[Entry]:
-    """The peer, our engine with one rewrite after the other in fp32; then `reduced` precision, with what suits it."""
-    rungs = [Entry(peer, "fp32", title=f"{peer}, best peer")]
-    rungs += [Entry(ours, "fp32", step, title) for title, step in cumulative(plan)]
-    return rungs if reduced is None else [*rungs, Entry(ours, reduced, plan, reduced)]
+    """The peer, then our engine with one rewrite after the other, all in one precision."""
+    rungs = [Entry(peer, precision, title=f"{peer}, best peer")]
+    return [*rungs, *(Entry(ours, precision, step, title) for title, step in cumulative(plan))]
 
 
 def best_plan(

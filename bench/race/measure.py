@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 
 from agln_fast import interruption
+from agln_fast.bench.kernels.report import DEVICE_LOST, device_is_lost
 from agln_fast.bench.kernels.roofline import product_rate
 from agln_fast.bench.race.arguments import check_counts
 from agln_fast.bench.race.contestants import contestant
@@ -23,6 +24,7 @@ from agln_fast.bench.race.rows import Row
 from agln_fast.bench.race.weights import random_network
 from agln_fast.bench.race.workshop import Opened, RaceWorkshop, Recipe
 from agln_fast.contract import IOContract
+from agln_fast.data.classes import class_set
 from agln_fast.data.dataset import Sample
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
 from agln_fast.engines import check_threads
@@ -32,21 +34,30 @@ from agln_fast.errors import AglnError, BackendError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.complexity import complexity
-from agln_fast.plan.plan import NO_PLAN, Plan, PlanChoice
+from agln_fast.models.shipped import list_checkpoints
+from agln_fast.plan.plan import NO_PLAN, PlanChoice
 from agln_fast.precision import Precision
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import Reference, make_reference, sample_frames
 
-__all__ = ["FEWEST_ROUNDS", "Case", "Entry", "Measured", "Options", "measure"]
+__all__ = ["FEWEST_ROUNDS", "Case", "DeviceLostError", "Entry", "Measured", "Options", "measure"]
 
 FEWEST_ROUNDS = 3
-_FAMILIES = {"agln_lite": "agln_lite_nano", "agln": "agln_nano", "fpn": "fpn_nano"}  # the longest prefix first
 _TIMED_SHARE = 0.5  # of a case's time: what is left after it is for memory and accuracy
+
+
+class DeviceLostError(BackendError):
+    """No later call of this process can use the GPU; a new process goes on with what is left."""
+
+    exit_code = DEVICE_LOST
 
 
 @dataclass(frozen=True)
 class Case:
-    """What contestants must have in common to be compared: network, input (height, width), images a run, classes."""
+    """What contestants must have in common to be compared: network, input (height, width), images a run, classes.
+
+    A network that ships is measured with its trained weights, if it is asked for with its own number of classes.
+    """
 
     network: str
     size: tuple[int, int] = (512, 512)
@@ -56,6 +67,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.network} {self.size[0]}x{self.size[1]} batch {self.batch}"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are those of a checkpoint that ships; they are random otherwise."""
+        return self.network in list_checkpoints() and self.num_classes == len(class_set("scenes").classes)
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,7 @@ def measure(
     Raises:
         ConfigError: an unknown network or contestant, or a count that makes no sense.
         BackendError: none of them can run here.
+        DeviceLostError: a contestant took the device along with it.
     """
     options = options or Options()
     check_counts(options.warmup, options.iters)
@@ -131,19 +148,16 @@ def measure(
     clock = _Clock(options.budget_s)
     task = None if progress is None else progress.add_task("measure", total=len(cases) * len(able))
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as shipped:
-        examiner = _Examiner(Path(shipped), threads, options.device)
-        for number, case in enumerate(cases):
-            share = clock.share(len(cases) - number)
-            with tempfile.TemporaryDirectory() as folder:
-                bench = _Bench(case, options, threads, Path(folder), share, examiner)
+    for number, case in enumerate(cases):
+        with tempfile.TemporaryDirectory() as folder:
+            bench = _Bench(case, options, threads, Path(folder), clock.share(len(cases) - number))
 
-                def show(what: str, case: Case = case) -> None:
-                    if progress is not None and task is not None:
-                        progress.update(task, advance=1, description=f"{case.name}: {what}")
+            def show(what: str, case: Case = case) -> None:
+                if progress is not None and task is not None:
+                    progress.update(task, advance=1, description=f"{case.name}: {what}")
 
-                rows += bench.rows(able, show)
-                left_out += [f"{case.name}: {', '.join(what)}: {why}" for why, what in bench.left_out.items()]
+            rows += bench.rows(able, show)
+            left_out += [f"{case.name}: {', '.join(what)}: {why}" for why, what in bench.left_out.items()]
     if not rows:
         raise BackendError(f"nothing could be measured: {'; '.join(left_out)}")
     return Measured(tuple(rows), tuple(left_out))
@@ -175,6 +189,7 @@ class _Contender:
     times: list[float]
     engine_s: float = 0.0
     agreement: float | None = None
+    miou: float | None = None
     memory: float | None = None
 
 
@@ -188,13 +203,13 @@ class _Bench:
         threads: int,
         folder: Path,
         clock: _Clock,
-        examiner: _Examiner,
     ) -> None:
-        self._case, self._options, self._threads, self._folder = case, options, threads, folder
-        self._clock, self._examiner = clock, examiner
+        self._case, self._options, self._threads, self._folder, self._clock = case, options, threads, folder, clock
         self.left_out: dict[str, list[str]] = {}
         contract = IOContract(*case.size, case.batch, case.batch)
-        self._network = random_network(case.network, case.num_classes)
+        self._network = (
+            load_checkpoint(case.network) if case.trained else random_network(case.network, case.num_classes)
+        )
         self._workshop = self._new_workshop(folder, contract)
         self._cost = complexity(self._network.config, *case.size)[-1]
 
@@ -216,15 +231,20 @@ class _Bench:
             try:
                 opened.append(self._open(entry, image, references))
             except (AglnError, RuntimeError) as error:
+                if device_is_lost():
+                    raise DeviceLostError(
+                        f"{entry.name} broke the device for this process ({str(error).strip().splitlines()[0]}); go on "
+                        "in a new one with --resume"
+                    ) from error
                 self._leave_out(entry.name, str(error).strip().splitlines()[0])
         self._time(opened, image, timing)
         for contender in opened:
             contender.engine_s = self._engine_seconds(contender, image)
+            contender.miou = self._accuracy(contender)
             contender.opened.close()
-        scores = [self._accuracy(contender) for contender in opened]
         for contender in opened:
             contender.memory = self._memory(contender)
-        return [self._row(contender, opened, score) for contender, score in zip(opened, scores, strict=True)]
+        return [self._row(contender, opened) for contender in opened]
 
     @property
     def _image_shape(self) -> tuple[int, int, int, int]:
@@ -290,21 +310,16 @@ class _Bench:
             return None
 
     def _accuracy(self, contender: _Contender) -> float | None:
-        """mIoU in percent of the family's shipped checkpoint, in the same contestant, precision and plan."""
-        entry, plan = contender.entry, contender.recipe.rewrites
-        name = next((n for prefix, n in _FAMILIES.items() if self._case.network.startswith(prefix)), None)
-        if not self._options.accuracy or name is None:
+        """mIoU in percent, of a trained network at the size of its pictures."""
+        case, entry = self._case, contender.entry
+        if not (self._options.accuracy and case.trained and (case.size, case.batch) == (SCENE_SIZE, 1)):
             return None
-        if not self._examiner.knows(name, entry, plan) and self._clock.left < 0:
+        if self._clock.left < 0:
             self._leave_out(f"mIoU of {entry.name}", "the time was over")
             return None
-        try:
-            return self._examiner.miou(name, entry, plan)
-        except (AglnError, RuntimeError) as error:
-            self._leave_out(f"mIoU of {entry.name}", str(error).strip().splitlines()[0])
-            return None
+        return _miou(contender.opened)
 
-    def _row(self, contender: _Contender, contenders: Sequence[_Contender], miou: float | None) -> Row:
+    def _row(self, contender: _Contender, contenders: Sequence[_Contender]) -> Row:
         case, entry, times = self._case, contender.entry, contender.times
         median = statistics.median(times)
         peers = [
@@ -346,7 +361,7 @@ class _Bench:
             parameters_m=self._cost.parameters / 1e6,
             peak_fraction=None if rate is None else 2 * multiply_adds * case.batch / median / rate,
             agreement=contender.agreement,
-            miou=miou,
+            miou=contender.miou,
         )
 
 
@@ -365,41 +380,9 @@ def _scenes() -> list[Sample]:
     return [split[index] for index in range(len(split))]
 
 
-class _Examiner:
-    """mIoU on Scenes' test split, at its own size, of the checkpoints that ship; nothing is measured twice."""
-
-    def __init__(self, folder: Path, threads: int, device: str) -> None:
-        self._folder, self._threads, self._device = folder, threads, device
-        self._workshops: dict[str, RaceWorkshop] = {}
-        self._scores: dict[tuple[str, str, Precision, Plan], float] = {}
-
-    def knows(self, name: str, entry: Entry, plan: Plan) -> bool:
-        """`miou` takes no time."""
-        return (name, entry.contestant, entry.precision, plan) in self._scores
-
-    def miou(self, name: str, entry: Entry, plan: Plan) -> float:
-        """Percent, of the checkpoint `name` in the contestant of `entry`, rewritten as `plan` says."""
-        key = name, entry.contestant, entry.precision, plan
-        if key not in self._scores:
-            if name not in self._workshops:
-                folder = self._folder / name
-                folder.mkdir()
-                contract = IOContract(*SCENE_SIZE)
-                self._workshops[name] = RaceWorkshop(
-                    load_checkpoint(name), contract, folder, self._threads, self._device
-                )
-            workshop = self._workshops[name]
-            workshop.plan = plan
-            self._scores[key] = _miou(contestant(entry.contestant).make(workshop, entry.precision)[0])
-        return self._scores[key]
-
-
-def _miou(recipe: Recipe) -> float:
+def _miou(opened: Opened) -> float:
     """Percent, on Scenes' test split, at its own size."""
-    opened = recipe.open()
-    samples = _scenes()
     metrics = SegmentationMetrics(len(Scenes("test").class_set.classes))
-    for sample in samples:
+    for sample in _scenes():
         metrics.update(opened.run(sample.image[None])[0], sample.labels)
-    opened.close()
     return 100 * metrics.mean_iou

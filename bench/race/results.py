@@ -10,11 +10,14 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from agln_fast.bench.race.rows import Row
-from agln_fast.errors import ConfigError
+from agln_fast.bench.race.rows import AblationRow, PipelineRow, Row
+from agln_fast.errors import ConfigError, choose
 from agln_fast.files import replacing
 
-__all__ = ["Results", "load_results", "save_results", "write_csv"]
+__all__ = ["ROWS", "Results", "load_results", "save_results", "write_csv"]
+
+ROWS: dict[str, type] = {"networks": Row, "pipeline": PipelineRow, "ablation": AblationRow}
+"""What a file may hold -> its rows."""
 
 _PARTS = "rows", "ladder", "scaling"
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
@@ -22,23 +25,27 @@ _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (i
 
 @dataclass(frozen=True)
 class Results:
-    """A run of the suite.
+    """A run of the suite, or of a job.
 
-    machine: what `bench.machine.machine` found.
+    machine: what `agln_fast.machine.machine` found.
     command: that measured it, as it was typed.
     date: YYYY-MM-DD.
-    rows: contestants by networks.
-    ladder: from the best peer to the whole of what the plan does: each row holds all rungs above it, too, and its
-        contestant is the name of the rung.
+    rows: contestants by networks; of another `kind` the rows of that.
+    ladder: from the best peer of a precision to the whole of what the plan does: each row holds all rungs above it,
+        too, and its contestant is the name of the rung.
     scaling: contestants over sizes, and over batches.
+    left_out: "what: why" of everything that was asked for and is not in the rows.
+    kind: of ROWS.
     """
 
     machine: dict[str, Any]
     command: str
     date: str
-    rows: tuple[Row, ...]
+    rows: tuple[Any, ...]
     ladder: tuple[Row, ...] = ()
     scaling: tuple[Row, ...] = ()
+    left_out: tuple[str, ...] = ()
+    kind: str = "networks"
 
 
 def save_results(results: Results, path: str | Path) -> None:
@@ -53,11 +60,11 @@ def save_results(results: Results, path: str | Path) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def load_results(path: str | Path) -> Results:
-    """Read what `save_results` wrote.
+def load_results(path: str | Path, kind: str | None = None) -> Results:
+    """Read what `save_results` wrote; `kind`, of ROWS, is what it must hold, None for any.
 
     Raises:
-        ConfigError: no such file, no JSON, or not the columns of this version.
+        ConfigError: no such file, no JSON, results of another kind, or not the columns of this version.
     """
     path = Path(path)
     again = "measure again with agln-fast bench"
@@ -72,13 +79,16 @@ def load_results(path: str | Path) -> Results:
         raise ConfigError(f"{path}: no results of the suite, which hold {', '.join(sorted(expected))}; {again}")
     if not isinstance(found["machine"], dict) or not all(isinstance(found[key], str) for key in ("command", "date")):
         raise ConfigError(f"{path}: machine, command or date is damaged; {again}")
+    of = choose("kind of results", found["kind"], [kind] if kind else ROWS, where=str(path))
+    found["left_out"] = tuple(map(str, found["left_out"]))
     for part in _PARTS:
         if not isinstance(found[part], list):
             raise ConfigError(f"{path}: {part} is no list; {again}")
+        row_type = ROWS[of] if part == "rows" else Row
         for number, row in enumerate(found[part]):
-            if wrong := _wrong(row):
+            if wrong := _wrong(row, row_type):
                 raise ConfigError(f"{path}: {part}[{number}]: {wrong}; {again}")
-        found[part] = tuple(Row(**row) for row in found[part])
+        found[part] = tuple(row_type(**row) for row in found[part])
     return Results(**found)
 
 
@@ -96,11 +106,11 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
         part.write_text(text.getvalue(), encoding="utf-8")
 
 
-def _wrong(row: Any) -> str:
-    """What makes `row` no row, or an empty string."""
+def _wrong(row: Any, row_type: Any) -> str:
+    """What makes `row` no row of that type, or an empty string."""
     if not isinstance(row, dict):
         return "is no row"
-    columns = {field.name: str(field.type) for field in fields(Row)}
+    columns = {field.name: str(field.type) for field in fields(row_type)}
     if missing := columns.keys() - row.keys():
         return f"without {', '.join(sorted(missing))}"
     if strange := row.keys() - columns.keys():

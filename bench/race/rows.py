@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Row"]
+__all__ = ["AblationRow", "PipelineRow", "Row"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Row:
     gmacs: multiply-adds of the plain network for one image, 1e9. parameters_m: 1e6.
     peak_fraction: 2 * gmacs * batch / time, over the rate of this machine's own matrix product in that precision.
         Of the plain network: a rewritten one can be above 1.
-    agreement: share of pixels, 0..1, with the label of the fp32 reference, on random weights.
-    miou: percent on Scenes' test split, of the shipped checkpoint of the same family in the same contestant.
+    agreement: share of pixels, 0..1, with the label of the fp32 reference.
+    miou: percent on Scenes' test split, in this very contestant; None where the network is none of those that ship,
+        trained, or runs at another size than theirs.
     """
 
     network: str
@@ -46,8 +47,8 @@ class Row:
     plan: str
     median_ms: float
     p95_ms: float
-    p99_ms: float
-    engine_ms: float
+    p99_ms: float | None
+    engine_ms: float | None
     images_per_second: float
     ratio: float | None
     ratio_low: float | None
@@ -60,3 +61,41 @@ class Row:
     peak_fraction: float | None
     agreement: float | None
     miou: float | None
+
+
+@dataclass(frozen=True)
+class PipelineRow:
+    """What is done around one engine of a bundle, for images of one size: medians and minima, milliseconds.
+
+    pre, engine, post: as in `agln_fast.runtime.result.Timing`; pre_and_post: their sum for each image.
+    """
+
+    engine_name: str
+    height: int
+    width: int
+    pre_ms: float
+    least_pre_ms: float
+    engine_ms: float
+    least_engine_ms: float
+    post_ms: float
+    least_post_ms: float
+    pre_and_post_ms: float
+    least_pre_and_post_ms: float
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """A variant of the network, trained and evaluated: shares of 0..1 on the test split of Scenes.
+
+    size: side of scenes and crops, pixels. seconds: of the training. environment: what it ran on.
+    """
+
+    model: str
+    seed: int
+    epochs: float
+    size: int
+    miou: float
+    pixel_accuracy: float
+    multiscale_miou: float | None
+    seconds: float
+    environment: str

@@ -2,7 +2,7 @@
 
 `eager` is the plain operations of PyTorch, `compile` torch.compile of them, `op` the op itself: see
 `agln_fast.bench.kernels.calls`. On CUDA the time is the device's, the median of many
-(`agln_fast.bench.race.timing`); what pytest-benchmark itself shows are a few calls by the host's clock. The medians,
+(`agln_fast.bench.kernels.timing`); what pytest-benchmark itself shows are a few calls by the host's clock. The medians,
 and how close to its bound each comes, are in `extra_info`, and in the file that `--rows` names.
 """
 
@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from agln_fast import kernels
 from agln_fast.bench.kernels.calls import CALLS, Case
+from agln_fast.bench.kernels.report import DEVICE_LOST, Report, describe, device_is_lost
 from agln_fast.bench.kernels.roofline import Roofline, measure_roofline
-from agln_fast.bench.race.report import DEVICE_LOST, Report, describe, device_is_lost
-from agln_fast.bench.race.timing import device_times
+from agln_fast.bench.kernels.timing import device_times
 from agln_fast.engines.torch_network import exact_float32
 from agln_fast.machine import machine
 

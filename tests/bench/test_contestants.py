@@ -172,7 +172,6 @@ def test_int8_is_quantised(network, tmp_path, monkeypatch):
     [
         ("torch", "bf16", "cpu", "it runs in fp32"),
         ("openvino", "fp32", "cuda", "runs on cpu, not on cuda"),
-        ("tensorrt", "fp16", "cpu", "runs on cuda, not on cpu"),
         ("torch autocast", "fp16", "cpu", "on CPUs is bf16"),
     ],
 )

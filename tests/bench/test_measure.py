@@ -142,7 +142,7 @@ def test_the_budget_lowers_rounds_and_tells(fakes, clock):
 
 def test_without_any_time_three_rounds_are_left_and_memory_and_accuracy_are_not(fakes):
     fakes("slow", [0.01])
-    found = measure([CASE], [Entry("slow", "fp32")], Options(threads=1, iters=9, budget_s=0))
+    found = measure([replace(CASE, size=SCENE_SIZE)], [Entry("slow", "fp32")], Options(threads=1, iters=9, budget_s=0))
     assert len(found.rows) == 1
     told = "\n".join(found.left_out)
     assert "6 of 9 rounds" in told
@@ -173,7 +173,7 @@ def test_senseless_counts(counts):
 
 
 def test_a_whole_row(monkeypatch):
-    """The accuracy is that of the shipped checkpoint of the family, counted here by itself."""
+    """The accuracy is that of the trained network itself, counted here by itself."""
     scenes = Scenes("test")
     samples = [scenes[index] for index in range(12)]
     monkeypatch.setattr(module, "_scenes", lambda: samples)
@@ -191,8 +191,9 @@ def test_a_whole_row(monkeypatch):
             shown.append(description)
 
     entry = Entry("onnxruntime", "fp32", title="rung")
-    (row,) = measure([CASE], [entry], Options(threads=1, iters=3, frames=1), Show()).rows
-    assert shown == ["agln_nano 64x64 batch 1: rung fp32"]
+    case = replace(CASE, size=SCENE_SIZE)
+    (row,) = measure([case], [entry], Options(threads=1, iters=3, frames=1), Show()).rows
+    assert shown == ["agln_nano 128x128 batch 1: rung fp32"]
     assert row.contestant == "rung"
     assert row.agreement >= 0.999
     assert row.miou == pytest.approx(100 * metrics.mean_iou, abs=0.01)
@@ -202,10 +203,12 @@ def test_a_whole_row(monkeypatch):
     assert row.peak_fraction == pytest.approx(operations / module._rate("cpu", "fp32", 1))
 
 
-def test_a_network_of_no_family_has_no_accuracy(fakes, monkeypatch):
-    monkeypatch.setattr(module, "_FAMILIES", {})
-    fakes("fine", [0.001])
-    (row,) = measure([CASE], [Entry("fine", "fp32")], replace(TIMES_ALONE, accuracy=True)).rows
+@pytest.mark.parametrize(
+    "case", [replace(CASE, size=(64, 64)), replace(CASE, size=SCENE_SIZE, num_classes=5), replace(CASE, batch=2)]
+)
+def test_accuracy_is_of_a_trained_network_at_the_size_of_its_pictures(case, fakes):
+    fakes("fine", [0])
+    (row,) = measure([case], [Entry("fine", "fp32")], replace(TIMES_ALONE, accuracy=True)).rows
     assert row.miou is None
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 import agln_fast
 from agln_fast.bench.jobs import pipeline
+from agln_fast.bench.race.results import load_results
 
 
 def test_rows_of_every_engine_and_size(small_network, tmp_path, monkeypatch, capsys):
@@ -19,18 +18,17 @@ def test_rows_of_every_engine_and_size(small_network, tmp_path, monkeypatch, cap
     )
     pipeline.main([str(built.path), "--rounds", "3", "-o", str(tmp_path / "times.json")])
     assert "onnxruntime-fp32" in capsys.readouterr().out
-    found = json.loads((tmp_path / "times.json").read_text())
-    rows = found["rows"]
+    found = load_results(tmp_path / "times.json", "pipeline")
     names = {engine.name for engine in built.manifest.engines if engine.target == "cpu"}
-    assert {(row["engine_name"], row["height"], row["width"]) for row in rows} == {
+    assert {(row.engine_name, row.height, row.width) for row in found.rows} == {
         (name, *size) for name in names for size in sizes
     }
-    for row in rows:
-        columns = [row[f"{part}_ms"] for part in ("pre", "engine", "post", "pre_and_post")]
+    for row in found.rows:
+        columns = [row.pre_ms, row.engine_ms, row.post_ms, row.pre_and_post_ms]
         assert np.isfinite(columns).all()
         assert min(columns) > 0
-    assert found["machine"]["cpu"]
-    assert found["rounds"] == 3
+    assert found.machine["cpu"]
+    assert "--rounds 3" in found.command
 
 
 @pytest.mark.slow
@@ -40,7 +38,7 @@ def test_what_is_done_around_an_engine_meets_the_goals(tmp_path):
         "agln_nano", tmp_path / "nano", size=(128, 128), precision="fp32", plan="none", output="logits"
     )
     rows = pipeline.measure(built.path, rounds=15)
-    least = {(row["engine_name"], row["height"], row["width"]): row["least_pre_and_post_ms"] for row in rows}
+    least = {(row.engine_name, row.height, row.width): row.least_pre_and_post_ms for row in rows}
     for engine in ("onnxruntime-fp32", "openvino-fp32"):
         for size, goal in pipeline.GOALS_MS.items():
             assert least[engine, *size] <= goal

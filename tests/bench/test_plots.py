@@ -129,7 +129,7 @@ def test_ladder_goes_down_from_the_peer():
     assert axes.yaxis_inverted()
     assert [to_hex(bar.get_facecolor()).upper() == OURS for bar in axes.patches] == [False, True, True]
     words = [text.get_text() for text in axes.texts]
-    assert words == ["706", "–", "–", "353", "×2.00", "×2.00", "70.6", "×5.00", "×10.00", "step", "total"]
+    assert words == ["706", "×1.00", "×1.00", "353", "×2.00", "×2.00", "70.6", "×5.00", "×10.00", "step", "total"]
 
 
 def test_pareto_shows_every_row_with_miou():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 from synthetic_rows import results, row
@@ -113,3 +114,18 @@ def test_csv_has_the_columns_of_row(tmp_path):
     assert header == [field.name for field in fields(Row)]
     assert lines[0] == [str(value) for value in asdict(rows[0]).values()]
     assert lines[1][header.index("miou")] == ""
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "bench" / "results").glob("*.json")), ids=lambda file: file.name
+)
+def test_every_file_that_the_project_keeps_is_read(file):
+    results = load_results(file)
+    assert results.rows
+    assert results.machine
+
+
+def test_results_of_another_kind_are_named(path):
+    save_results(replace(results(), rows=(), kind="ablation"), path)
+    with pytest.raises(ConfigError, match="unknown kind of results 'ablation'; known: networks"):
+        load_results(path, "networks")

@@ -51,11 +51,6 @@ class Report:
         self._rows[row["case"], row["contestant"]] = row
         self.write()
 
-    def drop(self, case: str, contestant: str) -> None:
-        """Forget it, as if it had never been tried."""
-        del self._rows[case, contestant]
-        self.write()
-
     def write(self) -> None:
         """Write the file, whole or not at all."""
         if self._path is None:

@@ -1,6 +1,6 @@
 """Short tables of the JSON that the benchmarks write.
 
-    python -m agln_fast.bench.pages.tables FILE.json ...
+    python -m agln_fast.bench.kernels.table FILE.json ...
 
 Ends with status 1 if anything failed.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["kernel_table", "main", "model_table"]
+__all__ = ["kernel_table", "main"]
 
 _Rows = Sequence[dict[str, Any]]
 
@@ -38,21 +38,6 @@ def kernel_table(rows: _Rows, launch_us: float) -> str:
             [row["median_us"] / launch_us for row in measured if row["op"] == op and row["batch"] == 1], 1
         )
         lines.append(f"{op}: {reached} % of the bound at larger batches, {launches} launches at batch 1")
-    return "\n".join(lines + _remarks(rows))
-
-
-def model_table(rows: _Rows) -> str:
-    """A line for each contestant of each case."""
-    lines = []
-    for case, found in _by_case(rows).items():
-        lines.append(case)
-        for name, row in found.items():
-            if "agreement" in row:
-                speed = f"{row['median_ms']:9.3f} ms" if "median_ms" in row else ""
-                speedup = row.get("speedup")
-                speed += f"  x{speedup:.2f} against compile" if speedup is not None else ""
-                memory = f"  {row['memory_mib']:.0f} MiB" if row.get("memory_mib") is not None else ""
-                lines.append(f"  {name:12}{speed}  {row['agreement']:.2%} equal labels{memory}")
     return "\n".join(lines + _remarks(rows))
 
 
@@ -103,8 +88,6 @@ def main(paths: Sequence[str]) -> int:
             launch = roofline["launch_us"]
             print(f"{roofline['bytes_per_second'] / 1e12:.2f} TB/s copied, {rates}; a launch takes {launch:.1f} µs")
             print(kernel_table(rows, launch))
-        else:
-            print(model_table(rows))
         failed = failed or any("error" in row for row in rows)
     return int(failed)
 

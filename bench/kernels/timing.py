@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-__all__ = ["Times", "capture", "device_times", "elapsed_ms"]
+__all__ = ["Times", "device_times"]
 
 _Result = TypeVar("_Result")
 
@@ -44,7 +44,7 @@ def device_times(function: Callable[[], Any], device: torch.device, *, repeats: 
     run = function
     torch.cuda.synchronize(device)
     try:
-        run = capture(function)
+        run = _capture(function)
     except RuntimeError:
         # An error of the device itself, rather than of the capture, comes again here.
         torch.cuda.synchronize(device)
@@ -61,17 +61,7 @@ def device_times(function: Callable[[], Any], device: torch.device, *, repeats: 
     return Times(tuple(1e3 * start.elapsed_time(end) for start, end in pairs), how)
 
 
-def elapsed_ms(function: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call, from an idle device to an idle device: the launches count."""
-    if device.type != "cuda":
-        return _host_microseconds(function) / 1e3
-    torch.cuda.synchronize(device)
-    start, end = _between_events(function)
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def capture(function: Callable[[], _Result]) -> Callable[[], _Result]:
+def _capture(function: Callable[[], _Result]) -> Callable[[], _Result]:
     """`function` as a CUDA graph: each call replays it and returns the same tensors, with new values.
 
     `function` must have run before: whatever it compiles or chooses at its first call is no part of a graph.
