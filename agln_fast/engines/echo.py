@@ -97,7 +97,7 @@ class Echo(EngineKind):
         return self._told
 
     def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
-        return self._artefact(bench, precision, NO_PLAN, bench.weights())
+        return self.artefact(bench, precision, NO_PLAN, bench.weights())
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         classes = artefact.model.num_classes
