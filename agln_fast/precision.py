@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from agln_fast.errors import choose
+from agln_fast.errors import ConfigError, choose
 
-__all__ = ["PRECISIONS", "Numbers", "Precision", "check_precision"]
+__all__ = ["PRECISIONS", "Numbers", "Precision", "check_minimum", "check_precision"]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -50,3 +50,13 @@ def check_precision(name: str, *also: str) -> Precision:
         ConfigError: it is neither.
     """
     return cast(Precision, choose("precision", name, [*PRECISIONS, *also]))
+
+
+def check_minimum(agreement: float | None) -> None:
+    """Refuse an agreement outside 0..1 before any work is done; None is that of `PRECISIONS`.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if agreement is not None and not 0 <= agreement <= 1:
+        raise ConfigError(f"min_agreement {agreement}: must be from 0 to 1")

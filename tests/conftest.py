@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import agln_fast
+from agln_fast.cli import main
 from agln_fast.engines.denormals import denormals_are_zero
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan import rates
@@ -60,6 +62,23 @@ def _same_arithmetic() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     assert not denormals_are_zero()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line, run in this process: `cli("run", …)` returns exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["agln-fast", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 SMALL = {"width": 0.25, "channels": 16}

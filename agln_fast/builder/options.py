@@ -29,8 +29,7 @@ from agln_fast.engines.tensorrt_library import check_rtx_capabilities
 from agln_fast.errors import ConfigError, choose, printable
 from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import Plan, PlanChoice
-from agln_fast.precision import Precision, check_precision
-from agln_fast.runtime.agreement import check_minimum
+from agln_fast.precision import Precision, check_minimum, check_precision
 from agln_fast.runtime.images import list_images
 
 if TYPE_CHECKING:

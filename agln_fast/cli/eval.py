@@ -160,10 +160,10 @@ def _check_source(path: Path, backend: str, precision: str | None, device: str |
         open_matching(path, backend, precision, device, threads)
         return
     check_engine(backend, precision, device, threads)
-    kinds = network_kinds()
-    if backend not in ("auto", *kinds):
+    if backend not in ("auto", *network_kinds()):
+        able = ", ".join(network_kinds())
         raise ConfigError(
-            f"{path}: PyTorch runs checkpoints ({', '.join(kinds)}); for backend {backend!r} build a bundle first"
+            f"{path}: PyTorch runs checkpoints ({able}); for backend {backend!r} build a bundle from it first"
         )
     check_network_precision(precision or "fp32")
     find_checkpoint(path)

@@ -28,7 +28,7 @@ def verify(
     from agln_fast.cli.build import print_engines
     from agln_fast.cli.request import open_matching
     from agln_fast.manifest import Verification
-    from agln_fast.runtime.agreement import check_minimum
+    from agln_fast.precision import check_minimum
     from agln_fast.runtime.images import list_images
 
     check_minimum(min_agreement)

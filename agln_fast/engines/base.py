@@ -182,7 +182,7 @@ class EngineKind(ABC):
             BundleError: the file is not what the artefact says.
         """
 
-    def _artefact(
+    def artefact(
         self,
         bench: Workbench,
         precision: Precision,
@@ -190,6 +190,7 @@ class EngineKind(ABC):
         file: Path,
         compute_capabilities: tuple[str, ...] = (),
     ) -> Artefact:
+        """What `make` returns, of the file that it made."""
         return Artefact(
             name=f"{self.name}-{precision}",
             kind=self.name,

@@ -60,10 +60,10 @@ class EchoEngine(Engine):
         self.batches.append(count)
         if self.error is not None:
             raise self.error
-        logits = np.stack([self._function(each) for each in image]).astype(np.float32)
-        if contract.output == "logits":
-            return logits
-        return np.stack([best_classes(each) for each in logits])
+        output: Array = np.stack([self._function(each) for each in image]).astype(np.float32)
+        if contract.output == "labels":
+            output = np.stack([best_classes(each) for each in output])
+        return output
 
     def _release(self) -> None:
         self.closed = True
@@ -97,7 +97,7 @@ class Echo(EngineKind):
         return self._told
 
     def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
-        return self._artefact(bench, precision, NO_PLAN, bench.weights())
+        return self.artefact(bench, precision, NO_PLAN, bench.weights())
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         classes = artefact.model.num_classes

@@ -47,7 +47,7 @@ class OnnxRuntime(EngineKind):
         return _obstacle_to_fp16() if (precision, where) == ("fp16", "cpu") else None
 
     def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
-        return self._artefact(bench, precision, plan, bench.graph(precision, plan))
+        return self.artefact(bench, precision, plan, bench.graph(precision, plan))
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         return OnnxRuntimeEngine(artefact, device or self.default_device(), threads)

@@ -70,13 +70,13 @@ class OpenVino(EngineKind):
 
     def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
         if precision != "int8":
-            return self._artefact(bench, precision, plan, bench.graph(self.graph_type(precision), plan))
+            return self.artefact(bench, precision, plan, bench.graph(self.graph_type(precision), plan))
         from agln_fast.export.quantize import quantize_onnx
 
         def write(path: Path) -> None:
             quantize_onnx(bench.graph("fp32", plan), path, bench.calibration())
 
-        return self._artefact(bench, precision, plan, bench.file("model.int8.xml", ("int8", plan), write))
+        return self.artefact(bench, precision, plan, bench.file("model.int8.xml", ("int8", plan), write))
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         return OpenVinoEngine(artefact, threads)

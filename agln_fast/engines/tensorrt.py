@@ -167,7 +167,7 @@ class TensorRT(EngineKind):
                 progress=bench.progress,
             ),
         )
-        return self._artefact(bench, precision, plan, file, capabilities)
+        return self.artefact(bench, precision, plan, file, capabilities)
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         return TensorRTEngine(artefact, device)

@@ -42,7 +42,7 @@ class NetworkKind(EngineKind):
         return None if torch.cuda.is_available() else "PyTorch finds no CUDA device; `agln-fast doctor` shows more"
 
     def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
-        return self._artefact(bench, precision, NO_PLAN, bench.weights())
+        return self.artefact(bench, precision, NO_PLAN, bench.weights())
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         from agln_fast.engines.torch_network import network_of

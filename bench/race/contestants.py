@@ -52,11 +52,13 @@ class Contestant:
     def obstacle(self, precision: Precision, device: str = "cpu") -> str | None:
         """Why it cannot run on this machine and what to do about it, or None. Opens nothing."""
         if self.kind is not None:
+            if obstacle := self.kind.obstacle(precision, device):
+                return obstacle
             try:
                 self.kind.check_make(precision)
             except AglnError as error:
                 return str(error)
-            return self.kind.obstacle(precision, device)
+            return None
         where = device.partition(":")[0]
         if precision not in self.precisions:
             return f"{self.name} has no {precision}: it runs in {', '.join(self.precisions)}"

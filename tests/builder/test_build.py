@@ -144,8 +144,14 @@ def test_class_sets(small_network, tmp_path):
     assert list(built.manifest.classes) == names
     with agln_fast.load(built, "torch") as segment:
         assert set(segment(np.zeros((64, 64, 3), np.uint8)).names) <= set(names)
-    with pytest.raises(ConfigError, match="21 names for a network of 5 classes"):
-        agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), classes="pascal_voc")
+
+
+def test_classes_that_do_not_fit_are_refused_before_anything_is_drawn(small_network, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "sample_frames", lambda *_: pytest.fail("drawn"))
+    for classes, count in (("pascal_voc", 21), (["road", "sky"], 2)):
+        with pytest.raises(ConfigError, match=f"{count} names for a network of 5 classes"):
+            agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), classes=classes, precision="int8")
+    assert not list(tmp_path.iterdir())
 
 
 WRONG = {

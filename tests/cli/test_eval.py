@@ -138,7 +138,7 @@ def test_checkpoints_slide_over_photographs(cli, checkpoint, bundle, monkeypatch
         (
             ("--backend", "openvino"),
             2,
-            "PyTorch runs checkpoints (torch, fused); for backend 'openvino' build a bundle",
+            "PyTorch runs checkpoints (fused, torch); for backend 'openvino' build a bundle",
         ),
         (("--data", "scene"), 2, "did you mean 'scenes'"),
         (("--size", "64"), 2, "give height x width"),
