@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
@@ -69,8 +70,10 @@ def export_onnx(
         plan = replace(plan, low_resolution_labels=False)
     elif plan.low_resolution_labels:
         contract = replace(contract, output="logits")
-    rewritten = rewrite(network, plan).to(getattr(torch, PRECISIONS[precision].torch))
-    deployed = DeployedNetwork(rewritten, contract, network.config.num_classes).eval()
+    # Without a plan it is the reference itself: peers get what the exporter makes of it.
+    exported = copy.deepcopy(network) if plan == NO_PLAN else rewrite(network, plan)
+    exported = exported.to(getattr(torch, PRECISIONS[precision].torch))
+    deployed = DeployedNetwork(exported, contract, network.config.num_classes).eval()
     dynamic = contract.min_batch != contract.max_batch
     # torch.export takes a batch of one for a constant.
     batch = max(2, contract.min_batch) if dynamic else contract.max_batch

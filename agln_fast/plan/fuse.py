@@ -100,10 +100,9 @@ class UpsampledTaps(nn.Module):
         assert mixed.direct.bias is not None
         self.direct = convolution_from(mixed.direct.weight, None, (1, 1))
         self.bias = mixed.direct.bias
-        # (out, dy, dx) -> (dy, dx, out)
-        weights = [cast(nn.Conv2d, layer).weight for layer in mixed.mixed]
-        weights = [weight.reshape(-1, 9, *weight.shape[1:]).transpose(0, 1) for weight in weights]
-        self.taps = nn.ModuleList(convolution_from(weight.flatten(0, 1), None) for weight in weights)
+        shape = mixed.channels, 9, -1, 1, 1  # out, (dy, dx), C
+        weights = [cast(nn.Conv2d, layer).weight.view(shape).transpose(0, 1).flatten(0, 1) for layer in mixed.mixed]
+        self.taps = nn.ModuleList(convolution_from(weight, None) for weight in weights)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         *coarse, finest = features

@@ -25,6 +25,7 @@ ALL = {
     "channel_affinity": 6,
     "channel_apply": 6,
     "separable_conv": 12,
+    "upsample_taps": 1,
     "label_upsample": 1,
 }
 
@@ -123,7 +124,7 @@ def infer(network, image):
 
 @torch.inference_mode()
 def test_kernels_on_a_simulated_device(simulated, launched, small_network):
-    network, image = agln_fast.fuse(small_network("agln_lite_resnet18")), torch.randn(2, 3, 40, 50)
+    network, image = agln_fast.fuse(small_network("agln_lite_resnet18", channels=128)), torch.randn(2, 3, 40, 50)
     with Calls() as calls:
         expected = infer(network, image)
     assert (calls.counts, launched) == (ALL, {})
@@ -155,7 +156,7 @@ def test_cuda_has_the_kernel_for_all_but_float64(op, dtype, monkeypatch):
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_kernels_on_the_gpu(launched, small_network):
-    network, image = agln_fast.fuse(small_network("agln_lite_resnet18")), torch.randn(2, 3, 40, 50)
+    network, image = agln_fast.fuse(small_network("agln_lite_resnet18", channels=128)), torch.randn(2, 3, 40, 50)
     expected = infer(network, image)
     assert launched == {}
 
