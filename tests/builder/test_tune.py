@@ -289,8 +289,9 @@ def test_what_was_found_when_the_time_ended_is_remembered(workshop, cache, monke
     assert tune_engine(workshop, KINDS["onnxruntime"], "fp32") == tuning
 
 
-def test_the_budget_ends_the_search(workshop, cache):
+def test_the_budget_ends_the_search(small_network, tmp_path, cache):
     """After one race."""
+    workshop = Workshop(small_network("fpn_resnet18"), IOContract(64, 64), tmp_path)
     tuning = tune_engine(workshop, KINDS["onnxruntime"], "fp32", budget_s=1e-3, threads=1)
     assert not tuning.complete
     assert 2 <= len(tuning.candidates) <= 3
