@@ -1,4 +1,4 @@
-"""What is chosen by its name is known, or the message helps to find it."""
+"""The tree of errors with its exit codes; what is chosen by its name is known, or the message helps to find it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,33 @@ from typing import Any
 
 import pytest
 
+from agln_fast import errors
 from agln_fast.errors import BundleError, ConfigError, choose
 
+TREE = {
+    "AglnError": (Exception, 1),
+    "ConfigError": ("AglnError", 2),
+    "CheckpointError": ("AglnError", 3),
+    "ImageError": ("AglnError", 4),
+    "BundleError": ("AglnError", 5),
+    "BundleChangedError": ("BundleError", 5),
+    "BackendError": ("AglnError", 6),
+    "MissingPackageError": ("BackendError", 6),
+    "BuildError": ("AglnError", 7),
+    "VerificationError": ("BuildError", 8),
+    "DatasetError": ("AglnError", 9),
+    "TrainingError": ("AglnError", 10),
+}
 FRUIT = ("apple", "fig")
+
+
+def test_errors_are_one_tree_with_the_exit_codes_of_the_command_line():
+    found = {name: value for name, value in vars(errors).items() if isinstance(value, type) and name in errors.__all__}
+    names = {error: name for name, error in found.items()}
+    assert {
+        name: (names.get(error.__base__, error.__bases__[0]), error.exit_code) for name, error in found.items()
+    } == TREE
+    assert issubclass(ConfigError, ValueError)
 
 
 def test_the_known_one_is_returned():

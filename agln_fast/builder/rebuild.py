@@ -18,6 +18,7 @@ from agln_fast.engines import KINDS, targets
 from agln_fast.errors import AglnError, BundleError, printable
 from agln_fast.manifest import check_schema, schema_error
 from agln_fast.models.config import ModelConfig
+from agln_fast.models.shipped import WEIGHTS_FILE
 from agln_fast.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "read_recipe", "rebuild"]
 
-_WEIGHTS = "weights.safetensors"
 _FROM_CHECKPOINT = "build it from the checkpoint with `agln-fast build`"
 _log = logging.getLogger("agln_fast.rebuild")
 
@@ -109,7 +109,7 @@ def rebuild(
     recipe = read_recipe(path)
     destination = _destination(Path(path), output, overwrite=overwrite)
     options = BuildOptions(
-        Path(path) / _WEIGHTS,
+        Path(path) / WEIGHTS_FILE,
         destination,
         **recipe.options,
         samples=samples,
@@ -127,9 +127,9 @@ def rebuild(
     from agln_fast.builder.build import make_bundle
     from agln_fast.models.checkpoint import load_weights
 
-    network = load_weights(recipe.weights, str(Path(path) / _WEIGHTS))
+    network = load_weights(recipe.weights, str(Path(path) / WEIGHTS_FILE))
     if network.config != recipe.model:
-        raise BundleError(f"{path}: {_WEIGHTS} holds another network than the manifest says; {_FROM_CHECKPOINT}")
+        raise BundleError(f"{path}: {WEIGHTS_FILE} holds another network than the manifest says; {_FROM_CHECKPOINT}")
     return make_bundle(replace(options, checkpoint=network))
 
 
@@ -174,15 +174,17 @@ def _parts_of(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(folder: Path, values: dict[str, Any]) -> bytes:
-    weights = folder / _WEIGHTS
+    weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        raise BundleError(f"there is no {_WEIGHTS} to rebuild it from; copy the bundle again, or {_FROM_CHECKPOINT}")
-    expected = values["files"].get(_WEIGHTS)
+        raise BundleError(
+            f"there is no {WEIGHTS_FILE} to rebuild it from; copy the bundle again, or {_FROM_CHECKPOINT}"
+        )
+    expected = values["files"].get(WEIGHTS_FILE)
     if expected is None:
-        raise BundleError(f"manifest.json gives no hash for {_WEIGHTS}; {_FROM_CHECKPOINT}")
+        raise BundleError(f"manifest.json gives no hash for {WEIGHTS_FILE}; {_FROM_CHECKPOINT}")
     data = weights.read_bytes()
     if hashlib.sha256(data).hexdigest() != expected:
-        raise BundleError(f"{_WEIGHTS} was changed after the build; copy the bundle again, or {_FROM_CHECKPOINT}")
+        raise BundleError(f"{WEIGHTS_FILE} was changed after the build; copy the bundle again, or {_FROM_CHECKPOINT}")
     return data
 
 

@@ -20,6 +20,7 @@ from agln_fast.export.onnx import export_onnx
 from agln_fast.models.checkpoint import save_checkpoint
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.models.shipped import WEIGHTS_FILE
 from agln_fast.plan.cost import CostModel
 from agln_fast.plan.plan import Plan
 from agln_fast.precision import Precision
@@ -57,7 +58,7 @@ class Workshop:
 
     def weights(self) -> Path:
         """The reference's weights as safetensors."""
-        return self.file("weights.safetensors", "weights", lambda file: save_checkpoint(self.network, file))
+        return self.file(WEIGHTS_FILE, "weights", lambda file: save_checkpoint(self.network, file))
 
     def graph(self, kind: Precision, plan: Plan) -> Path:
         """The ONNX file of the network, rewritten as `plan` says, with weights of type `kind`."""

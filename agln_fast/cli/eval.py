@@ -171,7 +171,9 @@ def _check_source(path: Path, backend: str, precision: str | None, device: str |
 
 def _is_bundle(path: Path) -> bool:
     """Any folder but that of a training."""
-    return path.is_dir() and not (path / "config.yaml").exists()
+    from agln_fast.models.shipped import CONFIG_FILE
+
+    return path.is_dir() and not (path / CONFIG_FILE).exists()
 
 
 def _augmentation(scales: str | None, flip: bool, base_size: int | None) -> TestTimeAugmentation:

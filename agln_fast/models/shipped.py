@@ -7,7 +7,10 @@ from pathlib import Path
 
 from agln_fast.errors import CheckpointError, did_you_mean
 
-__all__ = ["find_checkpoint", "list_checkpoints"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "find_checkpoint", "list_checkpoints"]
+
+CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "weights.safetensors"
+"""What they are called in the folder of a training; weights also in a bundle."""
 
 _SHIPPED = Path(__file__).parents[1] / "checkpoints"
 
@@ -25,8 +28,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """
     found = Path(path)
     try:
-        if (found / "config.yaml").is_file() and (found / "weights.safetensors").is_file():
-            return found / "weights.safetensors"
+        if (found / CONFIG_FILE).is_file() and (found / WEIGHTS_FILE).is_file():
+            return found / WEIGHTS_FILE
         there = found.exists()
     except OSError as error:  # e.g. its folder must not be looked into
         raise CheckpointError(f"{path}: cannot be found ({error.strerror})") from None

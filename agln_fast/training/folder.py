@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from agln_fast.errors import ConfigError, MissingPackageError
-from agln_fast.models.shipped import find_checkpoint
+from agln_fast.models.shipped import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from agln_fast.training.config import TrainingConfig
 
 __all__ = ["CONFIG_FILE", "LOG_FILE", "STATE_FILE", "WEIGHTS_FILE", "check_start"]
 
-CONFIG_FILE, LOG_FILE, STATE_FILE, WEIGHTS_FILE = "config.yaml", "log.csv", "state.pt", "weights.safetensors"
+LOG_FILE, STATE_FILE = "log.csv", "state.pt"
 
 
 def check_start(config: TrainingConfig, folder: Path, *, resume: bool) -> None:
