@@ -66,7 +66,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.network} {self.size[0]}x{self.size[1]} batch {self.batch}"
+        return f"{self.network} {self.size[0]}x{self.size[1]} batch {self.batch}, {self.num_classes} classes"
 
     @property
     def trained(self) -> bool:

@@ -158,7 +158,7 @@ def test_what_cannot_run_is_left_out_and_the_others_go_on(fakes):
     assert [row.contestant for row in found.rows] == ["fine"]
     assert found.left_out == (
         "fine fp16: fine has no fp16: it runs in fp32, bf16",
-        "agln_nano 64x64 batch 1: broken fp32: cannot be opened",
+        "agln_nano 64x64 batch 1, 12 classes: broken fp32: cannot be opened",
     )
     with pytest.raises(BackendError, match=r"nothing could be measured: .*cannot be opened"):
         measure([CASE], [Entry("broken", "fp32")], TIMES_ALONE)
@@ -193,7 +193,7 @@ def test_a_whole_row(monkeypatch):
     entry = Entry("onnxruntime", "fp32", title="rung")
     case = replace(CASE, size=SCENE_SIZE)
     (row,) = measure([case], [entry], Options(threads=1, iters=3, frames=1), Show()).rows
-    assert shown == ["agln_nano 128x128 batch 1: rung fp32"]
+    assert shown == ["agln_nano 128x128 batch 1, 12 classes: rung fp32"]
     assert row.contestant == "rung"
     assert row.agreement >= 0.999
     assert row.miou == pytest.approx(100 * metrics.mean_iou, abs=0.01)
@@ -207,7 +207,7 @@ def test_a_whole_row(monkeypatch):
     "case", [replace(CASE, size=(64, 64)), replace(CASE, size=SCENE_SIZE, num_classes=5), replace(CASE, batch=2)]
 )
 def test_accuracy_is_of_a_trained_network_at_the_size_of_its_pictures(case, fakes):
-    fakes("fine", [0])
+    fakes("fine", [0.01])
     (row,) = measure([case], [Entry("fine", "fp32")], replace(TIMES_ALONE, accuracy=True)).rows
     assert row.miou is None
 

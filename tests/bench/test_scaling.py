@@ -40,7 +40,7 @@ def test_points_come_smallest_first_and_each_once(measured):
     points = [(case.size[0], case.batch) for case, _, _ in measured]
     assert points == [(64, 1), (64, 2), (128, 1), (64, 4)]
     assert len(found.rows) == 3
-    assert found.left_out == ("tensorrt fp32: no GPU", "fpn_nano 64x64 batch 4: no memory")
+    assert found.left_out == ("tensorrt fp32: no GPU", "fpn_nano 64x64 batch 4, 5 classes: no memory")
     assert all(not (options.frames or options.memory or options.accuracy) for _, _, options in measured)
     assert all(options.budget_s is None for _, _, options in measured)
 
