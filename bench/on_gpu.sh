@@ -73,7 +73,9 @@ for stage in "${stages[@]}"; do
             ;;
         models)
             rm -f "$out/models.json"
-            persistent "$python" -m agln_fast.cli bench --target cuda --full --save "$out/models.json" --resume || status=1
+            run=(agln_nano --size 64x64)
+            "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && run=(--target cuda --full)
+            persistent "$python" -m agln_fast.cli bench "${run[@]}" --save "$out/models.json" --resume || status=1
             ;;
     esac
 done
