@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from agln_fast import forking  # noqa: F401  # sees the forks from now on
+from agln_fast.errors import missing_half
 
 if TYPE_CHECKING:
     from agln_fast.builder.build import build
@@ -78,7 +79,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise missing_half(error) or error from None
 
 
 def __dir__() -> list[str]:

@@ -36,10 +36,13 @@ __all__ = [
     "VerificationError",
     "choose",
     "did_you_mean",
+    "missing_half",
     "printable",
 ]
 
 T = TypeVar("T")
+
+_OF_BUILDING = "torch", "triton", "onnx", "onnx_ir", "onnxscript", "safetensors"
 
 
 class AglnError(Exception):
@@ -90,6 +93,12 @@ class MissingPackageError(BackendError):
         super().__init__(
             f'package "{package}" is not installed: pip install "agln-fast[{extra}]"{hint and f" ({hint})"}'
         )
+
+
+def missing_half(error: ModuleNotFoundError) -> MissingPackageError | None:
+    """What to raise where an import fails because agln-fast is installed without building; None for other imports."""
+    package = (error.name or "").partition(".")[0]
+    return MissingPackageError(package, "build") if package in _OF_BUILDING else None
 
 
 class BuildError(AglnError):

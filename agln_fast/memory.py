@@ -7,13 +7,13 @@ import json
 import os
 import platform
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from agln_fast import environment
 from agln_fast.errors import ConfigError
 from agln_fast.files import replacing
+from agln_fast.machine import installed, processor
 
 __all__ = ["place", "recall", "remember"]
 
@@ -22,10 +22,11 @@ _LARGEST = 2**20  # bytes: what is larger is none of ours
 
 def place(kind: str, facts: dict[str, Any], packages: tuple[str, ...]) -> Path:
     """The file for what depends on `facts`, on this machine's processor and on the versions of `packages`."""
+    here = processor()
     facts = {
         **facts,
-        "machine": [platform.machine(), _processor(), os.cpu_count()],
-        "versions": [_version(package) for package in packages],
+        "machine": [platform.machine(), here.name, sorted(here.flags), os.cpu_count()],
+        "versions": [installed(package) for package in packages],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return environment.cache_folder() / kind / f"{digest[:32]}.json"
@@ -47,19 +48,3 @@ def remember(file: Path, values: Any) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, ConfigError) as part:
             part.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _processor() -> list[str]:
-    """Its name and its instruction sets: virtual machines give many processors one name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return [platform.processor()]
-    return [next((line for line in lines if line.startswith(start)), "") for start in ("model name", "flags")]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

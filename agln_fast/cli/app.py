@@ -23,7 +23,7 @@ from agln_fast.cli.streams import open_streams
 from agln_fast.cli.train import train
 from agln_fast.cli.verify import verify
 from agln_fast.cli.visualize import visualize
-from agln_fast.errors import AglnError
+from agln_fast.errors import AglnError, missing_half
 
 __all__ = ["app", "main"]
 
@@ -84,14 +84,13 @@ def _run_verb() -> int:
         app(arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    except AglnError as error:
-        if debug:
-            raise
-        err.print(f"[bold red]error:[/] {shown(error)}", highlight=False)
-        return error.exit_code
     except Exception as error:
         if debug:
             raise
+        known = missing_half(error) if isinstance(error, ModuleNotFoundError) else error
+        if isinstance(known, AglnError):
+            err.print(f"[bold red]error:[/] {shown(known)}", highlight=False)
+            return known.exit_code
         what = shown(f"{type(error).__name__}: {error}")
         err.print(f"[bold red]unexpected error:[/] {what}; run again with --debug and report it", highlight=False)
         return 1

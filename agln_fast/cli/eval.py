@@ -130,7 +130,8 @@ def _open(
     """A bundle's engine, or the network of a checkpoint under windows of the size `window`."""
     from agln_fast.engines import REFERENCE
     from agln_fast.models.checkpoint import load_checkpoint
-    from agln_fast.runtime.segmenter import load, load_network
+    from agln_fast.runtime.networks import load_network
+    from agln_fast.runtime.segmenter import load
 
     if _is_bundle(path):
         return load(path, backend, precision=precision, device=device, threads=threads)

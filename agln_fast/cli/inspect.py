@@ -13,6 +13,7 @@ from rich.table import Table
 from agln_fast.cli.console import Json, out, print_json
 
 if TYPE_CHECKING:
+    from agln_fast.models.complexity import Complexity
     from agln_fast.models.config import ModelConfig
 
 __all__ = ["inspect"]
@@ -54,14 +55,20 @@ def inspect(
     else:
         config = preset(model, num_classes)
 
-    # From here on PyTorch is needed, which takes seconds to load.
-    from agln_fast.models.checkpoint import load_checkpoint
-    from agln_fast.models.complexity import complexity
+    if config is None:
+        from agln_fast.models.checkpoint import load_checkpoint  # PyTorch, which takes seconds to load
 
-    config = config or load_checkpoint(model).config
+        config = load_checkpoint(model).config
     contract = asked or IOContract(512, 512)
     height, width = contract.height, contract.width
-    rows = complexity(config, height, width)
+    rows: list[Complexity] = []
+    try:
+        from agln_fast.models.complexity import complexity
+
+        rows = complexity(config, height, width)
+    except ModuleNotFoundError:  # without PyTorch, nobody can count
+        if bundle is None:
+            raise
     if json:
         parts = [asdict(row) for row in rows]
         engines = None if bundle is None else bundle.manifest.to_dict()["engines"]
@@ -69,7 +76,16 @@ def inspect(
         return
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     out.print(f"{model}: {settings}", highlight=False, markup=False)
-    table = Table(title=f"one image of {height}x{width}")
+    if rows:
+        out.print(_costs(rows, f"one image of {height}x{width}"))
+    else:
+        out.print('its cost is counted by PyTorch: pip install "agln-fast[build]"', highlight=False, markup=False)
+    if bundle is not None:
+        print_engines(bundle)
+
+
+def _costs(rows: list[Complexity], title: str) -> Table:
+    table = Table(title=title)
     table.add_column("part")
     for column in ("parameters (M)", "convolutions (G multiply-adds)", "matrix products (G multiply-adds)"):
         table.add_column(column, justify="right")
@@ -78,6 +94,4 @@ def inspect(
             table.add_section()
         costs = (row.parameters / 1e6, row.convolution / 1e9, row.matmul / 1e9)
         table.add_row(row.part, *(f"{cost:.3f}" for cost in costs))
-    out.print(table)
-    if bundle is not None:
-        print_engines(bundle)
+    return table

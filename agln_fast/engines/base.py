@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from agln_fast.contract import IOContract
 from agln_fast.decode import decode, labels_dtype
 from agln_fast.engines.gate import Gate, keep_after_fork
 from agln_fast.errors import BundleError, MissingPackageError
+from agln_fast.machine import installed
 from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.precision import Precision
@@ -119,13 +119,8 @@ class EngineKind(ABC):
 
     def versions(self, precision: Precision) -> dict[str, str]:
         """Those of `packages` that are installed, with their versions."""
-        found = {}
-        for package in self.packages(precision):
-            try:
-                found[package] = version(package)
-            except PackageNotFoundError:
-                continue
-        return found
+        found = {package: installed(package) for package in self.packages(precision)}
+        return {package: number for package, number in found.items() if number is not None}
 
     def missing(self) -> str | None:
         """Why its package cannot be used and what to do about it, or None."""

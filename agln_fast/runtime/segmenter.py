@@ -1,4 +1,4 @@
-"""`load` a bundle, or `load_network` a checkpoint, and call it: preprocessing, one engine, postprocessing."""
+"""`load` a bundle and call it: preprocessing, one engine, postprocessing."""
 
 from __future__ import annotations
 
@@ -15,27 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from agln_fast.bundle import Bundle, open_bundle
-from agln_fast.contract import IOContract, Resize
-from agln_fast.data.classes import ClassSet, default_class_set
+from agln_fast.contract import IOContract
+from agln_fast.data.classes import ClassSet
 from agln_fast.decode import best_classes, decode
 from agln_fast.engines import (
     KINDS,
-    REFERENCE,
     Engine,
-    check_device,
-    check_network_precision,
-    check_threads,
     kind_of,
-    network_kinds,
     obstacle_to,
     open_engine,
 )
 from agln_fast.engines.gate import Gate
 from agln_fast.errors import BackendError, BundleChangedError, ConfigError
-from agln_fast.forking import use_threads
 from agln_fast.manifest import EngineRecord
-from agln_fast.models.checkpoint import load_checkpoint
-from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.precision import check_precision
 from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
@@ -44,7 +36,7 @@ from agln_fast.runtime.result import Labels, Result, Timing
 from agln_fast.runtime.scores import Scores, lead, resized, strips
 from agln_fast.runtime.sliding import slide
 
-__all__ = ["Segmenter", "load", "load_network", "runnable_engines"]
+__all__ = ["Segmenter", "load", "runnable_engines"]
 
 _ATTEMPTS = 50  # to load a bundle that is replaced in the midst of it
 
@@ -99,57 +91,6 @@ def _open(bundle: Bundle, backend: str, precision: str | None, device: str | Non
         except BackendError as error:
             reasons.append(str(error))
     raise BackendError(f"{bundle.path}: {'; '.join(reasons)}")
-
-
-def load_network(
-    network: SegmentationNetwork | str | os.PathLike[str],
-    *,
-    size: tuple[int, int] = (480, 480),
-    resize: Resize = "slide",
-    backend: str = REFERENCE,
-    precision: str = "fp32",
-    class_set: ClassSet | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    max_batch: int = 8,
-) -> Segmenter:
-    """Open a network for segmentation without a bundle, between the same steps before and after.
-
-    Args:
-        network: a checkpoint's path, or a network, which is used as it is, on `device` and in eval mode.
-        size: (height, width) of the network's input, pixels.
-        resize: how images get there; with "slide" the input is a window.
-        backend: "torch", the network as it is, in eager PyTorch; "fused", rewritten, and on CUDA with fused kernels.
-        precision: "fp32", "bf16" or "fp16"; with "torch" the latter two under `torch.autocast`.
-        class_set: what the labels mean; None to go by their number.
-        device: "cpu", "cuda", "cuda:1"; None for "cpu", or with "fused" for "cuda" where there is one.
-        threads: CPU threads; None for `AGLN_FAST_THREADS`, and without it PyTorch's own choice.
-        max_batch: the most windows, or images, that go through the network at once.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used.
-        BackendError: the device cannot be used.
-        ConfigError: an unknown backend or precision, an impossible size, or a class set of another number of classes.
-    """
-    kinds = network_kinds()
-    if backend not in kinds:
-        raise ConfigError(f"backend {backend!r}: a network in memory runs on {' or '.join(kinds)}")
-    checked = check_network_precision(precision)
-    threads = check_threads(threads)
-    check_device(device)
-    use_threads(threads)
-    contract = IOContract(*size, max_batch=max_batch, output="logits", resize=resize)
-    if not isinstance(network, SegmentationNetwork):
-        network = load_checkpoint(network)
-    num_classes = network.config.num_classes
-    class_set = default_class_set(num_classes) if class_set is None else class_set
-    if len(class_set.classes) != num_classes:
-        raise ConfigError(
-            f"class set {class_set.name!r} has {len(class_set.classes)} classes, the network {num_classes}: "
-            "give the one that it was trained on"
-        )
-    opened = kinds[backend].open_network(network, contract, precision=checked, device=device, threads=threads)
-    return Segmenter(EngineRecord(f"{backend}-{checked}", backend, checked, "", "cpu"), opened, contract, class_set)
 
 
 def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:

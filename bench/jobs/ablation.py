@@ -31,7 +31,7 @@ from agln_fast.files import replacing
 from agln_fast.machine import machine
 from agln_fast.models.complexity import complexity
 from agln_fast.models.config import preset
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.runtime.networks import load_network
 from agln_fast.training.config import TrainingConfig
 from agln_fast.training.trainer import train
 

@@ -25,7 +25,7 @@ from agln_fast.evaluation.evaluate import Evaluation, evaluate
 from agln_fast.figures.saving import save_figure
 from agln_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from agln_fast.models.complexity import complexity
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.runtime.networks import load_network
 from agln_fast.training.config import TrainingConfig
 from agln_fast.training.trainer import LogRow, TrainingRun, train
 

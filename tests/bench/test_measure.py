@@ -17,7 +17,7 @@ from agln_fast.data.scenes import SCENE_SIZE, Scenes
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.plan.plan import NO_PLAN, Plan
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.runtime.networks import load_network
 
 CASE = Case("agln_nano", (64, 64), 1, 12)
 TIMES_ALONE = Options(threads=1, warmup=0, frames=0, memory=False, accuracy=False)

@@ -22,7 +22,7 @@ from agln_fast.engines.openvino import OpenVino
 from agln_fast.errors import BackendError, BundleError, ConfigError
 from agln_fast.export.onnx import export_onnx
 from agln_fast.export.quantize import quantize_onnx
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.runtime.networks import load_network
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
 

@@ -24,7 +24,8 @@ from agln_fast.engines.torch_network import NetworkEngine, exact_float32
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.models.blocks import resize
 from agln_fast.plan.convolution import choose_convolutions
-from agln_fast.runtime.segmenter import load_network, runnable_engines
+from agln_fast.runtime.networks import load_network
+from agln_fast.runtime.segmenter import runnable_engines
 
 LABELS = IOContract(64, 96, max_batch=4)
 LOGITS = IOContract(64, 96, max_batch=4, output="logits")

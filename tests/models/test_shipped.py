@@ -14,7 +14,7 @@ from agln_fast.data.scenes import SCENE_SIZE, Scenes
 from agln_fast.evaluation.evaluate import Evaluation, evaluate
 from agln_fast.models.config import preset
 from agln_fast.models.shipped import find_checkpoint, list_checkpoints
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.runtime.networks import load_network
 
 NAMES = ("agln_lite_nano", "agln_nano", "fpn_nano")
 

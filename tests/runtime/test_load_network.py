@@ -10,7 +10,7 @@ import agln_fast
 from agln_fast.contract import IMAGENET_MEAN, IMAGENET_STD
 from agln_fast.data.classes import class_set
 from agln_fast.errors import CheckpointError, ConfigError
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.runtime.networks import load_network
 
 
 @pytest.fixture(scope="module")

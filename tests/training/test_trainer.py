@@ -23,7 +23,7 @@ from agln_fast.data.scenes import Scenes
 from agln_fast.errors import CheckpointError, ConfigError, DatasetError, TrainingError
 from agln_fast.evaluation.evaluate import evaluate
 from agln_fast.metrics import SegmentationMetrics
-from agln_fast.runtime.segmenter import load_network
+from agln_fast.runtime.networks import load_network
 from agln_fast.training import trainer
 from agln_fast.training.batches import Batches, Crops
 from agln_fast.training.config import TrainingConfig
