@@ -14,12 +14,7 @@ from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
 from agln_fast.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library, library_version, shared_logger
 
-__all__ = [
-    "TensorRT",
-    "TensorRTEngine",
-    "TensorRTRTX",
-    "TensorRTRTXEngine",
-]
+__all__ = ["TensorRT", "TensorRTEngine", "TensorRTRTX", "TensorRTRTXEngine"]
 
 _REBUILD = "build it again from the bundle's own weights with `agln-fast rebuild`"
 _TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
@@ -29,7 +24,7 @@ class TensorRT(EngineKind):
     """An engine runs with the very version of TensorRT and on the compute capability that it was built for."""
 
     name: ClassVar[Flavour] = "tensorrt"
-    precisions = ("fp32", "bf16", "fp16")
+    precisions = ("fp32", "fp16", "bf16")
     devices = ("cuda",)
     package = extra = target = "tensorrt"
     plans = "cost model"
