@@ -18,11 +18,11 @@ from rich.progress import Progress, TaskID
 
 from agln_fast import interruption
 from agln_fast.contract import Output
-from agln_fast.engines.tensorrt import compute_capability, shared_logger
-from agln_fast.engines.tensorrt_library import Flavour, check_rtx_capabilities, import_library
+from agln_fast.cuda import compute_capability
 from agln_fast.errors import BuildError, ConfigError, choose
 from agln_fast.files import replacing
 from agln_fast.precision import PRECISIONS, Precision
+from agln_fast.tensorrt_library import Flavour, check_rtx_capabilities, import_library, shared_logger
 
 __all__ = ["TensorRTBuild", "build_tensorrt_engine", "resolve_capabilities"]
 

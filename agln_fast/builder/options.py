@@ -25,12 +25,12 @@ from agln_fast.contract import (
 )
 from agln_fast.data.classes import ClassSet, class_set
 from agln_fast.engines import KINDS, EngineKind, check_threads, targets
-from agln_fast.engines.tensorrt_library import check_rtx_capabilities
 from agln_fast.errors import ConfigError, choose, printable
 from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import Plan, PlanChoice
 from agln_fast.precision import Precision, check_minimum, check_precision
 from agln_fast.runtime.images import list_images
+from agln_fast.tensorrt_library import check_rtx_capabilities
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -8,13 +8,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from agln_fast.contract import IOContract
-from agln_fast.engines.base import Engine
 from agln_fast.engines.torch import NetworkKind
 from agln_fast.precision import Precision
 
 if TYPE_CHECKING:
-    from agln_fast.models.networks import SegmentationNetwork
+    from agln_fast.engines.fused_network import FusedEngine
 
 __all__ = ["Fused", "gpu_obstacle"]
 
@@ -47,16 +45,7 @@ class Fused(NetworkKind):
     def _obstacle(self, precision: Precision, where: str) -> str | None:
         return super()._obstacle(precision, where) or (gpu_obstacle() if where == "cuda" else None)
 
-    def open_network(
-        self,
-        network: SegmentationNetwork,
-        contract: IOContract,
-        *,
-        precision: Precision = "fp32",
-        device: str | None = None,
-        threads: int | None = None,
-    ) -> Engine:
+    def _engine(self) -> type[FusedEngine]:
         from agln_fast.engines.fused_network import FusedEngine
 
-        device = device or self.default_device()
-        return FusedEngine(network, contract, precision=precision, device=device, threads=threads)
+        return FusedEngine

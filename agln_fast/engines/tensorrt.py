@@ -2,96 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any, ClassVar, cast
 
 from agln_fast.artefact import Artefact
+from agln_fast.cuda import compute_capability
 from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, check_ports
-from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library, library_version
 from agln_fast.errors import BackendError
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
+from agln_fast.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library, library_version, shared_logger
 
-__all__ = [
-    "TensorRT",
-    "TensorRTEngine",
-    "TensorRTRTX",
-    "TensorRTRTXEngine",
-    "compute_capability",
-    "shared_logger",
-]
+__all__ = ["TensorRT", "TensorRTEngine", "TensorRTRTX", "TensorRTRTXEngine"]
 
 _REBUILD = "build it again from the bundle's own weights with `agln-fast rebuild`"
 _TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
-
-
-def compute_capability(device: int | None = None) -> str | None:
-    """The compute capability of a CUDA device (None: the current one), e.g. "sm89"; None where there is no device."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
-
-
-def shared_logger(library: Any) -> Any:
-    """The `ILogger` for all uses of `library` in this process; it forwards to the Python logger "agln_fast.tensorrt".
-
-    It keeps the latest hundred messages in each of `errors` and `warnings`, until `clear()`; `last_error` is one line.
-    """
-    # While one of its objects lives, the library itself keeps to the first logger and ignores all others, so a logger
-    # for each build or engine would be silent, or be freed while it is still in use.
-    return _logger(library.ILogger)
-
-
-@cache
-def _logger(interface: Any) -> Any:
-    levels = {
-        interface.Severity.INTERNAL_ERROR: logging.ERROR,
-        interface.Severity.ERROR: logging.ERROR,
-        interface.Severity.WARNING: logging.WARNING,
-        interface.Severity.INFO: logging.INFO,
-        interface.Severity.VERBOSE: logging.DEBUG,
-    }
-    python_logger = logging.getLogger("agln_fast.tensorrt")
-    # Without any handler Python prints warnings to standard error; here they come back in results and errors.
-    python_logger.addHandler(logging.NullHandler())
-
-    class Logger(interface):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: deque[str] = deque(maxlen=100)
-            self.warnings: deque[str] = deque(maxlen=100)
-
-        def log(self, severity: Any, message: str) -> None:
-            level = levels[severity]
-            python_logger.log(level, "%s", message)
-            if level == logging.ERROR:
-                self.errors.append(message)
-            elif level == logging.WARNING:
-                self.warnings.append(message)
-
-        def clear(self) -> None:
-            self.errors.clear()
-            self.warnings.clear()
-
-        @property
-        def last_error(self) -> str:
-            return " ".join(self.errors[-1].split()) if self.errors else "the library gave no reason"
-
-    return Logger()
 
 
 class TensorRT(EngineKind):
     """An engine runs with the very version of TensorRT and on the compute capability that it was built for."""
 
     name: ClassVar[Flavour] = "tensorrt"
-    precisions = ("fp32", "bf16", "fp16")
+    precisions = ("fp32", "fp16", "bf16")
     devices = ("cuda",)
     package = extra = target = "tensorrt"
     plans = "cost model"

@@ -14,6 +14,7 @@ from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
 
 if TYPE_CHECKING:
+    from agln_fast.engines.torch_network import NetworkEngine
     from agln_fast.models.networks import SegmentationNetwork
 
 __all__ = ["NetworkKind", "Torch"]
@@ -22,7 +23,7 @@ __all__ = ["NetworkKind", "Torch"]
 class NetworkKind(EngineKind):
     """Runs a network by PyTorch: of an artefact's weights, or in memory."""
 
-    precisions = ("fp32", "bf16", "fp16")
+    precisions = ("fp32", "fp16", "bf16")
     devices = ("cpu", "cuda")
     package = "torch"
     extra = "build"
@@ -55,7 +56,6 @@ class NetworkKind(EngineKind):
             threads=threads,
         )
 
-    @abstractmethod
     def open_network(
         self,
         network: SegmentationNetwork,
@@ -66,6 +66,12 @@ class NetworkKind(EngineKind):
         threads: int | None = None,
     ) -> Engine:
         """As `open`, for a network in memory. It is used as it is, and may be moved to `device`."""
+        device = device or self.default_device()
+        return self._engine()(network, contract, precision=precision, device=device, threads=threads)
+
+    @abstractmethod
+    def _engine(self) -> type[NetworkEngine]:
+        """What runs it; this needs PyTorch."""
 
 
 class Torch(NetworkKind):
@@ -75,15 +81,7 @@ class Torch(NetworkKind):
     target = None
     settings = "eager, inference_mode"
 
-    def open_network(
-        self,
-        network: SegmentationNetwork,
-        contract: IOContract,
-        *,
-        precision: Precision = "fp32",
-        device: str | None = None,
-        threads: int | None = None,
-    ) -> Engine:
+    def _engine(self) -> type[NetworkEngine]:
         from agln_fast.engines.torch_network import NetworkEngine
 
-        return NetworkEngine(network, contract, precision=precision, device=device or "cpu", threads=threads)
+        return NetworkEngine

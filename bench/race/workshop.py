@@ -18,10 +18,10 @@ from agln_fast.artefact import Artefact
 from agln_fast.builder.tune import choose_plan
 from agln_fast.builder.workshop import Workshop
 from agln_fast.contract import IOContract
+from agln_fast.cuda import compute_capability
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.engines import EngineKind, open_engine
 from agln_fast.engines.base import Array
-from agln_fast.engines.tensorrt import compute_capability
 from agln_fast.engines.torch_network import dtype_of, exact_float32
 from agln_fast.errors import BackendError
 from agln_fast.models.checkpoint import load_checkpoint

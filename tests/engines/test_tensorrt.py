@@ -14,11 +14,12 @@ import torch
 
 from agln_fast.artefact import Artefact
 from agln_fast.contract import IOContract
+from agln_fast.cuda import compute_capability
 from agln_fast.engines import EngineKind, open_engine
-from agln_fast.engines.tensorrt import TensorRT, TensorRTRTX, TensorRTRTXEngine, compute_capability, shared_logger
-from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES, import_library, library_version
+from agln_fast.engines.tensorrt import TensorRT, TensorRTRTX, TensorRTRTXEngine
 from agln_fast.errors import BackendError, BundleError, MissingPackageError
 from agln_fast.models.config import ModelConfig
+from agln_fast.tensorrt_library import RTX_CAPABILITIES, import_library, library_version, shared_logger
 
 KINDS = pytest.mark.parametrize("kind", [TensorRT(), TensorRTRTX()], ids=lambda kind: kind.name)
 

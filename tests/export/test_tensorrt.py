@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from agln_fast.engines.tensorrt_library import RTX_CAPABILITIES
 from agln_fast.errors import BuildError, ConfigError, MissingPackageError
 from agln_fast.export.tensorrt import _check_plan, build_tensorrt_engine
+from agln_fast.tensorrt_library import RTX_CAPABILITIES
 
 needs_rtx = pytest.mark.tensorrt_rtx
 ONNX_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}

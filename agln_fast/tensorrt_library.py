@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections import deque
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
 from agln_fast.errors import BackendError, ConfigError, MissingPackageError, choose
 
-__all__ = ["RTX_CAPABILITIES", "Flavour", "check_rtx_capabilities", "import_library", "library_version"]
+__all__ = [
+    "RTX_CAPABILITIES",
+    "Flavour",
+    "check_rtx_capabilities",
+    "import_library",
+    "library_version",
+    "shared_logger",
+]
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -48,6 +58,54 @@ def library_version(flavour: Flavour) -> str | None:
         return str(import_library(flavour).__version__)
     except BackendError:
         return None
+
+
+def shared_logger(library: Any) -> Any:
+    """The `ILogger` for all uses of `library` in this process; it forwards to the Python logger "agln_fast.tensorrt".
+
+    It keeps the latest hundred messages in each of `errors` and `warnings`, until `clear()`; `last_error` is one line.
+    """
+    # While one of its objects lives, the library itself keeps to the first logger and ignores all others, so a logger
+    # for each build or engine would be silent, or be freed while it is still in use.
+    return _logger(library.ILogger)
+
+
+@cache
+def _logger(interface: Any) -> Any:
+    levels = {
+        interface.Severity.INTERNAL_ERROR: logging.ERROR,
+        interface.Severity.ERROR: logging.ERROR,
+        interface.Severity.WARNING: logging.WARNING,
+        interface.Severity.INFO: logging.INFO,
+        interface.Severity.VERBOSE: logging.DEBUG,
+    }
+    python_logger = logging.getLogger("agln_fast.tensorrt")
+    # Without any handler Python prints warnings to standard error; here they come back in results and errors.
+    python_logger.addHandler(logging.NullHandler())
+
+    class Logger(interface):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: deque[str] = deque(maxlen=100)
+            self.warnings: deque[str] = deque(maxlen=100)
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels[severity]
+            python_logger.log(level, "%s", message)
+            if level == logging.ERROR:
+                self.errors.append(message)
+            elif level == logging.WARNING:
+                self.warnings.append(message)
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.warnings.clear()
+
+        @property
+        def last_error(self) -> str:
+            return " ".join(self.errors[-1].split()) if self.errors else "the library gave no reason"
+
+    return Logger()
 
 
 def check_rtx_capabilities(asked: Sequence[str]) -> tuple[str, ...]:
