@@ -65,8 +65,8 @@ def test_a_cpu_build_has_three_verified_engines(bundle):
 @pytest.mark.parametrize(
     ("name", "precisions"),
     [
-        ("fpn_resnet18", ["fp32"]),
-        ("agln_resnet18", ["fp32", "fp16"]),
+        ("fpn_resnet18", ["fp32", "fp16"]),
+        ("agln_resnet18", ["fp16"]),
         ("agln_lite_resnet18", ["fp16"]),
         ("agln_release_resnet18", ["fp16"]),
     ],
