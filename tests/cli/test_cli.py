@@ -65,13 +65,23 @@ def test_version(cli):
 
 
 @pytest.mark.openvino
-def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint, tmp_path, monkeypatch):
+def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_network, tmp_path, monkeypatch):
     from agln_fast.engines.openvino import OpenVinoEngine
 
     real = OpenVinoEngine.run
     monkeypatch.setattr(OpenVinoEngine, "run", lambda self, image: (real(self, image) + 1) % 5)
     (tmp_path / "plan.json").write_text(FOLDED.to_json())
-    build = ("build", small_checkpoint, "--size", "64x64", "--precision", "fp32", "--plan", tmp_path / "plan.json")
+    agln_fast.save_checkpoint(small_network("fpn_resnet18"), tmp_path / "fpn.safetensors")
+    build = (
+        "build",
+        tmp_path / "fpn.safetensors",
+        "--size",
+        "64x64",
+        "--precision",
+        "fp32",
+        "--plan",
+        tmp_path / "plan.json",
+    )
     code, out, err = cli(*build, "-o", tmp_path / "x.agln")
     assert code == 8
     assert "onnxruntime-fp32" in out
@@ -81,7 +91,7 @@ def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint,
     assert "left out: openvino-fp32: agrees" in cli("inspect", tmp_path / "x.agln")[1]
     code, out, err = cli(*build, "-o", tmp_path / "y.agln", "--strict")
     assert (code, out) == (8, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "x.agln"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fpn.safetensors", "plan.json", "x.agln"]
 
 
 @pytest.mark.openvino
