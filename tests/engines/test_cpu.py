@@ -240,7 +240,7 @@ def test_other_backends_have_no_int8(name, bundle, small_network):
     with pytest.raises(BackendError, match=rf"{name}-int8 cannot run here: {name} has no int8"):
         open_engine(artefact)
     if name in network_kinds():
-        with pytest.raises(ConfigError, match="known: fp32, bf16, fp16; int8 needs a bundle, and OpenVINO"):
+        with pytest.raises(ConfigError, match="known: fp32, fp16, bf16; int8 needs a bundle, and OpenVINO"):
             load_network(small_network(), backend=name, precision="int8")
 
 
