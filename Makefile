@@ -36,8 +36,9 @@ demo: $(READY)
 checkpoints: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m agln_fast.bench.jobs.checkpoints $(RUNS)
 
+# A core for each process: PyTorch's threads of two would wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "$(TESTS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "$(TESTS)"
 
 # Types and layers are checked on a build tree, where the mapped folders lie inside the package.
 lint: $(READY)

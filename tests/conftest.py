@@ -45,8 +45,13 @@ _NEEDS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest itself deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, and say why."""
+    """Skip what this machine cannot run, and say why; float16 in the interpreter is slow, and bfloat16 is not."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("interpreter") and parameters.get("dtype") == torch.float16:
+            item.add_marker(pytest.mark.slow)
     for marker, (available, reason) in _NEEDS.items():
         if not available():
             for item in items:

@@ -17,7 +17,7 @@ from agln_fast.engines.openvino import OpenVino
 from agln_fast.engines.tensorrt import TensorRT, TensorRTRTX
 from agln_fast.engines.torch import NetworkKind, Torch
 from agln_fast.errors import BackendError, ConfigError, choose, did_you_mean
-from agln_fast.precision import Precision, check_precision
+from agln_fast.precision import PRECISIONS, Precision, check_precision
 
 __all__ = [
     "KINDS",
@@ -84,7 +84,7 @@ def check_network_precision(name: str) -> Precision:
         ConfigError: an unknown precision, or int8.
     """
     if name == "int8":
-        known = ", ".join(KINDS[REFERENCE].precisions)
+        known = ", ".join(kind for kind in PRECISIONS if kind in KINDS[REFERENCE].precisions)
         raise ConfigError(f"unknown precision 'int8'; known: {known}; int8 needs a bundle, and OpenVINO")
     return check_precision(name)
 

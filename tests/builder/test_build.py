@@ -65,8 +65,8 @@ def test_a_cpu_build_has_three_verified_engines(bundle):
 @pytest.mark.parametrize(
     ("name", "precisions"),
     [
-        ("fpn_resnet18", ["fp32"]),
-        ("agln_resnet18", ["fp32", "fp16"]),
+        ("fpn_resnet18", ["fp32", "fp16"]),
+        ("agln_resnet18", ["fp16"]),
         ("agln_lite_resnet18", ["fp16"]),
         ("agln_release_resnet18", ["fp16"]),
     ],
@@ -104,7 +104,9 @@ def test_tensorrt_rtx_with_a_batch_range_in_bf16(small_network, tmp_path):
 
 def test_half_precision_on_the_cpu_never_means_float32(small_network, tmp_path):
     """x86 CPUs have no fp16 convolution in ONNX Runtime: the engine is there, and said not to run here."""
-    built = agln_fast.build(small_network(), tmp_path / "half", size=(64, 64), precision="fp16", plan=FOLDED)
+    built = agln_fast.build(
+        small_network("fpn_resnet18"), tmp_path / "half", size=(64, 64), precision="fp16", plan=FOLDED
+    )
     engine = built.engine("onnxruntime-fp16")
     assert engine.file == "model.fp16.onnx"
     if platform.machine() in ("x86_64", "AMD64"):
@@ -115,7 +117,7 @@ def test_half_precision_on_the_cpu_never_means_float32(small_network, tmp_path):
 
 
 def test_a_network_in_memory_is_neither_changed_nor_trusted_to_be_fp32(small_network, tmp_path):
-    network = small_network().half().train()
+    network = small_network("fpn_resnet18").half().train()
     built = agln_fast.build(network, tmp_path / "x", size=(64, 64), precision="fp32", plan=FOLDED)
     assert network.training
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float16}
@@ -124,7 +126,7 @@ def test_a_network_in_memory_is_neither_changed_nor_trusted_to_be_fp32(small_net
 
 def test_logits_and_batches_are_verified_too(small_network, tmp_path):
     options = {"size": "64x64", "output": "logits", "batch": 3, "precision": "fp32", "plan": FOLDED}
-    built = agln_fast.build(small_network(), tmp_path / "x", **options)
+    built = agln_fast.build(small_network("fpn_resnet18"), tmp_path / "x", **options)
     check = built.engine("onnxruntime-fp32").verification
     assert check.images == 6  # four pictures, filled up to two batches of three
     assert 0 < check.max_logit_error < 1e-2
@@ -225,9 +227,9 @@ def swapped(monkeypatch):
 
 def test_engines_that_all_disagree_are_no_bundle(swapped, small_network, tmp_path):
     with pytest.raises(VerificationError, match=r"agrees with the fp32 reference on \d+\.\d+% .* below the minimum"):
-        agln_fast.build(small_network(), tmp_path / "x", **PLAIN)
+        agln_fast.build(small_network("fpn_resnet18"), tmp_path / "x", **PLAIN)
     assert not list(tmp_path.iterdir())
-    built = agln_fast.build(small_network(), tmp_path / "x", min_agreement=0.0, **PLAIN)
+    built = agln_fast.build(small_network("fpn_resnet18"), tmp_path / "x", min_agreement=0.0, **PLAIN)
     assert built.engine("onnxruntime-fp32").verification.agreement < 0.999
     assert not built.manifest.left_out
 
@@ -243,7 +245,7 @@ def one_disagrees(monkeypatch):
 
 @pytest.mark.openvino
 def test_one_engine_that_disagrees_is_left_out(one_disagrees, small_network, tmp_path):
-    network = small_network()
+    network = small_network("fpn_resnet18")
     built = agln_fast.build(network, tmp_path / "x", **PLAIN)
     assert [engine.name for engine in built.manifest.engines] == ["onnxruntime-fp32", "fused-fp32", "torch-fp32"]
     assert list(built.manifest.left_out) == ["openvino-fp32"]
@@ -257,7 +259,12 @@ def test_one_engine_that_disagrees_is_left_out(one_disagrees, small_network, tmp
 @pytest.mark.openvino
 def test_files_that_only_a_left_out_engine_has_are_not_delivered(one_disagrees, small_network, tmp_path):
     built = agln_fast.build(
-        small_network(), tmp_path / "x", size=(64, 64), precision=("fp32", "int8"), targets=("cpu",), plan=FOLDED
+        small_network("fpn_resnet18"),
+        tmp_path / "x",
+        size=(64, 64),
+        precision=("fp32", "int8"),
+        targets=("cpu",),
+        plan=FOLDED,
     )
     assert set(built.manifest.left_out) == {"openvino-fp32", "openvino-int8"}
     assert set(built.manifest.files) == {"model.onnx", "weights.safetensors", "report.md"}
@@ -266,7 +273,9 @@ def test_files_that_only_a_left_out_engine_has_are_not_delivered(one_disagrees, 
 def test_each_step_is_announced_with_its_number_and_time(small_network, tmp_path, capsys):
     console = Console(file=io.StringIO(), width=200)
     with Progress(console=console, disable=True) as progress:
-        agln_fast.build(small_network(), tmp_path / "x", size=(64, 64), precision="fp32", progress=progress)
+        agln_fast.build(
+            small_network("fpn_resnet18"), tmp_path / "x", size=(64, 64), precision="fp32", progress=progress
+        )
     lines = console.file.getvalue().splitlines()
     numbers = [re.match(r"\[(\d+)/(\d+)\] ", line).groups() for line in lines]
     assert [int(number) for number, _ in numbers] == list(range(1, len(lines) + 1))

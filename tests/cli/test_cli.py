@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from synthetic_rows import row as suite_row
 
+import agln_fast
 from agln_fast.bench.race import run
 from agln_fast.bench.race.arguments import BUDGET_S
 from agln_fast.bench.race.cases import choose_entries
@@ -20,6 +21,8 @@ from agln_fast.bench.race.measure import Measured
 from agln_fast.cli import main
 from agln_fast.cli.app import app
 from agln_fast.plan.plan import Plan
+
+FOLDED = Plan(fold_batchnorm=True)  # takes no time to choose
 
 
 @pytest.fixture
@@ -62,13 +65,23 @@ def test_version(cli):
 
 
 @pytest.mark.openvino
-def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint, tmp_path, monkeypatch):
+def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_network, tmp_path, monkeypatch):
     from agln_fast.engines.openvino import OpenVinoEngine
 
     real = OpenVinoEngine.run
     monkeypatch.setattr(OpenVinoEngine, "run", lambda self, image: (real(self, image) + 1) % 5)
-    (tmp_path / "plan.json").write_text(Plan(fold_batchnorm=True).to_json())
-    build = ("build", small_checkpoint, "--size", "64x64", "--precision", "fp32", "--plan", tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text(FOLDED.to_json())
+    agln_fast.save_checkpoint(small_network("fpn_resnet18"), tmp_path / "fpn.safetensors")
+    build = (
+        "build",
+        tmp_path / "fpn.safetensors",
+        "--size",
+        "64x64",
+        "--precision",
+        "fp32",
+        "--plan",
+        tmp_path / "plan.json",
+    )
     code, out, err = cli(*build, "-o", tmp_path / "x.agln")
     assert code == 8
     assert "onnxruntime-fp32" in out
@@ -78,11 +91,13 @@ def test_a_build_without_an_engine_that_disagrees_says_so(cli, small_checkpoint,
     assert "left out: openvino-fp32: agrees" in cli("inspect", tmp_path / "x.agln")[1]
     code, out, err = cli(*build, "-o", tmp_path / "y.agln", "--strict")
     assert (code, out) == (8, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "x.agln"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fpn.safetensors", "plan.json", "x.agln"]
 
 
 @pytest.mark.openvino
-def test_a_rebuild_that_loses_an_engine_says_so(cli, bundle, tmp_path, monkeypatch):
+def test_a_rebuild_that_loses_an_engine_says_so(cli, small_network, tmp_path, monkeypatch):
+    options = {"size": (64, 64), "precision": "fp32", "plan": FOLDED}
+    bundle = agln_fast.build(small_network("fpn_resnet18"), tmp_path / "small", **options)
     from agln_fast.engines.openvino import OpenVinoEngine
 
     real = OpenVinoEngine.run
@@ -98,9 +113,9 @@ def test_a_rebuild_that_loses_an_engine_says_so(cli, bundle, tmp_path, monkeypat
 
 def test_build_run_verify_inspect(cli, small_checkpoint, images, tmp_path):
     bundle = tmp_path / "x.agln"
-    code, out, _ = cli(
-        "build", small_checkpoint, "-o", bundle, "--size", "64x96", "--precision", "fp32", "--samples", images
-    )
+    (tmp_path / "plan.json").write_text(FOLDED.to_json())
+    quick = ("--precision", "fp32", "--plan", tmp_path / "plan.json")
+    code, out, _ = cli("build", small_checkpoint, "-o", bundle, "--size", "64x96", "--samples", images, *quick)
     assert code == 0
     assert "onnxruntime-fp32" in out
     assert str(bundle) in out.replace("\n", "")

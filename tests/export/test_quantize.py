@@ -187,6 +187,7 @@ def test_calibration_follows_the_contract(largest, tiny, tmp_path):
     assert 0.9 < (found == expected).mean() < 1
 
 
+@pytest.mark.slow
 def test_a_trained_network_keeps_its_accuracy(tmp_path):
     """Within half a point of mean IoU on 80 scenes that it was not calibrated on, 1.3 million pixels."""
     contract = IOContract(128, 128)

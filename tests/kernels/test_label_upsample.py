@@ -323,9 +323,9 @@ LOGITS = torch.zeros(1, 2, 3, 3)
         pytest.param(LOGITS[0], (4, 4), ValueError, r"logits: .*\(2, 3, 3\)", id="no-batch-dimension"),
         pytest.param(LOGITS[:, :0], (4, 4), ValueError, r"logits: .*\(1, 0, 3, 3\)", id="no-classes"),
         pytest.param(LOGITS, 4, TypeError, "size: .*got 4", id="size-of-one-number"),
-        pytest.param(LOGITS, (4, 4, 4), TypeError, r"size: .*\(4, 4, 4\)", id="size-of-three-numbers"),
+        pytest.param(LOGITS, (4, 4, 4), TypeError, r"size: .*\[4, 4, 4\]", id="size-of-three-numbers"),
         pytest.param(LOGITS, (4.0, 4), TypeError, r"size: .*4\.0", id="size-of-floats"),
-        pytest.param(LOGITS, (4, 0), ValueError, r"size: .*\(4, 0\)", id="empty-size"),
+        pytest.param(LOGITS, (4, 0), ValueError, r"size: .*\[4, 0\]", id="empty-size"),
     ],
 )
 def test_wrong_argument_is_named(logits: Tensor, size: tuple[int, int], error: type[Exception], message: str) -> None:

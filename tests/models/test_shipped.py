@@ -54,12 +54,14 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_checkpoint("fpn_nano").is_absolute()
 
 
+@pytest.mark.slow
 def test_attention_beats_the_baseline(evaluations: dict[str, Evaluation]) -> None:
     miou = {name: evaluation.metrics.mean_iou for name, evaluation in evaluations.items()}
     assert miou["agln_nano"] > miou["fpn_nano"]
     assert min(miou.values()) > 0.4  # twelve classes by chance: 0.04
 
 
+@pytest.mark.slow
 def test_the_model_card_is_true(evaluations: dict[str, Evaluation]) -> None:
     card = (find_checkpoint("agln_nano").parent / "README.md").read_text(encoding="utf-8")
     for name, evaluation in evaluations.items():
