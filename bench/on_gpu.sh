@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Test and measure on a machine with a GPU and without a network, beside the PyTorch that is there:
 #
-#     bash bench/on_gpu.sh [tests] [kernels] [models]        # default: all three
+#     bash bench/on_gpu.sh [tests] [kernels] [models] [-- ARGUMENTS]        # default: all three
+#
+# ARGUMENTS are those of `agln-fast bench`, in place of a full run of the large networks.
 #
 # OUT     folder for gpu-tests.xml, kernels.json and models.json, default bench/results/; JSON is written after each case
 # BUDGET  seconds for everything, default 500; the stages share them, and what finds no time is noted as left out
@@ -15,8 +17,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
 python=${PYTHON:-python3}
-stages=("$@")
-[ "$#" -gt 0 ] || stages=(tests kernels models)
+stages=()
+while [ "$#" -gt 0 ] && [ "$1" != -- ]; do
+    stages+=("$1")
+    shift
+done
+[ "$#" -eq 0 ] || shift
+arguments=("$@")
+[ "${#stages[@]}" -gt 0 ] || stages=(tests kernels models)
 for stage in "${stages[@]}"; do
     case $stage in
         tests | kernels | models) ;;
@@ -62,19 +70,25 @@ for stage in "${stages[@]}"; do
         tests)
             # Only files with such tests are collected: the others may need packages that are not there.
             mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests)
-            limited "$python" -m pytest -m gpu "${files[@]}" --continue-on-collection-errors --tb=short \
-                --junitxml "$out/gpu-tests.xml" || status=1
+            # Most of the time goes into compiling kernels, which is the CPU's work.
+            workers=()
+            "$python" -c "import xdist" 2>/dev/null && workers=(--numprocesses "$(($(nproc) < 12 ? $(nproc) : 12))")
+            limited "$python" -m pytest -m gpu "${files[@]}" "${workers[@]}" --continue-on-collection-errors --quiet \
+                --tb=short --durations=5 --junitxml "$out/gpu-tests.xml" || status=1
             ;;
         kernels)
             rm -f "$out/kernels.json"
             tables+=("$out/kernels.json")
-            persistent "$python" -m pytest bench/suite --benchmark-only --benchmark-quiet --quiet --tb=line \
+            persistent "$python" -m pytest bench/suite/bench_kernels.py --benchmark-only --benchmark-quiet --quiet --tb=line \
                 --continue-on-collection-errors --rows "$out/kernels.json" || status=1
             ;;
         models)
             rm -f "$out/models.json"
             run=(agln_nano --size 64x64)
-            "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && run=(--target cuda --full)
+            if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+                run=(--target cuda --full)
+                [ "${#arguments[@]}" -eq 0 ] || run=(--target cuda "${arguments[@]}")
+            fi
             persistent "$python" -m agln_fast.cli bench "${run[@]}" --save "$out/models.json" --resume || status=1
             ;;
     esac
