@@ -51,6 +51,7 @@ def fuse(model: SegmentationNetwork) -> InferenceNetwork:
     network = rewrite(model, replace(FUSED, mix_before_upsample=NOT_MIXED) if narrow else FUSED)
     network.attend("kernels")
     network.set_submodule("encoder", Encoder(network.encoder))
+    network.set_submodule("classifier", Classifier(network.classifier))
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Sequential) and not name.startswith("encoder"):
             network.set_submodule(name, _fused(*(layer for layer in module if not isinstance(layer, nn.Identity))))
@@ -72,6 +73,26 @@ def _fused(*layers: nn.Module) -> nn.Module:
         case (Concatenation() as concatenation, *rest):
             return nn.Sequential(concatenation, _fused(*rest))
     raise AssertionError(layers)
+
+
+class Classifier(nn.Module):
+    """The 1x1 convolution to the classes, (B, C, h, w) -> (B, K, h, w), a view of a map of more channels.
+
+    Filters of zeros make their number a multiple of 8: rows of half precision then begin at multiples of 16 bytes, as
+    the tensor cores' convolutions and `label_upsample` need them.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.classes = convolution.out_channels
+        more = -self.classes % 8
+        weight = F.pad(convolution.weight.detach(), (0, 0, 0, 0, 0, 0, 0, more))
+        bias = None if convolution.bias is None else F.pad(convolution.bias.detach(), (0, more))
+        self.convolution = convolution_from(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.convolution(x)
+        return y[:, : self.classes]
 
 
 class SeparableConv(nn.Module):
@@ -141,7 +162,15 @@ class ResidualBlock(nn.Module):
         *first, self.last = (FusedConv2d(layer, relu=True) for layer in convolutions)
         self.first = nn.Sequential(*first)
         shortcut = cast(nn.Sequential | None, block.downsample)
-        self.shortcut = None if shortcut is None else FusedConv2d(cast(nn.Conv2d, shortcut[0]), relu=False)
+        self.shortcut: FusedConv2d | None = None
+        if shortcut is not None:
+            # Its bias is added along with the last convolution's, in a launch that is there anyhow.
+            convolution = cast(nn.Conv2d, shortcut[0])
+            assert self.last.bias is not None
+            assert convolution.bias is not None
+            self.last.bias += convolution.bias
+            convolution.bias = None
+            self.shortcut = FusedConv2d(convolution, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.last(self.first(x), x if self.shortcut is None else self.shortcut(x))

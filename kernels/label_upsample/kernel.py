@@ -1,13 +1,14 @@
 """label_upsample on CUDA: labels = argmax over classes of the bilinearly resized logits; (K, h, w) -> (H, W).
 
-A first kernel takes the argmax of every source pixel. A second one takes tiles of target pixels. Where the four source
-pixels around a target pixel have the same label L, that is the answer, and no logits are read: the resize is a convex
-combination, so a class that is at most L at four corners is at most L between them, and a class below L, which lost no
-tie at any corner, is less than L at all four and therefore less between them. (In float32 such a class may round to a
-tie; this kernel then gives the exact answer.) For the other pixels it interpolates the four vectors of logits, tile by
-tile of classes, and keeps a running best, so that the resized logits never exist.
+Each program takes a tile of target pixels. If all source pixels around it have the same best class L, that is the
+answer: the resize is a convex combination, so a class that is at most L at four corners is at most L between them, and
+a class below L, which lost no tie at any corner, is less than L at all four and therefore less between them. (In
+float32 such a class may round to a tie; this kernel then gives the exact answer.) Otherwise it interpolates, a few
+classes at a time, as many as a load of 16 bytes holds: a thread has them all, of its pixel, and keeps the best of each
+lane; lanes are compared once, at the end. The resized logits never exist.
 
-Coordinates and interpolation are float32, in the reference's order. Prefixes: i_ index, o_ offsets, m_ mask,
+That takes logits whose classes are next to each other, in rows that begin at multiples of 16 bytes and may be read up
+to such a multiple; of others a copy is made. Coordinates and sums are float32. Prefixes: i_ index, o_ offsets, m_ mask,
 p_ pointer, b_ loaded block.
 """
 
@@ -21,33 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from agln_fast.kernels.label_upsample.reference import empty_labels
-from agln_fast.kernels.launch import LaunchConfig, block
+from agln_fast.kernels.launch import LaunchConfig
 
 __all__ = ["label_upsample"]
 
-
-@triton.jit
-def _better(b_v, b_best, b_label, k):
-    """Running argmax: values [BP, BK] of the classes from k on against the best so far; ties keep the lowest class."""
-    b_top, i_top = tl.max(b_v, 1, return_indices=True)
-    return tl.maximum(b_best, b_top), tl.where(b_top > b_best, k + i_top, b_label)
-
-
-@triton.jit
-def _coarse_kernel(logits, coarse, K, P, stride_b, stride_k, stride_p, BP: tl.constexpr, BK: tl.constexpr):
-    i_p, i_b = tl.program_id(0), tl.program_id(1)
-    first = i_p * BP
-    o_p, o_k = tl.arange(0, BP), tl.arange(0, BK)
-    m_p = first + o_p < P
-    p_v = logits + i_b.to(tl.int64) * stride_b + first.to(tl.int64) * stride_p
-    p_v += o_p[:, None] * stride_p + o_k[None, :] * stride_k
-    b_best, b_label = tl.full([BP], float("-inf"), tl.float32), tl.zeros([BP], tl.int32)
-    for k in range(0, K, BK):
-        m_k = k + o_k < K
-        b_v = tl.load(p_v, mask=m_p[:, None] & m_k[None, :], other=float("-inf")).to(tl.float32)  # [BP, BK]
-        b_best, b_label = _better(b_v, b_best, b_label, k)
-        p_v += BK * stride_k
-    tl.store(coarse + i_b.to(tl.int64) * P + first + o_p, b_label, mask=m_p)
+_LOAD_BYTES = 16
+_MOST_AROUND = 128  # source pixels that are looked at to save a tile; where there would be more, it is not tried
 
 
 @triton.jit
@@ -60,98 +40,175 @@ def _corners(o, source, scale):
 
 
 @triton.jit
-def _fine_kernel(
-    logits,
-    coarse,  # [B, h, w] int32
+def _better(b_v, o_k, b_top, b_class):
+    """The largest value of each lane so far, and its class: b_v [BP, lanes] are those of the classes o_k."""
+    better = b_v > b_top
+    return tl.where(better, b_v, b_top), tl.where(better, o_k[None, :], b_class)
+
+
+@triton.jit
+def _first(b_top, b_class):
+    """[BP, lanes] -> [BP]: the lowest class of those with the largest value."""
+    b_equal = b_top == tl.max(b_top, 1)[:, None]
+    return tl.min(tl.where(b_equal, b_class, 2147483647), 1)
+
+
+@triton.jit
+def _around(o, first, last, source, scale):
+    """Source rows (or columns): the o-th of those that hold all corners of the target rows from first to last."""
+    before, _, _ = _corners(first, source, scale)
+    _, after, _ = _corners(last, source, scale)
+    return tl.minimum(before + o, after)
+
+
+@triton.jit
+def _labels_around(
+    p_image, K, step, y, x, last_y, last_x, source_h, source_w, scale_y, scale_x, BK: tl.constexpr, AH: tl.constexpr, AW: tl.constexpr
+):
+    """The lowest and the highest label of the source pixels around the target pixels from (y, x) to (last_y, last_x)."""
+    o_s, o_k = tl.arange(0, AH * AW), tl.arange(0, BK)
+    row = _around(o_s // AW, y, last_y, source_h, scale_y)
+    column = _around(o_s % AW, x, last_x, source_w, scale_x)
+    p_v = p_image + (row.to(tl.int64) * source_w + column)[:, None] * step + o_k[None, :]
+    b_top = tl.full([AH * AW, BK], float("-inf"), tl.float32)
+    b_class = tl.zeros([AH * AW, BK], tl.int32)
+    for k in range(0, K, BK):
+        b_v = tl.load(p_v + k, mask=(k + o_k < step)[None, :], other=0.0).to(tl.float32)
+        b_v = tl.where((k + o_k < K)[None, :], b_v, float("-inf"))
+        b_top, b_class = _better(b_v, k + o_k, b_top, b_class)
+    b_label = _first(b_top, b_class)
+    return tl.min(b_label, 0), tl.max(b_label, 0)
+
+
+@triton.jit
+def _interpolated(p_ul, p_ur, p_ll, p_lr, w_ul, w_ur, w_ll, w_lr):
+    b_upper = tl.load(p_ul).to(tl.float32) * w_ul + tl.load(p_ur).to(tl.float32) * w_ur
+    return b_upper + (tl.load(p_ll).to(tl.float32) * w_ll + tl.load(p_lr).to(tl.float32) * w_lr)
+
+
+@triton.jit
+def _labels_between(p_image, K, step, o_y, o_x, source_h, source_w, scale_y, scale_x, LANES: tl.constexpr, REST: tl.constexpr):
+    """The best class of each target pixel (o_y, o_x) [BP], interpolated."""
+    upper, lower, weight_y = _corners(o_y, source_h, scale_y)
+    left, right, weight_x = _corners(o_x, source_w, scale_x)
+    w_ul, w_ur = ((1 - weight_y) * (1 - weight_x))[:, None], ((1 - weight_y) * weight_x)[:, None]
+    w_ll, w_lr = (weight_y * (1 - weight_x))[:, None], (weight_y * weight_x)[:, None]
+    o_upper, o_lower = upper.to(tl.int64) * source_w, lower.to(tl.int64) * source_w
+    o_k = tl.arange(0, LANES)
+    p_v = p_image + o_k[None, :]
+    p_ul, p_ur = p_v + (o_upper + left)[:, None] * step, p_v + (o_upper + right)[:, None] * step
+    p_ll, p_lr = p_v + (o_lower + left)[:, None] * step, p_v + (o_lower + right)[:, None] * step
+    b_top, b_class = tl.full([o_y.shape[0], LANES], float("-inf"), tl.float32), tl.zeros([o_y.shape[0], LANES], tl.int32)
+    whole = K // LANES * LANES
+    for k in range(0, whole, LANES):
+        b_v = _interpolated(p_ul + k, p_ur + k, p_ll + k, p_lr + k, w_ul, w_ur, w_ll, w_lr)
+        b_top, b_class = _better(b_v, k + o_k, b_top, b_class)
+    if REST:
+        b_v = _interpolated(p_ul + whole, p_ur + whole, p_ll + whole, p_lr + whole, w_ul, w_ur, w_ll, w_lr)
+        b_v = tl.where((whole + o_k < K)[None, :], b_v, float("-inf"))
+        b_top, b_class = _better(b_v, whole + o_k, b_top, b_class)
+    return _first(b_top, b_class)
+
+
+@triton.jit
+def _label_kernel(
+    logits,  # [B, h, w] rows of K
     labels,  # [B, H, W]
     K,
+    steps,  # from a row to the next, in LANES
+    stride_b,  # in LANES
     SOURCE_H,
     SOURCE_W,
     TARGET_H,
     TARGET_W,
     scale_y,
     scale_x,
-    stride_b,
-    stride_k,
-    stride_p,
     BH: tl.constexpr,
     BW: tl.constexpr,
     BK: tl.constexpr,
+    AROUND_H: tl.constexpr,  # source pixels around a tile, at most; 0 for too many
+    AROUND_W: tl.constexpr,
+    LANES: tl.constexpr,
+    REST: tl.constexpr,  # whether K is no multiple of LANES
 ):
     i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles_x = tl.cdiv(TARGET_W, BW)
-    o_p, o_k = tl.arange(0, BH * BW), tl.arange(0, BK)
-    o_y, o_x = i_tile // tiles_x * BH + o_p // BW, i_tile % tiles_x * BW + o_p % BW
-    m_p = (o_y < TARGET_H) & (o_x < TARGET_W)
-    upper, lower, weight_y = _corners(o_y, SOURCE_H, scale_y)
-    left, right, weight_x = _corners(o_x, SOURCE_W, scale_x)
-    o_ul, o_ur = upper * SOURCE_W + left, upper * SOURCE_W + right
-    o_ll, o_lr = lower * SOURCE_W + left, lower * SOURCE_W + right
-
-    p_coarse = coarse + i_b * SOURCE_H * SOURCE_W
-    b_label = tl.load(p_coarse + o_ul, mask=m_p, other=0)
-    mixed = b_label != tl.load(p_coarse + o_ur, mask=m_p, other=0)
-    mixed |= b_label != tl.load(p_coarse + o_ll, mask=m_p, other=0)
-    mixed |= b_label != tl.load(p_coarse + o_lr, mask=m_p, other=0)
-    if tl.max(mixed.to(tl.int32), 0) > 0:
-        p_v = logits + i_b * stride_b + o_k[None, :] * stride_k
-        p_ul, p_ur = p_v + o_ul.to(tl.int64)[:, None] * stride_p, p_v + o_ur.to(tl.int64)[:, None] * stride_p
-        p_ll, p_lr = p_v + o_ll.to(tl.int64)[:, None] * stride_p, p_v + o_lr.to(tl.int64)[:, None] * stride_p
-        b_best, b_mixed = tl.full([BH * BW], float("-inf"), tl.float32), tl.zeros([BH * BW], tl.int32)
-        b_wx, b_wy = weight_x[:, None], weight_y[:, None]
-        for k in range(0, K, BK):
-            m_k = k + o_k < K
-            m_v = mixed[:, None] & m_k[None, :]
-            b_ul = tl.load(p_ul, mask=m_v, other=0.0).to(tl.float32)  # [BH*BW, BK]
-            b_ur = tl.load(p_ur, mask=m_v, other=0.0).to(tl.float32)
-            b_ll = tl.load(p_ll, mask=m_v, other=0.0).to(tl.float32)
-            b_lr = tl.load(p_lr, mask=m_v, other=0.0).to(tl.float32)
-            b_u = b_ul * (1 - b_wx) + b_ur * b_wx
-            b_l = b_ll * (1 - b_wx) + b_lr * b_wx
-            b_v = tl.where(m_k[None, :], b_u * (1 - b_wy) + b_l * b_wy, float("-inf"))
-            b_best, b_mixed = _better(b_v, b_best, b_mixed, k)
-            step = BK * stride_k
-            p_ul, p_ur, p_ll, p_lr = p_ul + step, p_ur + step, p_ll + step, p_lr + step
-        b_label = tl.where(mixed, b_mixed, b_label)
+    y, x = i_tile // tiles_x * BH, i_tile % tiles_x * BW
+    last_y, last_x = tl.minimum(y + BH, TARGET_H) - 1, tl.minimum(x + BW, TARGET_W) - 1
+    o_p = tl.arange(0, BH * BW)
+    o_y, o_x = y + o_p // BW, x + o_p % BW
+    m_p = (o_y <= last_y) & (o_x <= last_x)
     p_labels = labels + i_b * TARGET_H * TARGET_W + o_y.to(tl.int64) * TARGET_W + o_x
-    tl.store(p_labels, b_label.to(labels.dtype.element_ty), mask=m_p)
+    p_image, step = logits + i_b * stride_b * LANES, steps * LANES
+
+    lowest, highest = 0, 1
+    if AROUND_H > 0:
+        lowest, highest = _labels_around(
+            p_image, K, step, y, x, last_y, last_x, SOURCE_H, SOURCE_W, scale_y, scale_x, BK, AROUND_H, AROUND_W
+        )
+    if lowest == highest:
+        tl.store(p_labels, tl.full([BH * BW], lowest, tl.int32).to(labels.dtype.element_ty), mask=m_p)
+    else:
+        b_label = _labels_between(
+            p_image, K, step, o_y, o_x, SOURCE_H, SOURCE_W, scale_y, scale_x, LANES, REST
+        )
+        tl.store(p_labels, b_label.to(labels.dtype.element_ty), mask=m_p)
 
 
 def label_upsample(logits: Tensor, size: Sequence[int], config: LaunchConfig) -> Tensor:
-    """As the reference; the arguments are checked. `config` sets tiles P and K, and H and W of the target."""
+    """As the reference; the arguments are checked. `config` sets tiles H and W of the target, and K."""
     (batch, classes, *source), (height, width) = logits.shape, size
     labels = empty_labels(logits, size)
-    logits = logits.flatten(2)
-    count = logits.shape[2]
-    coarse = torch.empty(batch, count, dtype=torch.int32, device=logits.device)
-    scales = ((before - 1) / max(1, after - 1) for before, after in zip(source, size, strict=True))
-    bp, bk = block(count, config.tile["P"]), block(classes, config.tile["K"])
+    lanes = _LOAD_BYTES // logits.element_size()
+    rows = _in_rows(logits, lanes)
+    scales = [(before - 1) / max(1, after - 1) for before, after in zip(source, size, strict=True)]
     bh, bw = config.tile["H"], config.tile["W"]
+    around = [_side(block, scale) for block, scale in zip((bh, bw), scales, strict=True)]
+    if around[0] * around[1] > _MOST_AROUND:
+        around = [0, 0]
     with torch.cuda.device_of(logits):
-        _coarse_kernel[(triton.cdiv(count, bp), batch)](
-            logits,
-            coarse,
-            classes,
-            count,
-            *logits.stride(),
-            BP=bp,
-            BK=bk,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        _fine_kernel[(triton.cdiv(height, bh) * triton.cdiv(width, bw), batch)](
-            logits,
-            coarse,
+        _label_kernel[(triton.cdiv(height, bh) * triton.cdiv(width, bw), batch)](
+            rows,
             labels,
             classes,
+            rows.stride(2) // lanes,
+            rows.stride(0) // lanes,
             *source,
             *size,
             *scales,
-            *logits.stride(),
             BH=bh,
             BW=bw,
-            BK=bk,
+            BK=config.tile["K"],
+            AROUND_H=around[0],
+            AROUND_W=around[1],
+            LANES=lanes,
+            REST=classes % lanes > 0,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     return labels
+
+
+def _in_rows(logits: Tensor, lanes: int) -> Tensor:
+    """(B, K, h, w) -> (B, h, w, K), each row of which may be read up to a multiple of `lanes`, and begins at one."""
+    rows = logits.permute(0, 2, 3, 1)
+    batch, height, width, classes = rows.shape
+    padded = -(-classes // lanes) * lanes
+    *apart, step, adjacent = rows.stride()
+    room = rows.untyped_storage().nbytes() // rows.element_size() - rows.storage_offset()
+    last = sum((size - 1) * stride for size, stride in zip(rows.shape[:3], rows.stride(), strict=False))
+    if (
+        adjacent == 1
+        and apart[1] == width * step
+        and step >= padded
+        and step % lanes == apart[0] % lanes == rows.data_ptr() % _LOAD_BYTES == 0
+        and last + padded <= room
+    ):
+        return rows
+    copy = rows.new_empty(batch, height, width, padded)[..., :classes]
+    return copy.copy_(rows)
+
+
+def _side(block: int, scale: float) -> int:
+    """Source rows around `block` target rows at most, rounded up to a power of two; one more for what is rounded."""
+    return 1 << (int((block - 1) * scale) + 2).bit_length()

@@ -31,9 +31,22 @@ def inputs(shape: tuple[int, ...], n: int, dtype: torch.dtype, scale: float = 1.
     return [x.to(dtype), w_theta.to(dtype)]
 
 
-def check(pooled: Tensor, x: Tensor, w_theta: Tensor) -> None:
+def check(pooled: Tensor, x: Tensor, w_theta: Tensor, allowance: float = 0.0) -> None:
     assert pooled.transpose(1, 2).is_contiguous()
-    assert_as_exact(pooled, plain(x.double(), w_theta.double()), plain(x, w_theta))
+    assert_as_exact(pooled, plain(x.double(), w_theta.double()), plain(x, w_theta), allowance)
+
+
+def exponentials(x: Tensor, w_theta: Tensor) -> float:
+    """What a GPU's exponential may change.
+
+    It is `ex2.approx` of e · log2(e), and both steps are rounded: a weight whose energy is e below the largest is off
+    by up to 2⁻²² (PTX ISA, ex2) and |e| · 2⁻²³ of itself, and a mean by that share of the mean of |x|.
+    """
+    x, w_theta = x.double(), w_theta.double()
+    energies = w_theta @ x.flatten(2)
+    spread = (energies.amax(-1) - energies.amin(-1)).max().item()
+    mean = (energies.softmax(-1) @ x.abs().flatten(2).transpose(1, 2)).max().item()
+    return (2**-22 + spread * 2**-23) * mean
 
 
 @pytest.mark.interpreter
@@ -128,7 +141,7 @@ def test_on_the_gpu(shape, n, memory_format, dtype):
     x, w_theta = (tensor.cuda() for tensor in inputs(shape, n, dtype))
     x = x.to(memory_format=memory_format)
     pooled = attention_pool(x, w_theta)
-    check(pooled, x, w_theta)
+    check(pooled, x, w_theta, exponentials(x, w_theta))
     assert torch.equal(pooled, attention_pool(x, w_theta))
 
 

@@ -289,16 +289,52 @@ def test_kernel_sees_that_one_corner_differs(corner):
 
 
 @pytest.mark.interpreter
-def test_kernel_needs_no_logits_where_the_corners_agree():
-    """Class 17 wins everywhere, and the label map of the source says so: logits of NaN behind it do not matter."""
-    logits = noise((1, 20, 4, 4))
-    logits[:, 17] += 10
-    agreed = torch.full((1, 4, 4), 17, dtype=torch.int32)
-    labels = torch.full((1, 7, 7), 255, dtype=torch.uint8)
-    arguments = (20, 4, 4, 7, 7, 0.5, 0.5, *logits.flatten(2).stride())
-    kernel._fine_kernel[(4, 1)](torch.full_like(logits, float("nan")), agreed, labels, *arguments, BH=4, BW=4, BK=16)
-    assert bool((labels == 17).all())
-    assert torch.equal(labels, kernel.label_upsample(logits, (7, 7), tiny(torch.float32)))
+@pytest.mark.parametrize("winner", [3, 17, 19], ids=["in-the-first-tile", "in-the-last-tile", "last-class"])
+def test_kernel_interpolates_nothing_where_the_corners_agree(winner, monkeypatch):
+    """A class wins in the left half of the source: only tiles that reach beyond it are interpolated."""
+    logits = noise((1, 20, 4, 8))
+    logits[:, winner, :, :5] += 10
+    expected = kernel.label_upsample(logits, (16, 32), tiny(torch.float32))
+    interpolated = kernel._labels_between
+    columns = []
+
+    def spy(image, classes, step, o_y, o_x, *rest):
+        columns.append(int(o_x.handle.data.min()))
+        return interpolated(image, classes, step, o_y, o_x, *rest)
+
+    monkeypatch.setattr(kernel, "_labels_between", spy)
+    assert torch.equal(kernel.label_upsample(logits, (16, 32), tiny(torch.float32)), expected)
+    check(logits, (16, 32), expected)
+    assert sorted(columns) == [x for x in (16, 20, 24, 28) for _ in range(4)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [8, 13, 16])
+def test_kernel_copies_only_what_it_cannot_read_as_it_is(classes, dtype):
+    """Classes in rows of 16 with NaN behind them, which may be read and must not win; those that are not aligned, or
+    not next to each other, are copied."""
+    lanes = 16 // dtype.itemsize
+    rows = torch.full((2, 6, 5, 16), torch.nan, dtype=dtype)
+    logits = rows[..., :classes].permute(0, 3, 1, 2).copy_(noise((2, classes, 6, 5)))
+    assert kernel._in_rows(logits, lanes).data_ptr() == logits.data_ptr()
+    labels = kernel.label_upsample(logits, (13, 11), tiny(dtype))
+    check(logits, (13, 11), labels)
+    unaligned = torch.full((1000,), torch.nan, dtype=dtype).as_strided(logits.shape, logits.stride(), 3).copy_(logits)
+    for layout in (logits.contiguous(), unaligned):
+        assert kernel._in_rows(layout, lanes).data_ptr() != layout.data_ptr()
+        assert torch.equal(kernel.label_upsample(layout, (13, 11), tiny(dtype)), labels)
+
+
+@pytest.mark.interpreter
+def test_kernel_reads_nothing_behind_the_last_row():
+    """Ten classes from the eighth on, of rows of 20: a load up to the twelfth class would end behind the memory."""
+    memory = torch.zeros(2 * 3 * 20)
+    logits = memory.as_strided((1, 10, 2, 3), (120, 1, 60, 20), 8).copy_(noise((1, 10, 2, 3)))
+    assert kernel._in_rows(logits, 4).stride(2) == 20
+    tight = memory[:118].clone().as_strided((1, 10, 2, 3), (120, 1, 60, 20), 8)
+    assert tight.untyped_storage().nbytes() == 4 * 118
+    assert kernel._in_rows(tight, 4).stride(2) == 12
 
 
 @pytest.mark.gpu
