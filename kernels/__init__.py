@@ -10,6 +10,7 @@ from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
 from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.kernels.semantic_distribution import semantic_distribution
 from agln_fast.kernels.separable_conv import separable_conv
+from agln_fast.kernels.upsample_bilinear import upsample_bilinear
 from agln_fast.kernels.upsample_taps import upsample_taps
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "label_upsample",
     "semantic_distribution",
     "separable_conv",
+    "upsample_bilinear",
     "upsample_taps",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
-__all__ = ["FLOATS", "check_number", "check_tensor"]
+__all__ = ["FLOATS", "check_number", "check_size", "check_tensor"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,3 +50,17 @@ def check_number(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: needs a number, got {type(value).__name__}")
+
+
+def check_size(size: Any) -> None:
+    """Check that `size` is two integers of at least 1, the sides (H, W) of a map.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: a side is below 1.
+    """
+    sides = isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int | SymInt) for side in size)
+    if not sides:
+        raise TypeError(f"size: needs two integers (H, W), got {size!r}")
+    if min(size) < 1:
+        raise ValueError(f"size: needs H and W of at least 1, got {size}")

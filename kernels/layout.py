@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,12 @@ def pixels(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def empty_maps(like: Tensor, channels: int | None = None) -> Tensor:
-    """Uninitialised (B, channels, H, W) of `like`'s dtype and device; channels_last where its channels are adjacent."""
+def empty_maps(like: Tensor, channels: int | None = None, size: Sequence[int] | None = None) -> Tensor:
+    """Uninitialised (B, channels, H, W) of `like`'s dtype and device, and but for what is given of its shape;
+    channels_last where its channels are adjacent."""
     memory_format = torch.channels_last if like.stride(1) == 1 else torch.contiguous_format
-    size = (like.shape[0], like.shape[1] if channels is None else channels, *like.shape[2:])
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    shape = like.shape[0], like.shape[1] if channels is None else channels, *(like.shape[2:] if size is None else size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def maps(y: Tensor, like: Tensor) -> Tensor:

@@ -50,10 +50,12 @@ class FusedDeployment(DeployedNetwork):
         return label_upsample(logits, (self.contract.height, self.contract.width)).to(self.labels_dtype)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """As in `DeployedNetwork`, with one multiplication and one addition."""
+        """As in `DeployedNetwork`, in one pass, with one multiplication and one addition."""
+        dtype = next(self.network.parameters()).dtype
         if self.contract.layout == "uint8_nhwc":
-            image = torch.addcmul(self.shift, image.permute(0, 3, 1, 2).float(), self.scale)
-        return image.to(next(self.network.parameters()).dtype)
+            normalised = torch.empty(image.shape, dtype=dtype, device=image.device).permute(0, 3, 1, 2)
+            return torch.addcmul(self.shift, image.permute(0, 3, 1, 2), self.scale, out=normalised)
+        return image.to(dtype)
 
 
 class _Graph:

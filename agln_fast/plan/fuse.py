@@ -92,7 +92,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.convolution(x)
-        return y[:, : self.classes]
+        return y.narrow(1, 0, self.classes)
 
 
 class SeparableConv(nn.Module):
@@ -132,17 +132,24 @@ class UpsampledTaps(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) -> the four stages c1..c4, in channels_last."""
+    """Image (B, 3, H, W) -> the four stages c1..c4, in channels_last.
+
+    The first convolution takes the colours more than once, to make rows of eight channels, which those of the tensor
+    cores need; its filters for the copies are zero.
+    """
 
     def __init__(self, encoder: ResNet) -> None:
         super().__init__()
         stem = [layer for layer in encoder.conv1.modules() if isinstance(layer, nn.Conv2d)]
+        stem[0].weight = nn.Parameter(F.pad(stem[0].weight.detach(), (0, 0, 0, 0, 0, 5)), requires_grad=False)
         self.stem = nn.Sequential(*(FusedConv2d(layer, relu=True) for layer in stem))
         stages = encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4
         self.stages = nn.ModuleList(nn.Sequential(*map(ResidualBlock, stage)) for stage in stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.max_pool2d(self.stem(x.to(memory_format=torch.channels_last)), 3, 2, 1)
+        x = x.to(memory_format=torch.channels_last)
+        x = torch.cat([x, x, x.narrow(1, 0, 2)], 1)
+        x = F.max_pool2d(self.stem(x), 3, 2, 1)
         outputs: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)

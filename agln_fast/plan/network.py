@@ -22,6 +22,7 @@ from agln_fast.kernels.attention_pool import attention_pool
 from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
 from agln_fast.kernels.layout import wide
 from agln_fast.kernels.semantic_distribution import semantic_distribution
+from agln_fast.kernels.upsample_bilinear import upsample_bilinear
 from agln_fast.models.blocks import AveragePoolingBlock, ContextFusionBlock, SemanticAggregationBlock, resize
 from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork, check_image
 
@@ -256,11 +257,12 @@ class Level(nn.Module):
         super().__init__()
         self.aggregation = aggregation
         self.fusions = nn.ModuleList(fusions)
+        self.attention: Attention = "channels"
 
     def forward(self, d: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]]) -> Tensor:
         """d (B, C, h, w) of the level before, b (B, C, H, W) -> d of this level; `descriptors` grows in place."""
         descriptors.append(() if self.aggregation is None else self.aggregation(d))
-        a = resize(d, b.shape)
+        a = upsample_bilinear(d, b.shape[2:]) if self.attention == "kernels" else resize(d, b.shape)
         if not self.fusions:
             return a.add_(b)
         coarse: Tensor | None = d
@@ -381,5 +383,5 @@ class InferenceNetwork(nn.Module):
     def attend(self, attention: Attention) -> None:
         """Compute every step of the attention so."""
         for module in self.modules():
-            if isinstance(module, Aggregation | Distribution | Fusion):
+            if isinstance(module, Aggregation | Distribution | Fusion | Level):
                 module.attention = attention

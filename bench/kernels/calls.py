@@ -193,6 +193,7 @@ CALLS = {
         _depthwise_first,
         multiply_adds=lambda x, depthwise, pointwise, bias: (9 + len(pointwise)) * x.numel(),
     ),
+    "upsample_bilinear": Call(resize, lambda case: (case.map(side=-(-case.side // 2)), (case.side, case.side))),
     "upsample_taps": Call(_sum_of_taps, _taps),
 }
 """Each op of `agln_fast.kernels.registration.OPS`, by its name."""

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.label_upsample.reference import empty_labels
 from agln_fast.kernels.launch import LaunchConfig
 
@@ -28,15 +29,6 @@ __all__ = ["label_upsample"]
 
 _LOAD_BYTES = 16
 _MOST_AROUND = 128  # source pixels that are looked at to save a tile; where there would be more, it is not tried
-
-
-@triton.jit
-def _corners(o, source, scale):
-    """Source rows (or columns) before and after each target row (or column), and the weight of the latter."""
-    position = scale * o.to(tl.float32)
-    before = tl.minimum(position.to(tl.int32), source - 1)
-    after = tl.minimum(before + 1, source - 1)
-    return before, after, tl.minimum(tl.maximum(position - before.to(tl.float32), 0.0), 1.0)
 
 
 @triton.jit
@@ -56,8 +48,8 @@ def _first(b_top, b_class):
 @triton.jit
 def _around(o, first, last, source, scale):
     """Source rows (or columns): the o-th of those that hold all corners of the target rows from first to last."""
-    before, _, _ = _corners(first, source, scale)
-    _, after, _ = _corners(last, source, scale)
+    before, _, _ = corners(first, source, scale)
+    _, after, _ = corners(last, source, scale)
     return tl.minimum(before + o, after)
 
 
@@ -89,8 +81,8 @@ def _interpolated(p_ul, p_ur, p_ll, p_lr, w_ul, w_ur, w_ll, w_lr):
 @triton.jit
 def _labels_between(p_image, K, step, o_y, o_x, source_h, source_w, scale_y, scale_x, LANES: tl.constexpr, REST: tl.constexpr):
     """The best class of each target pixel (o_y, o_x) [BP], interpolated."""
-    upper, lower, weight_y = _corners(o_y, source_h, scale_y)
-    left, right, weight_x = _corners(o_x, source_w, scale_x)
+    upper, lower, weight_y = corners(o_y, source_h, scale_y)
+    left, right, weight_x = corners(o_x, source_w, scale_x)
     w_ul, w_ur = ((1 - weight_y) * (1 - weight_x))[:, None], ((1 - weight_y) * weight_x)[:, None]
     w_ll, w_lr = (weight_y * (1 - weight_x))[:, None], (weight_y * weight_x)[:, None]
     o_upper, o_lower = upper.to(tl.int64) * source_w, lower.to(tl.int64) * source_w

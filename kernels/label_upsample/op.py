@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import SymInt, Tensor
+from torch import Tensor
 
 from agln_fast.decode import upsample_labels
-from agln_fast.kernels.arguments import check_tensor
+from agln_fast.kernels.arguments import check_size, check_tensor
 from agln_fast.kernels.label_upsample import reference
 from agln_fast.kernels.registration import register
 
@@ -16,11 +16,7 @@ __all__ = ["label_upsample"]
 
 def _check(logits: Tensor, size: Sequence[int]) -> None:
     check_tensor("logits", logits, ("B", "K", "h", "w"))
-    sides = isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int | SymInt) for side in size)
-    if not sides:
-        raise TypeError(f"size: needs two integers (H, W), got {size!r}")
-    if min(size) < 1:
-        raise ValueError(f"size: needs H and W of at least 1, got {size}")
+    check_size(size)
 
 
 def _cpu(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -18,19 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.launch import LaunchConfig, block
 from agln_fast.kernels.layout import empty_maps
 
 __all__ = ["upsample_taps"]
-
-
-@triton.jit
-def _corners(o, source, scale):
-    """Source rows (or columns) before and after each target row (or column), and the weight of the latter."""
-    position = scale * o.to(tl.float32)
-    before = tl.minimum(position.to(tl.int32), source - 1)
-    after = tl.minimum(before + 1, source - 1)
-    return before, after, tl.minimum(tl.maximum(position - before.to(tl.float32), 0.0), 1.0)
 
 
 @triton.jit
@@ -41,7 +33,7 @@ def _sums(p_map, row, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p
     sums = b_sum, b_sum, b_sum
     for dx in range(3):
         column = o_x + (dx - 1)
-        left, right, weight = _corners(column, source_w, scale_x)
+        left, right, weight = corners(column, source_w, scale_x)
         m_tap = ((column >= 0) & (column < W))[:, None] & m_c[None, :]
         p_left, p_right = p_row + (left * stride_p)[:, None], p_row + (right * stride_p)[:, None]
         b_weight = weight[:, None]
@@ -88,7 +80,7 @@ def _upsample_kernel(
     walk = ()  # for each map: a source row, its sums, and those of the row after it
     for i in tl.static_range(len(maps)):
         taps, source_h, source_w, scale_y, scale_x, stride_b, stride_c, stride_p = maps[i]
-        upper, lower, _ = _corners(start, source_h, scale_y)
+        upper, lower, _ = corners(start, source_h, scale_y)
         p_map = taps + i_b * stride_b
         above = _sums(p_map, upper, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p)
         below = _sums(p_map, lower, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p)
@@ -103,7 +95,7 @@ def _upsample_kernel(
         for i in tl.static_range(len(maps)):
             taps, source_h, source_w, scale_y, scale_x, stride_b, stride_c, stride_p = maps[i]
             row, above, below = walk[i]
-            upper, lower, weight = _corners(t, source_h, scale_y)
+            upper, lower, weight = corners(t, source_h, scale_y)
             while row < upper:
                 row += 1
                 above = below

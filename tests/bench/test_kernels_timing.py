@@ -181,6 +181,6 @@ def test_suite_measures_every_contestant(measured, capsys):
 
 def test_every_op_has_its_test():
     folders = {Path(*op.package.split(".")).name for op in OPS.values()}
-    assert len(folders) == 6
+    assert folders == {path.parent.name for path in (ROOT / "kernels").glob("*/op.py")}
     for name in folders:
         assert (ROOT / "tests" / "kernels" / f"test_{name}.py").exists(), name

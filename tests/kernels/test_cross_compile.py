@@ -15,7 +15,9 @@ from agln_fast.errors import ConfigError
 from agln_fast.kernels.registration import OPS
 
 # Kernels without a matrix product: they merge, sum, look up, or interpolate.
-NO_PRODUCT = {"_merge_kernel", "_softmax_kernel", "_coarse_kernel", "_fine_kernel", "_upsample_kernel"}
+NO_PRODUCT = {"_merge_kernel", "_softmax_kernel", "_label_kernel", "_resize_kernel", "_upsample_kernel"}
+# Bytes of a thread: measured on an H100, these tiles are a fifth to a quarter faster than the best without spills.
+SPILLS = {("semantic_distribution", "sm90"): 128}
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 
@@ -27,7 +29,7 @@ def compiled(*arguments):
     assert answer.returncode == 0, answer.stderr[-2000:]
     rows = [Compiled(**row) for row in json.loads(answer.stdout)]
     for row in rows:
-        assert row.spill_bytes == 0, row
+        assert row.spill_bytes <= SPILLS.get((row.op, row.capability), 0), row
         assert row.shared_bytes <= 1024 * CAPABILITIES[row.capability][1], row
         half_product = row.kernel not in NO_PRODUCT and "HAS_R=0" not in row.tile and row.dtype != "float32"
         assert bool(row.tensor_cores) == half_product, row
@@ -64,17 +66,17 @@ def test_sizes_that_suit_no_tile():
 
 
 def test_spills_are_seen():
-    """A tile of twice as many pixels as the shipped one, on half as many warps."""
+    """A tile of four times as many channels as the shipped one, on as many warps."""
     program = (
         "import torch\n"
         "from dataclasses import replace\n"
         "from agln_fast.bench.kernels.cross_compile import compile_op\n"
         "from agln_fast.kernels.launch import LaunchConfig\n"
         "from agln_fast.kernels.registration import OPS\n"
-        "tile = {'P': 32, 'K': 64, 'H': 8, 'W': 8}\n"
+        "tile = {'H': 16, 'W': 8, 'C': 256}\n"
         "config = LaunchConfig(('float16',), tile, num_warps=4, num_stages=1)\n"
-        "OPS['label_upsample'] = replace(OPS['label_upsample'], configs=(config,))\n"
-        "print(max(row.spill_bytes for row in compile_op('label_upsample', torch.float16, 'sm90')))"
+        "OPS['upsample_taps'] = replace(OPS['upsample_taps'], configs=(config,))\n"
+        "print(max(row.spill_bytes for row in compile_op('upsample_taps', torch.float16, 'sm90')))"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     answer = subprocess.run(

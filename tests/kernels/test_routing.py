@@ -25,6 +25,7 @@ ALL = {
     "channel_affinity": 6,
     "channel_apply": 6,
     "separable_conv": 12,
+    "upsample_bilinear": 3,
     "upsample_taps": 1,
     "label_upsample": 1,
 }
