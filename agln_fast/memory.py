@@ -15,9 +15,10 @@ from agln_fast.errors import ConfigError
 from agln_fast.files import replacing
 from agln_fast.machine import installed, processor
 
-__all__ = ["place", "recall", "remember"]
+__all__ = ["place", "recall", "recall_bytes", "remember", "remember_bytes"]
 
-_LARGEST = 2**20  # bytes: what is larger is none of ours
+_LARGEST = 2**20  # bytes of JSON: what is larger is none of ours
+_LARGEST_BYTES = 2**30
 
 
 def place(kind: str, facts: dict[str, Any], packages: tuple[str, ...]) -> Path:
@@ -35,16 +36,29 @@ def place(kind: str, facts: dict[str, Any], packages: tuple[str, ...]) -> Path:
 def recall(file: Path) -> Any:
     """What `remember` wrote, or None: a file that cannot be used is as good as none. The caller checks the values."""
     try:
-        with file.open("rb") as stream:
-            text = stream.read(_LARGEST + 1)
-        return None if len(text) > _LARGEST else json.loads(text)
-    except (OSError, ValueError, RecursionError):
+        return json.loads(recall_bytes(file, _LARGEST))
+    except (ValueError, RecursionError):
         return None
+
+
+def recall_bytes(file: Path, largest: int = _LARGEST_BYTES) -> bytes:
+    """What `remember_bytes` wrote; nothing where there is no such file, or a larger one."""
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(largest + 1)
+    except OSError:
+        return b""
+    return data if len(data) <= largest else b""
 
 
 def remember(file: Path, values: Any) -> None:
     """Write plain JSON types, whole or not at all; where nothing can be written, nothing is remembered."""
+    remember_bytes(file, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def remember_bytes(file: Path, data: bytes) -> None:
+    """Write `data`, as `remember` does."""
     with suppress(OSError, ConfigError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, ConfigError) as part:
-            part.write_text(json.dumps(values, indent=1) + "\n")
+            part.write_bytes(data)

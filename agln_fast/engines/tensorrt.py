@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 from agln_fast.artefact import Artefact
-from agln_fast.cuda import compute_capability
+from agln_fast.cuda import Device, Graph, Stream, TwinBuffer, compute_capability, device_count, has_bindings
 from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, check_ports
-from agln_fast.errors import BackendError
+from agln_fast.errors import BackendError, MissingPackageError
+from agln_fast.memory import place, recall_bytes, remember_bytes
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
 from agln_fast.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library, library_version, shared_logger
@@ -17,6 +22,8 @@ from agln_fast.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library
 __all__ = ["TensorRT", "TensorRTEngine", "TensorRTRTX", "TensorRTRTXEngine"]
 
 _REBUILD = "build it again from the bundle's own weights with `agln-fast rebuild`"
+_PROGRAMS = 4  # batch sizes that are kept ready; each holds the memory of one run
+_logger = logging.getLogger("agln_fast.tensorrt")
 _TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
 
 
@@ -50,10 +57,14 @@ class TensorRT(EngineKind):
         return None
 
     def _obstacle(self, precision: Precision, where: str) -> str | None:
-        return "no CUDA device is present" if compute_capability() is None else None
+        return self._bindings() or ("no CUDA device is present" if device_count() == 0 else None)
+
+    def _bindings(self) -> str | None:
+        """What is missing to run on a GPU, where the library itself is there; to build, it is not needed."""
+        return None if has_bindings() else str(MissingPackageError("cuda.bindings", self.extra))
 
     def obstacle_to(self, artefact: Artefact, device: str | None = None) -> str | None:
-        if reason := self.missing():
+        if reason := self.missing() or self._bindings():
             return reason
         version, built_with = library_version(self.name), artefact.versions.get(self.name, "an unknown version")
         if version != built_with:
@@ -123,41 +134,53 @@ class TensorRTRTX(TensorRT):
 
 
 class TensorRTEngine(Engine):
-    """An opened engine; threads have no meaning on a GPU."""
+    """An opened engine; threads have no meaning on a GPU.
+
+    For each batch size there is an execution context, and a CUDA graph from the image in page-locked memory to the
+    result there: what was captured of a context does not survive its change of shape.
+    """
 
     name: ClassVar[Flavour] = "tensorrt"
 
     def __init__(self, artefact: Artefact, device: str | None) -> None:
-        import torch
-
-        index = _device_index(device)
         library = import_library(self.name)
         contract = artefact.contract
+        self._library = library
         self._log = shared_logger(library)
-        self._torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-        self.device = str(self._torch_device)
         self.precision = artefact.precision
-        self._output = contract.output
-        with torch.cuda.device(self._torch_device):
-            self._runtime = library.Runtime(self._log)
-            self._engine = self._deserialize(library, artefact, artefact.read(artefact.file))
-            modes = library.TensorIOMode
-            check_ports(artefact, self._ports(modes.INPUT), self._ports(modes.OUTPUT))
-            self._context = self._create_context(library)
-            if self._context is None:
-                raise BackendError(f"engine {artefact.name!r}: no execution context: {self._log.last_error}")
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._buffers: dict[str, tuple[Any, Any]] = {}
-            image_shape = (contract.max_batch, *contract.input_shape[1:])
-            self._allocate("image", image_shape)
-            self._context.set_input_shape("image", image_shape)
-            self._allocate(self._output, tuple(self._context.get_tensor_shape(self._output)))
+        self._contract = contract
+        self._programs: OrderedDict[int, _Program] = OrderedDict()
+        self._resources = ExitStack()
+        self._device = Device(_device_index(device))
+        self._resources.callback(self._device.close)
+        self.device = f"cuda:{self._device.index}"
+        try:
+            with self._device.current():
+                self._open(artefact)
+        except BaseException:
+            self._release()
+            raise
 
-    def _deserialize(self, library: Any, artefact: Artefact, data: bytes) -> Any:
+    def _open(self, artefact: Artefact) -> None:
+        """Everything but what depends on the batch size."""
+        contract, modes = self._contract, self._library.TensorIOMode
+        self._runtime = self._library.Runtime(self._log)
+        self._engine = self._deserialize(artefact, artefact.read(artefact.file))
+        inputs, outputs = self._ports(modes.INPUT), self._ports(modes.OUTPUT)
+        check_ports(artefact, inputs, outputs)
+        self._stream = Stream()
+        self._resources.callback(self._stream.close)
+        context = self._context(contract.max_batch)
+        self._image = TwinBuffer(tuple(context.get_tensor_shape("image")), inputs[0].dtype)
+        self._resources.callback(self._image.close)
+        self._result = TwinBuffer(tuple(context.get_tensor_shape(contract.output)), outputs[0].dtype)
+        self._resources.callback(self._result.close)
+
+    def _deserialize(self, artefact: Artefact, data: bytes) -> Any:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
-                f"engine {artefact.name!r}: {library.__name__} refuses {artefact.file}: {self._log.last_error}"
+                f"engine {artefact.name!r}: {self._library.__name__} refuses {artefact.file}: {self._log.last_error}"
             )
         return engine
 
@@ -170,54 +193,101 @@ class TensorRTEngine(Engine):
         shape = [None if side < 0 else int(side) for side in self._engine.get_tensor_shape(name)]
         return Port(name, _TYPES.get(kind, kind), shape)
 
-    def _create_context(self, library: Any) -> Any:
+    def _context(self, count: int) -> Any:
+        """An execution context for `count` images."""
+        context = self._create_context()
+        if context is None:
+            raise BackendError(f"{self.name}: create_execution_context failed: {self._log.last_error}")
+        if not context.set_input_shape("image", (count, *self._contract.input_shape[1:])):
+            raise BackendError(f"{self.name}: set_input_shape refused a batch of {count}: {self._log.last_error}")
+        return context
+
+    def _create_context(self) -> Any:
         return self._engine.create_execution_context()
 
-    def _allocate(self, name: str, shape: tuple[Any, ...]) -> None:
-        """Pinned host memory and device memory for the tensor `name` at its largest `shape`."""
-        import torch
-
-        dtype = getattr(torch, _TYPES[self._engine.get_tensor_dtype(name).name])
-        on_device = torch.empty(shape, dtype=dtype, device=self._torch_device)
-        self._context.set_tensor_address(name, on_device.data_ptr())
-        self._buffers[name] = torch.empty(shape, dtype=dtype, pin_memory=True), on_device
-
     def _run(self, image: Array) -> Array:
-        import torch
-
-        source = torch.from_numpy(image)
-        host_image, device_image = self._buffers["image"]
-        host_result, device_result = self._buffers[self._output]
-        count = len(source)
-        # Tensors are packed: a smaller batch fills the first rows of buffers that were made for the largest.
-        with torch.cuda.device(self._torch_device), torch.cuda.stream(self._stream):
-            if source.dtype != host_image.dtype or not self._context.set_input_shape("image", tuple(source.shape)):
-                raise BackendError(
-                    f"image of {source.dtype} {tuple(source.shape)}: the engine takes {host_image.dtype} "
-                    f"{tuple(host_image.shape)}, or a smaller batch where it was built for one"
-                )
-            host_image[:count].copy_(source)
-            device_image[:count].copy_(host_image[:count], non_blocking=True)
-            if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise BackendError(f"{self.name} did not run the engine: {self._log.last_error}")
-            host_result[:count].copy_(device_result[:count], non_blocking=True)
+        self._check(image)
+        count = len(image)
+        with self._device.current():
+            # Tensors are packed: a smaller batch fills the first rows of buffers that were made for the largest.
+            self._image.host[:count] = image
+            program = self._programs.pop(count, None) or self._prepare(count)
+            self._programs[count] = program
+            program.run()
             self._stream.synchronize()
-        return cast(Array, host_result[:count].numpy().copy())
+            return cast(Array, self._result.host[:count].copy())
+
+    def _check(self, image: Array) -> None:
+        contract = self._contract
+        _, *wanted = contract.input_shape
+        fits = image.ndim == 4 and contract.min_batch <= len(image) <= contract.max_batch
+        if image.dtype != self._image.host.dtype or not fits or list(image.shape[1:]) != wanted:
+            batch = f"{contract.min_batch} to {contract.max_batch}"
+            raise BackendError(
+                f"image of {image.dtype} {image.shape}: the engine takes {self._image.host.dtype} "
+                f"({batch if contract.min_batch < contract.max_batch else contract.max_batch}, "
+                f"{', '.join(map(str, wanted))})"
+            )
+
+    def _prepare(self, count: int) -> _Program:
+        """The program for `count` images, whose image is there; the one used least recently makes room."""
+        while len(self._programs) >= _PROGRAMS:
+            self._programs.popitem(last=False)[1].close()
+        context = self._context(count)
+        context.set_tensor_address("image", self._image.address)
+        context.set_tensor_address(self._contract.output, self._result.address)
+
+        def run() -> None:
+            self._image.upload(self._stream, count)
+            if not context.execute_async_v3(self._stream.address):
+                raise BackendError(f"{self.name}: execute_async_v3 failed: {self._log.last_error}")
+            self._result.download(self._stream, count)
+
+        run()  # what is compiled or allocated at the first run is no part of a graph
+        self._stream.synchronize()
+        self._after_first_run()
+        try:
+            graph = self._stream.capture(run)
+        except BackendError as error:
+            _logger.warning("batch of %d runs without a CUDA graph: %s", count, error)
+            return _Program(context, run)
+        return _Program(context, graph, graph)
+
+    def _after_first_run(self) -> None:
+        """What a batch size brought along may be kept now."""
 
     def _release(self) -> None:
         # A context must go before its engine, and an engine before its runtime.
-        self._context = None
-        self._engine = None
-        self._runtime = None
-        self._buffers.clear()
+        with suppress(BackendError):  # a device that is lost frees nothing, and has nothing more to free
+            with self._device.current():
+                while self._programs:
+                    self._programs.popitem()[1].close()
+                self._engine = None
+                self._runtime = None
+            self._resources.close()
+
+
+@dataclass
+class _Program:
+    """The engine for one batch size: `run` goes from host to host on the engine's stream."""
+
+    context: Any
+    run: Callable[[], None]
+    graph: Graph | None = None
+
+    def close(self) -> None:
+        if self.graph is not None:
+            self.graph.close()
+        self.context = self.run = self.graph = None  # type: ignore[assignment]
 
 
 class TensorRTRTXEngine(TensorRTEngine):
-    """An opened engine, whose kernels were compiled for this GPU on opening."""
+    """An opened engine, whose kernels are compiled for this GPU on opening, and remembered in the cache folder."""
 
     name: ClassVar[Flavour] = "tensorrt-rtx"
 
-    def _deserialize(self, library: Any, artefact: Artefact, data: bytes) -> Any:
+    def _deserialize(self, artefact: Artefact, data: bytes) -> Any:
+        library = self._library
         validity, diagnostics = self._runtime.get_engine_validity(data[: self._runtime.engine_header_size])
         if validity == library.EngineValidity.INVALID:
             known = library.EngineInvalidityDiagnostics.__members__.items()
@@ -226,34 +296,51 @@ class TensorRTRTXEngine(TensorRTEngine):
                 f"engine {artefact.name!r}: tensorrt_rtx refuses {artefact.file} "
                 f"({', '.join(reasons) or self._log.last_error}): {_REBUILD}"
             )
-        return super()._deserialize(library, artefact, data)
-
-    def _create_context(self, library: Any) -> Any:
-        config = self._engine.create_runtime_config()
+        engine = super()._deserialize(artefact, data)
+        self._config = engine.create_runtime_config()
         # By default a new batch size first runs on slower general kernels while its own are compiled in the
         # background, so that the same call takes different times.
         strategies = library.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return self._engine.create_execution_context(config)
+        self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self._config.cuda_graph_strategy = library.CudaGraphStrategy.DISABLED  # ours holds the copies, too
+        facts = {"engine": hashlib.sha256(data).hexdigest(), "gpu": compute_capability(self._device.index)}
+        self._file = place(self.name, facts, (self.name,)).with_suffix(".cache")
+        self._kernels = self._config.create_runtime_cache()
+        self._kept = recall_bytes(self._file)
+        if self._kept and not self._kernels.deserialize(self._kept):
+            _logger.warning("%s: compiled kernels of another machine or version, or damaged; made anew", self._file)
+            self._kept = b""
+        self._config.set_runtime_cache(self._kernels)
+        return engine
+
+    def _create_context(self) -> Any:
+        return self._engine.create_execution_context(self._config)
+
+    def _after_first_run(self) -> None:
+        kernels = bytes(self._kernels.serialize())
+        if kernels != self._kept:
+            remember_bytes(self._file, kernels)
+            self._kept = kernels
+
+    def _release(self) -> None:
+        self._config = self._kernels = None
+        super()._release()
 
 
 def _build_for(target: str) -> str:
     return f"build it again with `agln-fast build ... --target {target}`"
 
 
-def _device_index(device: str | None) -> int | None:
-    """The index in a device string such as "cuda:1"; None for the current device."""
-    if device is None:
-        return None
-    import torch
+def _device_index(device: str | None) -> int:
+    """The index in a device string such as "cuda:1"; 0, the first, for "cuda" and None.
 
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        parsed = None
-    if parsed is None or parsed.type != "cuda":
+    Raises:
+        BackendError: another kind of device, or one that is not there.
+    """
+    kind, _, index = (device or "cuda").partition(":")
+    if kind != "cuda":
         raise BackendError(f"device {device!r}: TensorRT engines run on CUDA devices only, such as 'cuda:0'")
-    if parsed.index is not None and torch.cuda.is_available() and parsed.index >= torch.cuda.device_count():
-        raise BackendError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
-    return parsed.index
+    count, number = device_count(), int(index or 0)
+    if 0 < count <= number:
+        raise BackendError(f"device {device!r}: this machine has {count} CUDA device(s)")
+    return number

@@ -51,7 +51,7 @@ def fuse(model: SegmentationNetwork) -> InferenceNetwork:
     network = rewrite(model, replace(FUSED, mix_before_upsample=NOT_MIXED) if narrow else FUSED)
     network.attend("kernels")
     network.set_submodule("encoder", Encoder(network.encoder))
-    network.set_submodule("classifier", Classifier(network.classifier))
+    network.set_submodule("classifier", Classifier(cast(nn.Conv2d, network.classifier)))
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Sequential) and not name.startswith("encoder"):
             network.set_submodule(name, _fused(*(layer for layer in module if not isinstance(layer, nn.Identity))))
@@ -175,7 +175,7 @@ class ResidualBlock(nn.Module):
             convolution = cast(nn.Conv2d, shortcut[0])
             assert self.last.bias is not None
             assert convolution.bias is not None
-            self.last.bias += convolution.bias
+            self.last.bias.add_(convolution.bias)
             convolution.bias = None
             self.shortcut = FusedConv2d(convolution, relu=False)
 

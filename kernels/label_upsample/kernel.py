@@ -55,9 +55,22 @@ def _around(o, first, last, source, scale):
 
 @triton.jit
 def _labels_around(
-    p_image, K, step, y, x, last_y, last_x, source_h, source_w, scale_y, scale_x, BK: tl.constexpr, AH: tl.constexpr, AW: tl.constexpr
+    p_image,
+    K,
+    step,
+    y,
+    x,
+    last_y,
+    last_x,
+    source_h,
+    source_w,
+    scale_y,
+    scale_x,
+    BK: tl.constexpr,
+    AH: tl.constexpr,
+    AW: tl.constexpr,
 ):
-    """The lowest and the highest label of the source pixels around the target pixels from (y, x) to (last_y, last_x)."""
+    """The lowest and the highest label of the source pixels around the target from (y, x) to (last_y, last_x)."""
     o_s, o_k = tl.arange(0, AH * AW), tl.arange(0, BK)
     row = _around(o_s // AW, y, last_y, source_h, scale_y)
     column = _around(o_s % AW, x, last_x, source_w, scale_x)
@@ -79,7 +92,9 @@ def _interpolated(p_ul, p_ur, p_ll, p_lr, w_ul, w_ur, w_ll, w_lr):
 
 
 @triton.jit
-def _labels_between(p_image, K, step, o_y, o_x, source_h, source_w, scale_y, scale_x, LANES: tl.constexpr, REST: tl.constexpr):
+def _labels_between(
+    p_image, K, step, o_y, o_x, source_h, source_w, scale_y, scale_x, LANES: tl.constexpr, REST: tl.constexpr
+):
     """The best class of each target pixel (o_y, o_x) [BP], interpolated."""
     upper, lower, weight_y = corners(o_y, source_h, scale_y)
     left, right, weight_x = corners(o_x, source_w, scale_x)
@@ -90,7 +105,10 @@ def _labels_between(p_image, K, step, o_y, o_x, source_h, source_w, scale_y, sca
     p_v = p_image + o_k[None, :]
     p_ul, p_ur = p_v + (o_upper + left)[:, None] * step, p_v + (o_upper + right)[:, None] * step
     p_ll, p_lr = p_v + (o_lower + left)[:, None] * step, p_v + (o_lower + right)[:, None] * step
-    b_top, b_class = tl.full([o_y.shape[0], LANES], float("-inf"), tl.float32), tl.zeros([o_y.shape[0], LANES], tl.int32)
+    b_top, b_class = (
+        tl.full([o_y.shape[0], LANES], float("-inf"), tl.float32),
+        tl.zeros([o_y.shape[0], LANES], tl.int32),
+    )
     whole = K // LANES * LANES
     for k in range(0, whole, LANES):
         b_v = _interpolated(p_ul + k, p_ur + k, p_ll + k, p_lr + k, w_ul, w_ur, w_ll, w_lr)
@@ -141,9 +159,7 @@ def _label_kernel(
     if lowest == highest:
         tl.store(p_labels, tl.full([BH * BW], lowest, tl.int32).to(labels.dtype.element_ty), mask=m_p)
     else:
-        b_label = _labels_between(
-            p_image, K, step, o_y, o_x, SOURCE_H, SOURCE_W, scale_y, scale_x, LANES, REST
-        )
+        b_label = _labels_between(p_image, K, step, o_y, o_x, SOURCE_H, SOURCE_W, scale_y, scale_x, LANES, REST)
         tl.store(p_labels, b_label.to(labels.dtype.element_ty), mask=m_p)
 
 

@@ -1,7 +1,7 @@
 """upsample_bilinear on CUDA: (C, h, w) -> (C, H, W).
 
 Each program takes a tile of target pixels and of channels; a thread has several channels, in loads of 16 bytes. What
-neighbours share of the source they find in the L1. Prefixes: i_ index, o_ offsets, m_ mask, p_ pointer, b_ loaded block.
+neighbours share of the source they find in the L1. Prefixes: i_ index, o_ offsets, p_ pointer, b_ loaded block.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-import torch
+from cuda_stand_in import Driver
 from rich.progress import Progress
 
+from agln_fast import cuda
 from agln_fast.errors import BuildError, ConfigError, MissingPackageError
 from agln_fast.export.tensorrt import _check_plan, build_tensorrt_engine
 from agln_fast.tensorrt_library import RTX_CAPABILITIES
@@ -300,8 +301,7 @@ def tensorrt(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     library = SimpleNamespace(**{**vars(rtx), "Builder": Builder, "__version__": "11.4.0.106"})
     monkeypatch.setitem(sys.modules, "tensorrt", library)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    monkeypatch.setattr(cuda, "_driver", lambda: Driver((8, 9)))
     return library
 
 
@@ -329,6 +329,6 @@ def test_tensorrt_builds_for_no_other_gpu(tensorrt: Any, tmp_path: Path, monkeyp
     path = write_network(tmp_path / "small.onnx")
     with pytest.raises(ConfigError, match="sm80, sm89: tensorrt builds only for this GPU, sm89"):
         build(path, flavour="tensorrt", compute_capabilities=("sm80", "sm89"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "_driver", lambda: None)
     with pytest.raises(BuildError, match="no CUDA device"):
         build(path, flavour="tensorrt")

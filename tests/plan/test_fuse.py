@@ -240,7 +240,9 @@ def test_tracers_see_the_ops(small_network):
     image = torch.randn(1, 3, 40, 33)
     program = torch.export.export(fused, (image,))
     ops = Counter(node.target._schema.name for node in program.graph.nodes if "agln" in str(node.target))
-    assert ops == {f"agln::{name}": count for name, count in {**DENSE, "separable_conv": 12, "upsample_bilinear": 3}.items()}
+    assert ops == {
+        f"agln::{name}": count for name, count in {**DENSE, "separable_conv": 12, "upsample_bilinear": 3}.items()
+    }
     expected = fused(image)
     torch.testing.assert_close(program.module()(image), expected)
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
