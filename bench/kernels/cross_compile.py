@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 
 from agln_fast.bench.kernels.calls import CALLS, Case
+from agln_fast.bench.kernels.page import replace_section
 from agln_fast.errors import ConfigError
 from agln_fast.kernels.registration import OPS
 
@@ -174,36 +175,45 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def to_markdown(rows: Sequence[Compiled]) -> str:
-    """A table of one line for each kernel, dtype and configuration, and a column for each capability."""
-    lines = [
-        f"| op | kernel | dtype | tile | warps, stages | {' | '.join(CAPABILITIES)} |",
-        f"| --- | --- | --- | --- | --- |{' --- |' * len(CAPABILITIES)}",
-    ]
-    found: dict[tuple[str, ...], dict[str, Compiled]] = {}
+    """A table for each op, with a line for each kernel, tile and range of capabilities that it is shipped for.
+
+    Where registers or shared memory differ between capabilities or between float16 and bfloat16, both ends are given.
+    """
+    ops: dict[str, dict[tuple[str, ...], list[Compiled]]] = {}
     for row in rows:
-        kernel = row.kernel.strip("_").removesuffix("_kernel")
-        key = (row.op, kernel, row.dtype, row.tile, f"{row.num_warps}, {row.num_stages}")
-        found.setdefault(key, {})[row.capability] = row
-    for names, columns in found.items():
-        cells = [_cell(columns[capability]) if capability in columns else "" for capability in CAPABILITIES]
-        lines.append(f"| {' | '.join([*names, *cells])} |")
-    return "\n".join(lines) + "\n"
+        size = "32 bits" if row.dtype == "float32" else "16 bits"
+        key = row.kernel.strip("_").removesuffix("_kernel"), size, row.tile, f"{row.num_warps}, {row.num_stages}"
+        ops.setdefault(row.op, {}).setdefault(key, []).append(row)
+    lines = []
+    for op, kernels in ops.items():
+        lines += [
+            f"#### {op}",
+            "",
+            "| kernel | dtype | tile | warps, stages | on | registers | KiB | products |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for names, found in kernels.items():
+            cells = [
+                _capabilities(row.capability for row in found),
+                _ends(row.registers for row in found),
+                _ends(round(row.shared_bytes / 1024) for row in found),
+                ", ".join(dict.fromkeys(row.tensor_cores or "none" for row in found)),
+            ]
+            lines.append(f"| {' | '.join([*names, *cells])} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
-def _cell(row: Compiled) -> str:
-    cell = f"{row.registers}, {row.shared_bytes / 1024:.0f} KiB"
-    return f"{cell}, {row.tensor_cores}" if row.tensor_cores else cell
+def _capabilities(names: Iterable[str]) -> str:
+    """ "all", or their numbers."""
+    present = set(names)
+    numbers = [name.removeprefix("sm") for name in CAPABILITIES if name in present]
+    return "all" if len(numbers) == len(CAPABILITIES) else ", ".join(numbers)
 
 
-_BEGIN, _END = "<!-- compiled: begin -->\n", "<!-- compiled: end -->\n"
-
-
-def _write(path: Path, table: str) -> None:
-    before, marker, rest = path.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not marker or not end:
-        raise ConfigError(f"{path}: needs the two lines {_BEGIN.strip()} and {_END.strip()} for the table")
-    path.write_text(before + _BEGIN + table + _END + after)
+def _ends(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -233,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=1)
     if options.write:
-        _write(options.write, to_markdown(rows))
+        replace_section(options.write, "compiled", to_markdown(rows))
 
 
 if __name__ == "__main__":

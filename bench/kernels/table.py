@@ -1,19 +1,22 @@
 """Short tables of the JSON that the benchmarks write.
 
-    python -m agln_fast.bench.kernels.table FILE.json ...
+    python -m agln_fast.bench.kernels.table FILE.json ... [--write docs/kernels.md]
 
-Ends with status 1 if anything failed.
+Ends with status 1 if anything failed. --write puts the last file's table into a page.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["kernel_table", "main"]
+from agln_fast.bench.kernels.page import replace_section
+
+__all__ = ["kernel_table", "main", "to_markdown"]
 
 _Rows = Sequence[dict[str, Any]]
 
@@ -69,10 +72,39 @@ def _range(values: Sequence[float], digits: int) -> str:
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "–"
 
 
-def main(paths: Sequence[str]) -> int:
+def to_markdown(report: dict[str, Any]) -> str:
+    """Of a report of a GPU: AGLN's usual size in half precision, one line for each op and batch."""
+    machine, roofline = report["machine"], report["roofline"]
+    rows = [row for row in report["rows"] if (row["side"], row["dtype"]) == (128, "float16") and "median_us" in row]
+    lines = [
+        f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}: copies "
+        f"{roofline['bytes_per_second'] / 1e12:.2f} TB/s, fp16",
+        f"products {roofline['flops_per_second']['float16'] / 1e12:.0f} TFLOP/s.",
+        "",
+        "| op, float16, 128x128 | batch | PyTorch, µs | op, µs | gain | of the bound |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for found in _by_case(rows).values():
+        if {"eager", "op"} <= set(found):
+            eager, op = found["eager"], found["op"]
+            variant = [str(op[key]) for key in ("descriptors", "classes", "pattern") if key in op]
+            name = ", ".join([f"`{op['op']}`", *variant])
+            gain = eager["median_us"] / op["median_us"]
+            lines.append(
+                f"| {name} | {op['batch']} | {eager['median_us']:.0f} | {op['median_us']:.1f} | {gain:.1f} | "
+                f"{op['fraction']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
     """Print a table for each file; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE.json")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="page of the docs whose table is replaced")
+    options = parser.parse_args(arguments)
     failed = False
-    for path in paths:
+    for path in options.files:
         if not Path(path).exists():
             print(f"\n{path}: nothing was measured")
             failed = True
@@ -89,6 +121,8 @@ def main(paths: Sequence[str]) -> int:
             print(f"{roofline['bytes_per_second'] / 1e12:.2f} TB/s copied, {rates}; a launch takes {launch:.1f} µs")
             print(kernel_table(rows, launch))
         failed = failed or any("error" in row for row in rows)
+    if options.write:
+        replace_section(options.write, "measured", to_markdown(json.loads(Path(options.files[-1]).read_text())))
     return int(failed)
 
 

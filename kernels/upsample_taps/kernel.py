@@ -24,6 +24,8 @@ from agln_fast.kernels.layout import empty_maps
 
 __all__ = ["upsample_taps"]
 
+_FEWEST_ROWS = 4
+
 
 @triton.jit
 def _sums(p_map, row, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p):
@@ -116,12 +118,15 @@ def _upsample_kernel(
 
 
 def upsample_taps(base: Tensor, taps: Sequence[Tensor], bias: Tensor, config: LaunchConfig) -> Tensor:
-    """As the reference; the arguments are checked. `config` sets tiles H and W of the target, and C."""
+    """As the reference; the arguments are checked. `config` sets tiles H (the largest) and W of the target, and C."""
     y = empty_maps(base)
     batch, channels, *size = base.shape
     maps = tuple(_source(coarse, size) for coarse in taps)
     (height, width), flat = size, base.flatten(2)
     bh, bw, bc = config.tile["H"], config.tile["W"], block(channels, config.tile["C"])
+    columns = triton.cdiv(width, bw) * triton.cdiv(channels, bc) * batch
+    while bh > _FEWEST_ROWS and triton.cdiv(height, bh) * columns < config.processors:
+        bh //= 2  # shorter walks begin more often, and keep more of the device busy
     with torch.cuda.device_of(base):
         _upsample_kernel[(triton.cdiv(height, bh) * triton.cdiv(width, bw), triton.cdiv(channels, bc), batch)](
             flat,

@@ -142,6 +142,22 @@ def test_shipped_configurations(capability, is_regular, dtype):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("processors", "rows"), [(1, 16), (9, 8), (1000, 4)], ids=["one-walk", "two", "four"])
+def test_walks_are_shorter_where_the_device_would_be_idle(processors, rows, monkeypatch):
+    arguments = inputs((1, 20, 16, 16), [(8, 7)], torch.float32)
+    seen, run = [], kernel._upsample_kernel.run
+
+    def spy(*values, **keywords):
+        seen.append(keywords["BH"])
+        return run(*values, **keywords)
+
+    monkeypatch.setattr(kernel._upsample_kernel, "run", spy)
+    y = kernel.upsample_taps(*arguments, tiny(torch.float32, processors=processors, H=16))
+    check(y, arguments)
+    assert seen == [rows]
+
+
+@pytest.mark.interpreter
 @settings(max_examples=25, deadline=None)
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 6), st.integers(1, 6)),
