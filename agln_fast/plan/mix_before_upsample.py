@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from agln_fast.errors import ConfigError
+from agln_fast.kernels.matrices import shifted_upsample_matrix
 from agln_fast.models.blocks import resize
-from agln_fast.plan.network import InferenceNetwork, convolution_from, upsample_matrix
+from agln_fast.plan.network import InferenceNetwork, convolution_from
 from agln_fast.plan.plan import MixForm
 
 __all__ = ["MixedConvolution", "mix_before_upsample"]
@@ -51,8 +52,8 @@ class MixedConvolution(nn.Module):
             else:
                 y = next(mixed)(x).reshape(-1, self.channels, 3, 3, h, w)  # out, dy, dx
                 y = y.transpose(3, 4).reshape(-1, self.channels, 3 * h, 3 * w)
-                columns.append(y @ _shifted(w, width, x).T)
-            rows.append(_shifted(h, height, x))
+                columns.append(y @ shifted_upsample_matrix(w, width, x).T)
+            rows.append(shifted_upsample_matrix(h, height, x))
         base: Tensor = self.direct(torch.cat([*direct, finest], 1))
         return base + torch.cat(rows, 1) @ torch.cat(columns, 2) if rows else base
 
@@ -62,13 +63,6 @@ def _mixed(weight: Tensor, form: MixForm) -> nn.Conv2d:
     if form == "rows":
         return convolution_from(weight.transpose(1, 2).flatten(0, 1).unsqueeze(2), None, (0, 1))
     return convolution_from(weight.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None], None)
-
-
-def _shifted(source: int, target: int, like: Tensor) -> Tensor:
-    """[S₋₁ U, S₀ U, S₁ U] (target, 3·source): row y of S_d U is row y + d of U, or zero outside."""
-    u = upsample_matrix(source, target, like)
-    edge = torch.zeros_like(u[:1])
-    return torch.cat([torch.cat([edge, u[:-1]]), u, torch.cat([u[1:], edge])], 1)
 
 
 def mix_before_upsample(network: InferenceNetwork, forms: tuple[MixForm, ...]) -> InferenceNetwork:

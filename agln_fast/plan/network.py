@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from agln_fast.errors import ConfigError
 from agln_fast.kernels.attention_pool import attention_pool
 from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
 from agln_fast.kernels.layout import wide
+from agln_fast.kernels.matrices import upsample_matrix
 from agln_fast.kernels.semantic_distribution import semantic_distribution
 from agln_fast.kernels.upsample_bilinear import upsample_bilinear
 from agln_fast.models.blocks import AveragePoolingBlock, ContextFusionBlock, SemanticAggregationBlock, resize
@@ -35,7 +35,6 @@ __all__ = [
     "FusionTerms",
     "InferenceNetwork",
     "convolution_from",
-    "upsample_matrix",
 ]
 
 Attention = Literal["channels", "pixels", "kernels"]
@@ -51,17 +50,6 @@ def convolution_from(weight: Tensor, bias: Tensor | None, padding: tuple[int, in
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer
-
-
-def upsample_matrix(source: int, target: int, like: Tensor) -> Tensor:
-    """U (target, source) of the bilinear resize with aligned corners along one axis, of the type and device of `like`.
-
-    A row has two entries that are not zero, which sum to 1.
-    """
-    position = np.arange(target) * ((source - 1) / max(1, target - 1))
-    matrix = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(source)))
-    # As a list it becomes a constant of an exported graph, rather than the operations that make it.
-    return torch.tensor(matrix.tolist(), dtype=like.dtype, device=like.device)
 
 
 def _softmax(x: Tensor, dim: int) -> Tensor:

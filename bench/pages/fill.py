@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from agln_fast.bench.pages.presentation import (
     markdown_table,
 )
 from agln_fast.bench.race.results import Results, load_results
+from agln_fast.bench.race.rows import Row
 from agln_fast.errors import AglnError, ConfigError, choose
 from agln_fast.figures.saving import save_figure
 
@@ -38,10 +40,27 @@ __all__ = ["FIGURES", "PAGES", "SECTIONS", "fill", "main", "stale"]
 PAGES = "README.md", "docs/performance.md"
 FIGURES = "docs/images"
 
+_WIDTH = 110  # of a line of the pages
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _main_rows(results: Results) -> list[Row]:
+    """Those of the size and the number of classes that come first."""
+    first = results.rows[0]
+    return [
+        row
+        for row in results.rows
+        if (row.size, row.batch, row.num_classes) == (first.size, first.batch, first.num_classes)
+    ]
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
-    "machine": lambda results: f"{machine_line(results.machine)}; `{results.command}`, {results.date}.",
-    "overview": lambda results: markdown_overview(results.rows),
-    "table": lambda results: f"{markdown_table(results.rows)}\n\n{NOTES}",
+    "machine": lambda results: _wrapped(f"{machine_line(results.machine)}; `{results.command}`, {results.date}."),
+    "overview": lambda results: markdown_overview(_main_rows(results)),
+    "table": lambda results: f"{markdown_table(results.rows)}\n\n{_wrapped(NOTES)}",
     "ladder": lambda results: markdown_ladder(results.ladder),
     "scaling": lambda results: markdown_scaling(results.scaling),
 }

@@ -1,13 +1,14 @@
-"""upsample_taps in plain PyTorch: nine resizes (bilinear, align_corners=True), shifts and sums for each coarse map."""
+"""upsample_taps in plain PyTorch: resize (bilinear, align_corners=True), shift and sum as two matrix products."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from agln_fast.kernels.layout import empty_maps, wide
+from agln_fast.kernels.matrices import shifted_upsample_matrix
 
 __all__ = ["upsample_taps"]
 
@@ -39,10 +40,12 @@ def upsample_taps(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> Tensor:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape or device.
     """
     height, width = base.shape[2:]
-    y = wide(base) + wide(bias).view(-1, 1, 1)
+    columns, rows = [], []
     for coarse in taps:
-        for t, tap in enumerate(coarse.chunk(9, 1)):
-            row, column = t // 3, t % 3
-            resized = F.interpolate(wide(tap), (height, width), mode="bilinear", align_corners=True)
-            y += F.pad(resized, (1, 1, 1, 1))[..., row : row + height, column : column + width]
+        x = wide(coarse).unflatten(1, (3, 3, -1))  # dy, dx, C
+        h, w = x.shape[4:]
+        x = x.permute(0, 3, 1, 4, 2, 5).reshape(*base.shape[:2], 3 * h, 3 * w)
+        columns.append(x @ shifted_upsample_matrix(w, width, x).T)  # (B, C, 3h, W)
+        rows.append(shifted_upsample_matrix(h, height, x))
+    y = torch.cat(rows, 1) @ torch.cat(columns, 2) + wide(base) + wide(bias).view(-1, 1, 1)
     return empty_maps(base).copy_(y.relu_())

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from agln_fast.errors import ConfigError
+from agln_fast.kernels.matrices import upsample_matrix
 from agln_fast.models.blocks import resize
 from agln_fast.models.networks import SegmentationNetwork, create_model
 from agln_fast.plan import rewrites
 from agln_fast.plan.mix_before_upsample import MixedConvolution, mix_before_upsample
-from agln_fast.plan.network import InferenceNetwork, upsample_matrix
+from agln_fast.plan.network import InferenceNetwork
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, MixForm, Plan
 from agln_fast.plan.rewrites import fold_batchnorm, pool_before_projection, rewrite
 from agln_fast.plan.winograd import WinogradConv2d, winograd

@@ -1,0 +1,135 @@
+"""The pages keep to their own rules, and what they name is there."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from agln_fast.cli.app import app
+from agln_fast.engines import KINDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "agln_fast" / "checkpoints" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# Names that are no modules: loggers, and keys of a safetensors file.
+OTHER = {"agln_fast.images", "agln_fast.tensorrt", "agln_fast.config", "agln_fast.model"}
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """Without code."""
+    return FENCE.sub("", page.read_text("utf-8"))
+
+
+def tables(page: Path) -> list[list[str]]:
+    """The cells of each row, but of the line of dashes."""
+    rows = [line for line in prose(page).splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))]
+        for row in rows
+        if not re.fullmatch(r"[|\s:-]+", row)
+    ]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command line, joined where it is continued, without what a shell takes for a comment."""
+    consoles = [code for language, code in FENCE.findall(page.read_text("utf-8")) if language == "console"]
+    lines = "".join(consoles).replace("\\\n", " ").splitlines()
+    return [line[2:].partition(" #")[0].split() for line in lines if line.startswith("$ ")]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+@every_page
+def test_lines_are_short(page):
+    long = [(n, line) for n, line in enumerate(page.read_text("utf-8").splitlines(), 1) if len(line) > 110]
+    assert not long
+
+
+@every_page
+def test_tables_have_no_empty_and_no_crowded_cell(page):
+    for row in tables(page):
+        assert all(row), row
+        assert max(map(len, row)) <= 120, row
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            linked = page.parent / path if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+@every_page
+def test_files_and_modules_are_there(page):
+    """What stands in backquotes and looks like a path of the project, or like a name of the package."""
+    for name in re.findall(r"`([^`\s]+)`", prose(page)):
+        if re.fullmatch(r"(agln_fast|kernels|export|bench|tests|docs)/[\w./-]*", name) and "NAME" not in name:
+            assert (ROOT / name).exists(), name
+        if match := re.match(r"agln_fast((?:\.\w+)+)", name):
+            parts = match[1].split(".")[1:]
+            assert name in OTHER or known(parts), name
+
+
+def known(parts: list[str]) -> bool:
+    """Whether `agln_fast.A.B` is a module, or something in one."""
+    for count in range(len(parts), -1, -1):
+        name = ".".join(["agln_fast", *parts[:count]])
+        try:
+            there = find_spec(name) is not None
+        except ModuleNotFoundError:
+            there = False
+        if there:
+            value = import_module(name)
+            for part in parts[count:]:
+                if not hasattr(value, part):
+                    return False
+                value = getattr(value, part)
+            return True
+    return False
+
+
+@every_page
+def test_commands_and_their_options_are_there(page):
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    for words in commands(page):
+        if "agln-fast" in words and len(words) > words.index("agln-fast") + 1:
+            verb, *rest = words[words.index("agln-fast") + 1 :]
+            if verb.startswith("-") or verb in ("...", "…"):
+                continue
+            assert verb in verbs, words
+            options = {name for option in verbs[verb].params for name in (*option.opts, *option.secondary_opts)}
+            for word in rest[: rest.index("|") if "|" in rest else None]:
+                if word.startswith("-") and not re.fullmatch(r"-[\d.]+", word):
+                    assert word.partition("=")[0] in {*options, "--help", "--debug"}, words
+        elif words[0] == "python" and words[1] == "-m":
+            assert words[2].startswith("pytest") or known(words[2].split(".")[1:]), words
+
+
+def test_the_readme_has_every_kind_of_engine():
+    rows = {row[0].strip("`"): row for row in tables(ROOT / "README.md")}
+    for name, kind in KINDS.items():
+        _, runs_on, precisions, _ = rows[name]
+        assert {word.lower() for word in re.findall(r"CPU|CUDA", runs_on)} == set(kind.devices)
+        assert set(precisions.split(", ")) == set(kind.precisions)
