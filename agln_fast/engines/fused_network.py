@@ -75,10 +75,14 @@ class _Graph:
                 result = network(on_device)
             self._host_result = _pinned(result)
             self._graph = torch.cuda.CUDAGraph()
+            # cuBLAS keeps a workspace for each stream, and PyTorch frees it when any graph of that stream goes. So what
+            # the graph uses is its own: there is none before the capture, and nobody finds it after.
+            torch._C._cuda_clearCublasWorkspaces()
             # "thread_local": work of other threads, on streams of their own, goes on meanwhile.
             with torch.cuda.graph(self._graph, pool, stream=self._stream, capture_error_mode="thread_local"):
                 on_device.copy_(self._host_image, non_blocking=True)
                 self._host_result.copy_(network(on_device), non_blocking=True)
+            torch._C._cuda_clearCublasWorkspaces()
         self._device_image = on_device  # the graph reads its memory
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ class FusedEngine(NetworkEngine):
     name = "fused"
 
     def _deploy(self, network: SegmentationNetwork, contract: IOContract) -> FusedDeployment:
-        self._programs: OrderedDict[torch.Size, Callable[[Tensor], Tensor]] = OrderedDict()
+        self._programs: OrderedDict[tuple[torch.Size, torch.dtype], Callable[[Tensor], Tensor]] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             if obstacle := gpu_obstacle(self.device):
@@ -115,20 +119,25 @@ class FusedEngine(NetworkEngine):
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
         fused = fuse(network).to(self._device, dtype_of(self.precision))
-        return FusedDeployment(fused, contract, network.config.num_classes)
+        deployed = FusedDeployment(fused, contract, network.config.num_classes)
+        if self._stream is not None:  # the weights were made on another one
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return deployed
 
     def _forward(self, image: Tensor) -> Tensor:
         with torch.cuda.stream(self._stream):
-            program = self._programs.pop(image.shape, None) or self._prepare(image)
-            self._programs[image.shape] = program
+            key = image.shape, image.dtype
+            program = self._programs.pop(key, None) or self._prepare(image)
+            self._programs[key] = program
             return program(image)
 
     def _prepare(self, image: Tensor) -> Callable[[Tensor], Tensor]:
         """The program for images of one shape; the one used least recently goes first, so that its memory is free."""
         network = cast(FusedDeployment, self._network)
         wanted = network.contract.input_shape
-        if tuple(image.shape[1:]) != wanted[1:]:
-            raise BackendError(f"image of shape {tuple(image.shape)}: the engine takes {wanted}")
+        dtype = torch.uint8 if network.contract.layout == "uint8_nhwc" else torch.float32
+        if tuple(image.shape[1:]) != wanted[1:] or image.dtype != dtype:
+            raise BackendError(f"image of {image.dtype} {tuple(image.shape)}: the engine takes {wanted} of {dtype}")
         while len(self._programs) >= _PROGRAMS:
             self._programs.popitem(last=False)
         return exact_float32()(network) if self._stream is None else _Graph(network, image, self._pool)

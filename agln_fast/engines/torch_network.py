@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,15 +26,17 @@ __all__ = ["NetworkEngine", "dtype_of", "exact_float32", "network_of"]
 
 _guard = threading.Lock()
 _users = 0
+_timing = 0  # of the users, those that let cuDNN time its algorithms
+_timed_before = False  # what the process lets it do
 _restore = ExitStack()
 
 
 def _forget_other_threads() -> None:
     """In a forked process: whoever held the guard, or was in `exact_float32`, is not here to leave it."""
-    global _guard, _users
+    global _guard, _users, _timing
     _guard = threading.Lock()
     if _users:
-        _users = 0
+        _users = _timing = 0
         _restore.close()
 
 
@@ -47,35 +49,51 @@ def exact_float32(*, benchmark: bool = False) -> Iterator[None]:
     """float32 is float32, not TF32 or bfloat16, and sums of half precision are float32, whatever the process has set.
 
     PyTorch's settings hold for the whole process. Threads may be in here together: the first one changes the settings,
-    the last one puts them back. `benchmark`: cuDNN times its algorithms.
+    the last one puts them back. `benchmark`: cuDNN times its algorithms, as long as anyone is here who asks for it.
     """
-    global _users, _restore
+    global _users, _timing, _timed_before, _restore
     with _guard:
         if _users == 0:
+            _timed_before = torch.backends.cudnn.benchmark
             _restore = _set_exact()
         _users += 1
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = before or benchmark
+        _timing += benchmark
+        torch.backends.cudnn.benchmark = _timed_before or _timing > 0
     try:
         yield
     finally:
         with _guard:
-            torch.backends.cudnn.benchmark = before
             _users -= 1
+            _timing -= benchmark
+            torch.backends.cudnn.benchmark = _timed_before or _timing > 0
             if _users == 0:
                 _restore.close()
 
 
 def _set_exact() -> ExitStack:
-    """Change the settings; closing the result puts them back."""
-    stack = ExitStack()
-    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    torch.set_float32_matmul_precision("highest")
-    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
-        stack.callback(setattr, torch.backends.cuda.matmul, name, getattr(torch.backends.cuda.matmul, name))
-        setattr(torch.backends.cuda.matmul, name, False)
-    stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-    return stack
+    """Change the settings; closing the result puts them back. Where one cannot be changed, none is."""
+    backends = torch.backends
+    operations = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    with ExitStack() as stack:
+        for operation in operations:  # which the older settings change, too, and do not put back
+            stack.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
+        changes: list[tuple[Any, str, object]] = [(backends.cudnn, "allow_tf32", False)]
+        try:
+            older, _ = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        except RuntimeError:  # the process has used the newer settings, and PyTorch refuses to mix them
+            changes = [(operation, "fp32_precision", "ieee") for operation in operations]
+        else:
+            stack.callback(torch.set_float32_matmul_precision, older)
+            torch.set_float32_matmul_precision("highest")
+        changes += [
+            (backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+            (backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+            (backends.cudnn, "enabled", True),
+        ]
+        for owner, name, value in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        return stack.pop_all()
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

@@ -165,9 +165,12 @@ def _captured(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
     """Several calls in a row as a graph, after a first one that chose the algorithm, or failed."""
     call()
     graph = torch.cuda.CUDAGraph()
-    # A stream of this device, because PyTorch's own for captures is of the device that was the first to need one, and
-    # the default stream cannot be captured. The outer context: a capture that fails leaves its stream the current one.
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    # The caller's stream. PyTorch hands out 32 in rotation, and a new one might be another backend's, which replays on
+    # it; the default stream alone cannot be captured. The outer context: a capture that fails leaves its stream the
+    # current one.
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
         torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),

@@ -39,8 +39,8 @@ __all__ = [
 
 Attention = Literal["channels", "pixels", "kernels"]
 """How the steps of the attention are computed: as products of (channels, pixels), of (pixels, channels), or by the
-fused ops. The second are what the ops' references compute, but in the type of the maps: the references widen all they
-read, and an exported graph in half precision would multiply in float32."""
+fused ops, as are the resizes then. The second are what the ops' references compute, but in the type of the maps: the
+references widen all they read, and an exported graph in half precision would multiply in float32."""
 
 
 def convolution_from(weight: Tensor, bias: Tensor | None, padding: tuple[int, int] = (0, 0)) -> nn.Conv2d:
@@ -64,6 +64,10 @@ def _pixels(x: Tensor) -> Tensor:
 def _map(x: Tensor, like: Tensor) -> Tensor:
     """(B, HW, C) -> (B, C, H, W), the inverse of `_pixels`."""
     return x.reshape(x.shape[0], *like.shape[2:], x.shape[2]).permute(0, 3, 1, 2)
+
+
+def _resized(x: Tensor, size: torch.Size, attention: Attention) -> Tensor:
+    return upsample_bilinear(x, size) if attention == "kernels" else resize(x, size)
 
 
 class Aggregation(nn.Module):
@@ -250,7 +254,7 @@ class Level(nn.Module):
     def forward(self, d: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]]) -> Tensor:
         """d (B, C, h, w) of the level before, b (B, C, H, W) -> d of this level; `descriptors` grows in place."""
         descriptors.append(() if self.aggregation is None else self.aggregation(d))
-        a = upsample_bilinear(d, b.shape[2:]) if self.attention == "kernels" else resize(d, b.shape)
+        a = _resized(d, b.shape[2:], self.attention)
         if not self.fusions:
             return a.add_(b)
         coarse: Tensor | None = d
@@ -329,11 +333,12 @@ class InferenceNetwork(nn.Module):
         self.mix = nn.Sequential(Concatenation(), *mix)
         self.classifier = classifier
         self.full_size = True
+        self.attention: Attention = "channels"
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.logits(x)
-        return resize(logits, x.shape) if self.full_size else logits
+        return _resized(logits, x.shape[2:], self.attention) if self.full_size else logits
 
     def logits(self, x: Tensor) -> Tensor:
         """Before the last resize: (B, K, h, w).
@@ -371,5 +376,5 @@ class InferenceNetwork(nn.Module):
     def attend(self, attention: Attention) -> None:
         """Compute every step of the attention so."""
         for module in self.modules():
-            if isinstance(module, Aggregation | Distribution | Fusion | Level):
+            if isinstance(module, Aggregation | Distribution | Fusion | Level | InferenceNetwork):
                 module.attention = attention

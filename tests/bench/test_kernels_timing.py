@@ -14,8 +14,9 @@ import torch
 
 from agln_fast.bench.kernels.report import Report, describe
 from agln_fast.bench.kernels.roofline import Roofline, measure_roofline
-from agln_fast.bench.kernels.table import kernel_table, main
+from agln_fast.bench.kernels.table import kernel_table, main, to_markdown
 from agln_fast.bench.kernels.timing import device_times
+from agln_fast.errors import ConfigError
 from agln_fast.kernels.registration import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -184,3 +185,29 @@ def test_every_op_has_its_test():
     assert folders == {path.parent.name for path in (ROOT / "kernels").glob("*/op.py")}
     for name in folders:
         assert (ROOT / "tests" / "kernels" / f"test_{name}.py").exists(), name
+
+
+KEPT = ROOT / "bench" / "results" / "kernels"
+
+
+@pytest.mark.parametrize("file", sorted(KEPT.glob("*.json")), ids=lambda file: file.name)
+def test_every_report_that_the_project_keeps_is_read(file, capsys):
+    assert main([str(file)]) == 0
+    assert "of the bound at larger batches" in capsys.readouterr().out
+
+
+def test_the_page_has_what_was_measured():
+    report = json.loads((KEPT / "h100.json").read_text())
+    assert to_markdown(report) in (ROOT / "docs" / "kernels.md").read_text("utf-8")
+
+
+def test_a_page_without_the_two_lines_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: begin -->\n")
+    with pytest.raises(ConfigError, match="needs the two lines <!-- measured: begin --> and <!-- measured: end -->"):
+        main([str(KEPT / "h100.json"), "--write", str(page)])
+    page.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
+    assert main([str(KEPT / "h100.json"), "--write", str(page)]) == 0
+    text = page.read_text("utf-8")
+    assert text.startswith("a\n<!-- measured: begin -->\n\nNVIDIA H100")
+    assert text.endswith("% |\n\n<!-- measured: end -->\nb\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -106,7 +108,7 @@ def test_programs_used_least_recently_go_first(small_network, monkeypatch):
     with FusedEngine(small_network(), LABELS, device="cpu") as backend:
         for batch in (1, 2, 1, 3):
             assert len(backend.run(images(batch))) == batch
-        assert [shape[0] for shape in backend._programs] == [1, 3]
+        assert [shape[0] for shape, _ in backend._programs] == [1, 3]
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64, 3), (1, 96, 64, 3), (64, 96, 3)])
@@ -116,6 +118,14 @@ def test_an_image_of_another_size_is_refused(shape, small_network):
         pytest.raises(BackendError, match=r"the engine takes \('batch', 64, 96, 3\)"),
     ):
         backend.run(np.zeros(shape, np.uint8))
+
+
+def test_an_image_of_another_dtype_is_refused(small_network):
+    """Values from 0 to 1 would become 0 in a program for bytes."""
+    with FusedEngine(small_network(), LABELS, device="cpu") as backend:
+        backend.run(images())
+        with pytest.raises(BackendError, match=r"image of torch\.float32 .*the engine takes .* of torch\.uint8"):
+            backend.run(images().astype(np.float32) / 255)
 
 
 def test_an_impossible_device_is_named(small_network):
@@ -183,7 +193,11 @@ def recorded_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(fused_network, "_pinned", torch.empty_like)
-    return captured
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(len(captured)), raising=False)
+    cleared = []
+    yield captured
+    # Before each capture and after it: no graph uses a workspace that another one's end frees.
+    assert cleared == [count for graph in range(len(captured)) for count in (graph, graph + 1)]
 
 
 @pytest.mark.parametrize("contract", [LABELS, LOGITS], ids=["labels", "logits"])
@@ -230,6 +244,62 @@ def test_the_last_thread_puts_the_settings_back():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_cudnn_times_algorithms_as_long_as_anyone_asks_for_it():
+    first, second = exact_float32(benchmark=True), exact_float32(benchmark=True)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.backends.cudnn.benchmark
+    with exact_float32():
+        assert torch.backends.cudnn.benchmark
+        second.__exit__(None, None, None)
+        assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark
+
+
+SETTINGS = """
+import torch
+from agln_fast.engines.torch_network import exact_float32
+
+def settings():
+    b = torch.backends
+    for get in (
+        lambda: b.fp32_precision, lambda: b.cuda.matmul.fp32_precision, lambda: b.cudnn.conv.fp32_precision,
+        lambda: b.mkldnn.matmul.fp32_precision, lambda: b.mkldnn.conv.fp32_precision,
+        torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32, lambda: b.cuda.matmul.allow_tf32,
+    ):
+        try:
+            yield get()
+        except RuntimeError:
+            yield "refused"
+
+{}
+before = list(settings())
+with exact_float32():
+    inside = list(settings())
+assert inside[1] == inside[3] == "ieee" and inside[2] in ("ieee", "none"), inside
+assert list(settings()) == before, (before, list(settings()))
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param("pass", id="none"),
+        pytest.param("torch.set_float32_matmul_precision('medium')", id="older"),
+        pytest.param("torch.backends.cuda.matmul.fp32_precision = 'tf32'", id="newer"),
+        pytest.param("torch.backends.fp32_precision = 'tf32'", id="newer-for-all"),
+        pytest.param("torch.backends.cudnn.conv.fp32_precision = 'ieee'", id="newer-convolutions"),
+        pytest.param("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", id="newer-on-cpus"),
+    ],
+)
+def test_older_and_newer_settings_are_put_back(changes):
+    """In a process of its own: PyTorch does not forget which ones were used."""
+    command = [sys.executable, "-W", "ignore", "-c", SETTINGS.format(changes)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_settings_of_the_process_neither_count_nor_change(small_network):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from tolerance import assert_as_exact
 from torch import nn
 
-from agln_fast.plan.convolution import FusedConv2d, _race, choose_convolutions
+from agln_fast.plan.convolution import FusedConv2d, _captured, _race, choose_convolutions
 
 
 def layer(*arguments, relu=True, **keywords):
@@ -96,6 +97,27 @@ def test_the_cpu_has_no_choice():
     network.forward = pytest.fail
     choose_convolutions(network, image())
     assert not any(network.choices().values())
+
+
+@pytest.mark.parametrize(("current", "made"), [("the backend's", 0), ("default", 1)])
+def test_races_on_the_stream_of_whoever_asks(current, made, monkeypatch):
+    """A new stream might be one that another backend replays on: PyTorch has 32 of them."""
+    streams, used = [], []
+
+    @contextmanager
+    def capture(graph, stream, capture_error_mode):
+        used.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams.append("new") or "new")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    _captured(lambda: None)
+    assert len(streams) == made
+    assert used == (["new"] if made else [current])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, None], ids=["failed-run", "run"])
