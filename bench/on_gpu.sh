@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Test and measure on a machine with a GPU and without a network, beside the PyTorch that is there:
 #
-#     bash bench/on_gpu.sh [tests] [kernels] [models] [-- ARGUMENTS]        # default: all three
+#     bash bench/on_gpu.sh [tests] [kernels] [models] [compile] [-- ARGUMENTS]        # default: all but compile
 #
-# ARGUMENTS are those of `agln-fast bench`, in place of a full run of the large networks.
+# tests: those marked gpu. kernels: each op. models: the large networks, ours and eager PyTorch. compile: AGLN beside
+# torch.compile in its modes, which takes minutes. ARGUMENTS are those of `agln-fast bench` for the last two, in place
+# of fp16 at 512x512.
 #
-# OUT     folder for gpu-tests.xml, kernels.json and models.json, default bench/results/; JSON is written after each case
+# OUT     folder for gpu-tests.xml, kernels.json, models.json and compile.json, default bench/results/; JSON is written
+#         after each case
 # BUDGET  seconds for everything, default 500; the stages share them, and what finds no time is noted as left out
 # WHEELS  folder of wheels with what the machine lacks: jsonschema with what it needs for bundles, lightning-fabric for
 #         training; kernels and models need neither
@@ -27,8 +30,8 @@ arguments=("$@")
 [ "${#stages[@]}" -gt 0 ] || stages=(tests kernels models)
 for stage in "${stages[@]}"; do
     case $stage in
-        tests | kernels | models) ;;
-        *) echo "unknown stage $stage: tests, kernels or models" >&2 && exit 2 ;;
+        tests | kernels | models | compile) ;;
+        *) echo "unknown stage $stage: tests, kernels, models or compile" >&2 && exit 2 ;;
     esac
 done
 deadline=$((SECONDS + ${BUDGET:-500}))
@@ -82,14 +85,17 @@ for stage in "${stages[@]}"; do
             persistent "$python" -m pytest bench/suite/bench_kernels.py --benchmark-only --benchmark-quiet --quiet --tb=line \
                 --continue-on-collection-errors --rows "$out/kernels.json" || status=1
             ;;
-        models)
-            rm -f "$out/models.json"
+        models | compile)
+            rm -f "$out/$stage.json"
             run=(agln_nano --size 64x64)
             if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-                run=(--target cuda --full)
-                [ "${#arguments[@]}" -eq 0 ] || run=(--target cuda "${arguments[@]}")
+                run=(--size 512x512 --precision fp16 --iters 30)
+                [ "$stage" = models ] || run+=(agln_release_resnet50)
+                [ "${#arguments[@]}" -eq 0 ] || run=("${arguments[@]}")
+                run+=(--target cuda)
+                [ "$stage" = models ] || run+=(--full)
             fi
-            persistent "$python" -m agln_fast.cli bench "${run[@]}" --save "$out/models.json" --resume || status=1
+            persistent "$python" -m agln_fast.cli bench "${run[@]}" --save "$out/$stage.json" --resume || status=1
             ;;
     esac
 done

@@ -69,6 +69,7 @@ def _labels_around(
     BK: tl.constexpr,
     AH: tl.constexpr,
     AW: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """The lowest and the highest label of the source pixels around the target from (y, x) to (last_y, last_x)."""
     o_s, o_k = tl.arange(0, AH * AW), tl.arange(0, BK)
@@ -77,8 +78,9 @@ def _labels_around(
     p_v = p_image + (row.to(tl.int64) * source_w + column)[:, None] * step + o_k[None, :]
     b_top = tl.full([AH * AW, BK], float("-inf"), tl.float32)
     b_class = tl.zeros([AH * AW, BK], tl.int32)
+    readable = tl.cdiv(K, LANES) * LANES
     for k in range(0, K, BK):
-        b_v = tl.load(p_v + k, mask=(k + o_k < step)[None, :], other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + k, mask=(k + o_k < readable)[None, :], other=0.0).to(tl.float32)
         b_v = tl.where((k + o_k < K)[None, :], b_v, float("-inf"))
         b_top, b_class = _better(b_v, k + o_k, b_top, b_class)
     b_label = _first(b_top, b_class)
@@ -105,10 +107,8 @@ def _labels_between(
     p_v = p_image + o_k[None, :]
     p_ul, p_ur = p_v + (o_upper + left)[:, None] * step, p_v + (o_upper + right)[:, None] * step
     p_ll, p_lr = p_v + (o_lower + left)[:, None] * step, p_v + (o_lower + right)[:, None] * step
-    b_top, b_class = (
-        tl.full([o_y.shape[0], LANES], float("-inf"), tl.float32),
-        tl.zeros([o_y.shape[0], LANES], tl.int32),
-    )
+    b_top = tl.full([o_y.shape[0], LANES], float("-inf"), tl.float32)
+    b_class = tl.zeros([o_y.shape[0], LANES], tl.int32)
     whole = K // LANES * LANES
     for k in range(0, whole, LANES):
         b_v = _interpolated(p_ul + k, p_ur + k, p_ll + k, p_lr + k, w_ul, w_ur, w_ll, w_lr)
@@ -154,7 +154,21 @@ def _label_kernel(
     lowest, highest = 0, 1
     if AROUND_H > 0:
         lowest, highest = _labels_around(
-            p_image, K, step, y, x, last_y, last_x, SOURCE_H, SOURCE_W, scale_y, scale_x, BK, AROUND_H, AROUND_W
+            p_image,
+            K,
+            step,
+            y,
+            x,
+            last_y,
+            last_x,
+            SOURCE_H,
+            SOURCE_W,
+            scale_y,
+            scale_x,
+            BK,
+            AROUND_H,
+            AROUND_W,
+            LANES,
         )
     if lowest == highest:
         tl.store(p_labels, tl.full([BH * BW], lowest, tl.int32).to(labels.dtype.element_ty), mask=m_p)
