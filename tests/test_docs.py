@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,18 +11,26 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from agln_fast.bench.pages.fill import PAGES as FILLED
+from agln_fast.bench.pages.fill import fill
+from agln_fast.bench.race.results import load_results
 from agln_fast.cli.app import app
 from agln_fast.engines import KINDS
+from agln_fast.manifest import SCHEMA_VERSION
+from agln_fast.plan.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "agln_fast" / "checkpoints" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-# Names that are no modules: loggers, and keys of a safetensors file.
-OTHER = {"agln_fast.images", "agln_fast.tensorrt", "agln_fast.config", "agln_fast.model"}
+# Names that are no modules: loggers, and keys of a safetensors file and of ONNX files.
+LOGGERS = {"agln_fast.checkpoint", "agln_fast.images", "agln_fast.tensorrt"}
+KEYS = {f"agln_fast.{name}" for name in ("classes", "config", "contract", "created_with", "model", "palette")}
+RESULTS = load_results(ROOT / "bench" / "results" / "suite-amd-epyc-avx512-2core-512.json", "networks")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -42,10 +51,15 @@ def tables(page: Path) -> list[list[str]]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of each command line, joined where it is continued, without what a shell takes for a comment."""
+    """The words of each command line, joined where it is continued, without what a shell takes for a comment.
+
+    Those between backquotes, too; `A && B` are two.
+    """
     consoles = [code for language, code in FENCE.findall(page.read_text("utf-8")) if language == "console"]
     lines = "".join(consoles).replace("\\\n", " ").splitlines()
-    return [line[2:].partition(" #")[0].split() for line in lines if line.startswith("$ ")]
+    typed = [line[2:].partition(" #")[0] for line in lines if line.startswith("$ ")]
+    quoted = [code for code in re.findall(r"`([^`]+)`", prose(page)) if code.startswith("agln-fast ")]
+    return [part.split() for line in (*typed, *quoted) for part in line.split(" && ")]
 
 
 def test_the_readme_is_short():
@@ -73,7 +87,8 @@ def anchors(page: Path) -> set[str]:
 
 @every_page
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+    for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose(page)):
+        target = "".join(target)
         if not target.startswith("http"):
             path, _, anchor = target.partition("#")
             linked = page.parent / path if path else page
@@ -89,7 +104,7 @@ def test_files_and_modules_are_there(page):
             assert (ROOT / name).exists(), name
         if match := re.match(r"agln_fast((?:\.\w+)+)", name):
             parts = match[1].split(".")[1:]
-            assert name in OTHER or known(parts), name
+            assert name in LOGGERS | KEYS or known(parts), name
 
 
 def known(parts: list[str]) -> bool:
@@ -128,8 +143,43 @@ def test_commands_and_their_options_are_there(page):
 
 
 def test_the_readme_has_every_kind_of_engine():
-    rows = {row[0].strip("`"): row for row in tables(ROOT / "README.md")}
+    rows = {row[0].strip("`"): row for row in tables(ROOT / "README.md") if row[0].startswith("`")}
+    assert list(rows) == list(KINDS)
     for name, kind in KINDS.items():
         _, runs_on, precisions, _ = rows[name]
         assert {word.lower() for word in re.findall(r"CPU|CUDA", runs_on)} == set(kind.devices)
         assert set(precisions.split(", ")) == set(kind.precisions)
+
+
+@every_page
+def test_plans_are_as_they_are_written(page):
+    for forms in re.findall(r"mix_before_upsample\(([^)]*)\)", page.read_text("utf-8")):
+        mix = tuple(re.split(r", ?", forms))
+        assert f"mix_before_upsample({forms})" in str(Plan(fold_batchnorm=True, mix_before_upsample=mix))
+
+
+def test_the_schema_of_the_manifest_is_this_one():
+    page = (ROOT / "docs" / "bundle.md").read_text("utf-8")
+    assert set(re.findall(r"(?:of schema version|this one reads|this agln-fast reads) (\d+)", page)) == {
+        str(SCHEMA_VERSION)
+    }
+    assert f"- `schema_version`\n  - type: {SCHEMA_VERSION}\n" in page
+
+
+def _filled(tmp_path: Path, name: str, **changed: object) -> Path:
+    """A page filled with stored results, of which something is `changed`."""
+    page = tmp_path / Path(name).name
+    page.write_text(fill((ROOT / name).read_text("utf-8"), replace(RESULTS, **changed)), "utf-8")
+    return page
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_filled_pages_keep_to_the_rules(tmp_path, name):
+    """Also where no rung of the ladder has an effect, so that one line stands for all."""
+    flat = tuple(replace(rung, median_ms=RESULTS.ladder[0].median_ms) for rung in RESULTS.ladder)
+    for changed in ({}, {"ladder": flat}):
+        page = _filled(tmp_path, name, **changed)
+        test_lines_are_short(page)
+        test_tables_have_no_empty_and_no_crowded_cell(page)
+    for rung in RESULTS.ladder[1:]:
+        assert name != "docs/performance.md" or rung.contestant in page.read_text("utf-8")
