@@ -30,6 +30,9 @@ PAGES = [
 # Names that are no modules: loggers, and keys of a safetensors file and of ONNX files.
 LOGGERS = {"agln_fast.checkpoint", "agln_fast.images", "agln_fast.tensorrt"}
 KEYS = {f"agln_fast.{name}" for name in ("classes", "config", "contract", "created_with", "model", "palette")}
+OTHERS = {"voc_aug.py", "pascal_context.py"}  # scripts of mmsegmentation
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+TOOLS = "".join(path.read_text("utf-8") for path in sorted((ROOT / "bench").rglob("*.py")))
 RESULTS = load_results(ROOT / "bench" / "results" / "suite-amd-epyc-avx512-2core-512.json", "networks")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -58,7 +61,7 @@ def commands(page: Path) -> list[list[str]]:
     consoles = [code for language, code in FENCE.findall(page.read_text("utf-8")) if language == "console"]
     lines = "".join(consoles).replace("\\\n", " ").splitlines()
     typed = [line[2:].partition(" #")[0] for line in lines if line.startswith("$ ")]
-    quoted = [code for code in re.findall(r"`([^`]+)`", prose(page)) if code.startswith("agln-fast ")]
+    quoted = [code for code in re.findall(r"`([^`]+)`", prose(page)) if re.match(r"(agln-fast|python -m|make) ", code)]
     return [part.split() for line in (*typed, *quoted) for part in line.split(" && ")]
 
 
@@ -102,6 +105,8 @@ def test_files_and_modules_are_there(page):
     for name in re.findall(r"`([^`\s]+)`", prose(page)):
         if re.fullmatch(r"(agln_fast|kernels|export|bench|tests|docs)/[\w./-]*", name) and "NAME" not in name:
             assert (ROOT / name).exists(), name
+        if re.fullmatch(r"[\w./-]+\.(py|sh)", name) and name not in OTHERS and "NAME" not in name:
+            assert list(ROOT.glob(f"*/**/{name}")) or (ROOT / name).exists(), name
         if match := re.match(r"agln_fast((?:\.\w+)+)", name):
             parts = match[1].split(".")[1:]
             assert name in LOGGERS | KEYS or known(parts), name
@@ -138,8 +143,27 @@ def test_commands_and_their_options_are_there(page):
             for word in rest[: rest.index("|") if "|" in rest else None]:
                 if word.startswith("-") and not re.fullmatch(r"-[\d.]+", word):
                     assert word.partition("=")[0] in {*options, "--help", "--debug"}, words
-        elif words[0] == "python" and words[1] == "-m":
-            assert words[2].startswith("pytest") or known(words[2].split(".")[1:]), words
+        elif words[:2] == ["python", "-m"]:
+            assert words[2] == "pytest" or known(words[2].split(".")[1:]), words
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), words
+
+
+@every_page
+def test_options_are_there(page):
+    """What stands alone in backquotes: of a verb, or of a tool of ours."""
+    verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
+    ours = {name for verb in verbs for option in verb.params for name in (*option.opts, *option.secondary_opts)}
+    for option in re.findall(r"`(--[a-z][\w-]*)", prose(page)):
+        assert option in {*ours, "--help", "--debug", "--version"} or f'"{option}"' in TOOLS, option
+
+
+@every_page
+def test_names_in_code_are_there(page):
+    for language, code in FENCE.findall(page.read_text("utf-8")):
+        if language == "python":
+            for name in re.findall(r"\bagln_fast((?:\.\w+)+)", code):
+                assert known(name.split(".")[1:]), name
 
 
 def test_the_readme_has_every_kind_of_engine():
