@@ -41,6 +41,7 @@ PAGES = "README.md", "docs/performance.md"
 FIGURES = "docs/images"
 
 _WIDTH = 110  # of a line of the pages
+_NO_EFFECT = re.compile(r"\*\*no effect: (.*?)\*\*")
 
 
 def _wrapped(text: str) -> str:
@@ -57,11 +58,31 @@ def _main_rows(results: Results) -> list[Row]:
     ]
 
 
+def _is_long(text: str) -> bool:
+    return max(map(len, text.splitlines())) > _WIDTH
+
+
+def _overview(results: Results) -> str:
+    """Networks side by side; the unit stands above, where the headings would be too long with it."""
+    text = markdown_overview(_main_rows(results))
+    return f"Medians in ms; {text.replace(', ms |', ' |')}" if _is_long(text) else text
+
+
+def _ladder(results: Results) -> str:
+    """Rungs without effect stand below their table, where they would make its line too long."""
+    tables = []
+    for text in markdown_ladder(results.ladder).split("\n\n"):
+        rest = _NO_EFFECT.findall(text) if _is_long(text) else []
+        tables.append(_NO_EFFECT.sub("**the rest**", text) if rest else text)
+        tables += [_wrapped(f"The rest, without effect: {names}.") for names in rest]
+    return "\n\n".join(tables)
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": lambda results: _wrapped(f"{machine_line(results.machine)}; `{results.command}`, {results.date}."),
-    "overview": lambda results: markdown_overview(_main_rows(results)),
+    "overview": _overview,
     "table": lambda results: f"{markdown_table(results.rows)}\n\n{_wrapped(NOTES)}",
-    "ladder": lambda results: markdown_ladder(results.ladder),
+    "ladder": _ladder,
     "scaling": lambda results: markdown_scaling(results.scaling),
 }
 """What stands in each section."""
