@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import sys
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,8 +97,7 @@ def model_card(
         "page.",
         '`agln_fast.load_checkpoint("agln_nano")` and `agln-fast build agln_nano …` find them by name.',
         "",
-        "| checkpoint | mIoU % | multi-scale, flip | pixel accuracy % | before float16 | parameters | multiply-adds "
-        "| file | minutes |",
+        "| checkpoint | mIoU % | scales, flips | accuracy % | float32 | parameters | multiply-adds | file | minutes |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (trained, single, multiple) in results.items():
@@ -109,6 +109,7 @@ def model_card(
             f"| {total.parameters / 1e6:.3f} M | {(total.convolution + total.matmul) / 1e6:.0f} M "
             f"| {size / 1e6:.2f} MB | {runs[name].log[-1].seconds / 60:.0f} |"
         )
+    lines += ["", "Accuracy is that of pixels; float32: mIoU before the weights were rounded to float16."]
     classes = next(iter(results.values()))[1].class_set.classes
     header = " | ".join(NETWORKS[name] for name in results)
     lines += ["", f"| IoU % by class | {header} |", "| --- |" + " --- |" * len(results)]
@@ -141,7 +142,7 @@ def model_card(
         "![training curves](curves.svg)",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 110) for line in lines)
 
 
 def _machine() -> str:

@@ -17,7 +17,7 @@ class Row:
     contestant: name in the registry, e.g. "planned openvino", "openvino", "torch.compile".
     ours: it runs the rewritten network; a peer runs the plain one.
     settings: what it was told, in short, e.g. "LATENCY, f32, 2 threads".
-    plan: rewrites in use, e.g. "fold_batchnorm mix_before_upsample(3)"; empty for a peer.
+    plan: rewrites in use, e.g. "fold_batchnorm, mix_before_upsample(full, full, none)"; empty for a peer.
     median_ms, p95_ms, p99_ms: uint8 image (B, H, W, 3) in host memory to uint8 labels (B, H, W) in host memory.
     engine_ms: median of the compiled network alone, without what is done after it on the host; equal to median_ms
         where the network returns labels itself.

@@ -42,8 +42,8 @@ def upsample_taps(base: Tensor, taps: Sequence[Tensor], bias: Tensor) -> Tensor:
     height, width = base.shape[2:]
     columns, rows = [], []
     for coarse in taps:
-        x = wide(coarse).unflatten(1, (3, 3, -1))  # dy, dx, C
-        h, w = x.shape[4:]
+        h, w = coarse.shape[2:]
+        x = wide(coarse).reshape(len(coarse), 3, 3, -1, h, w)  # dy, dx, C
         x = x.permute(0, 3, 1, 4, 2, 5).reshape(*base.shape[:2], 3 * h, 3 * w)
         columns.append(x @ shifted_upsample_matrix(w, width, x).T)  # (B, C, 3h, W)
         rows.append(shifted_upsample_matrix(h, height, x))

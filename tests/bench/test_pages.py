@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -46,8 +47,8 @@ def _main(checkout, *options):
     ("section", "content"),
     [
         ("machine", "Xeon, 2 threads; python 3.11.7, torch 2.13.0; `agln-fast bench`, 2026-01-02."),
-        ("overview", markdown_overview(results().rows)),
-        ("table", f"{markdown_table(results().rows)}\n\n{NOTES}"),
+        ("overview", f"Medians in ms; {markdown_overview(results().rows).replace(', ms |', ' |')}"),
+        ("table", f"{markdown_table(results().rows)}\n\n{textwrap.fill(NOTES, 110, break_on_hyphens=False)}"),
         ("ladder", markdown_ladder(results().ladder)),
         ("scaling", markdown_scaling(results().scaling)),
     ],
