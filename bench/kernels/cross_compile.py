@@ -181,15 +181,15 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
     """
     ops: dict[str, dict[tuple[str, ...], list[Compiled]]] = {}
     for row in rows:
-        size = "32 bits" if row.dtype == "float32" else "16 bits"
-        key = row.kernel.strip("_").removesuffix("_kernel"), size, row.tile, f"{row.num_warps}, {row.num_stages}"
+        bits = "32" if row.dtype == "float32" else "16"
+        key = row.kernel.strip("_").removesuffix("_kernel"), bits, row.tile, f"{row.num_warps}, {row.num_stages}"
         ops.setdefault(row.op, {}).setdefault(key, []).append(row)
     lines = []
     for op, kernels in ops.items():
         lines += [
-            f"#### {op}",
+            f"### {op}",
             "",
-            "| kernel | dtype | tile | warps, stages | on | registers | KiB | products |",
+            "| kernel | bits | tile | warps, stages | on | registers | KiB | products |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for names, found in kernels.items():
