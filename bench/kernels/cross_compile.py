@@ -197,7 +197,7 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
                 _capabilities(row.capability for row in found),
                 _ends(row.registers for row in found),
                 _ends(round(row.shared_bytes / 1024) for row in found),
-                ", ".join(dict.fromkeys(row.tensor_cores or "none" for row in found)),
+                ", ".join(dict.fromkeys(row.tensor_cores.removesuffix(".sync") or "none" for row in found)),
             ]
             lines.append(f"| {' | '.join([*names, *cells])} |")
         lines.append("")
