@@ -72,7 +72,7 @@ def exact_float32(*, benchmark: bool = False) -> Iterator[None]:
 
 def _set_exact() -> ExitStack:
     """Change the settings; closing the result puts them back. Where one cannot be changed, none is."""
-    backends = torch.backends
+    backends: Any = torch.backends  # some of it has no types
     operations = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     with ExitStack() as stack:
         for operation in operations:  # which the older settings change, too, and do not put back
