@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,19 @@ import numpy.typing as npt
 
 from agln_fast.errors import BackendError
 
-__all__ = ["Device", "Graph", "Stream", "TwinBuffer", "compute_capability", "device_count", "has_bindings"]
+__all__ = [
+    "Device",
+    "Graph",
+    "Stream",
+    "TwinBuffer",
+    "compute_capability",
+    "device_count",
+    "device_identity",
+    "has_bindings",
+    "obstacle",
+]
+
+_NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
 
 
 def has_bindings() -> bool:
@@ -27,17 +40,29 @@ def has_bindings() -> bool:
 
 
 @cache
-def _driver() -> Any | None:
-    """The module `cuda.bindings.driver`, initialised; None without it, without a driver, or without a device."""
+def _initialised(process: int) -> tuple[Any | None, str]:
+    """The module `cuda.bindings.driver`, ready for use in this process; or None, and why."""
     if not has_bindings():
-        return None
-    from cuda.bindings import driver
-
+        return None, 'package "cuda.bindings" is not installed'
     try:
+        from cuda.bindings import driver
+
         (code,) = driver.cuInit(0)
-    except Exception:  # no libcuda: the kind of error is not documented
-        return None
-    return driver if int(code) == 0 else None
+    except Exception as error:  # no libcuda, or a broken one: the kinds of errors are not documented
+        return None, " ".join(str(error).split())
+    if int(code) == 0:
+        return driver, ""
+    forked = "; this process was forked of one that uses CUDA: use spawn" if int(code) == _NOT_INITIALISED else ""
+    return None, f"cuInit failed: {_explained(driver, code)}{forked}"
+
+
+def _driver() -> Any | None:
+    return _initialised(os.getpid())[0]
+
+
+def _explained(driver: Any, code: Any) -> str:
+    words = [driver.cuGetErrorName(code)[1], driver.cuGetErrorString(code)[1]]
+    return ", ".join(word.decode() if isinstance(word, bytes) else str(word) for word in words)
 
 
 def _call(function: str, *arguments: Any) -> Any:
@@ -48,19 +73,35 @@ def _call(function: str, *arguments: Any) -> Any:
     """
     driver = _driver()
     if driver is None:
-        raise BackendError("no CUDA driver can be used here: `agln-fast doctor` shows more")
-    code, *results = getattr(driver, function)(*arguments)
+        raise BackendError(f"no CUDA driver can be used here: {_initialised(os.getpid())[1]}")
+    try:
+        code, *results = getattr(driver, function)(*arguments)
+    except RuntimeError as error:  # the driver that is installed does not know the function
+        raise BackendError(f"{function} failed: {error}; update the NVIDIA driver") from error
     if int(code) != 0:
-        words = [driver.cuGetErrorName(code)[1], driver.cuGetErrorString(code)[1]]
-        name, reason = (word.decode() if isinstance(word, bytes) else str(word) for word in words)
-        advice = "; free memory of the GPU, or take a smaller batch" if name == "CUDA_ERROR_OUT_OF_MEMORY" else ""
-        raise BackendError(f"{function} failed: {name}, {reason}{advice}")
+        reason = _explained(driver, code)
+        advice = "; free memory of the GPU, or take a smaller batch" if "OUT_OF_MEMORY" in reason else ""
+        raise BackendError(f"{function} failed: {reason}{advice}")
     return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def obstacle() -> str | None:
+    """Why no CUDA device can be used, or None."""
+    driver, reason = _initialised(os.getpid())
+    if driver is None:
+        return f"no CUDA device can be used: {reason}"
+    return None if device_count() else "no CUDA device is present"
 
 
 def device_count() -> int:
     """CUDA devices that there are; 0 without cuda-bindings or a driver."""
     return 0 if _driver() is None else int(_call("cuDeviceGetCount"))
+
+
+def device_identity(device: int) -> str:
+    """The name of a device and the version of the driver: what compiled kernels depend on."""
+    name = _call("cuDeviceGetName", 256, _call("cuDeviceGet", device))
+    return f"{name.decode().rstrip(chr(0))}, driver {_call('cuDriverGetVersion')}"
 
 
 def compute_capability(device: int = 0) -> str | None:
@@ -203,5 +244,7 @@ class TwinBuffer:
     def close(self) -> None:
         """Free both; `host` must not be used any more."""
         del self.host
-        _call("cuMemFreeHost", self._pinned)
-        _call("cuMemFree", self.address)
+        try:
+            _call("cuMemFreeHost", self._pinned)
+        finally:
+            _call("cuMemFree", self.address)

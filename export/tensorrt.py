@@ -118,6 +118,7 @@ def build_tensorrt_engine(
         if workspace_bytes is not None:
             config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, workspace_bytes)
         if flavour == "tensorrt-rtx":
+            config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a run may not be captured
             config.num_compute_capabilities = len(compute_capabilities)
             for i, capability in enumerate(compute_capabilities):
                 config.set_compute_capability(library.ComputeCapability.__members__[capability.upper()], i)

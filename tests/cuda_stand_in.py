@@ -34,6 +34,7 @@ class Driver:
 
     def __init__(self, *devices: tuple[int, int]) -> None:
         self.devices = devices
+        self.version = 13000
         self.failing: set[str] = set()
         self.calls: Counter[str] = Counter()
         self.alive: dict[int, Any] = {}
@@ -89,6 +90,12 @@ class Driver:
 
     def cuDeviceGet(self, index: int) -> int:  # noqa: N802
         return index
+
+    def cuDeviceGetName(self, length: int, device: int) -> bytes:  # noqa: N802
+        return f"GPU of {self.devices[device]}".encode().ljust(length, b"\0")
+
+    def cuDriverGetVersion(self) -> int:  # noqa: N802
+        return self.version
 
     def cuDeviceGetAttribute(self, attribute: int, device: int) -> int:  # noqa: N802
         return self.devices[device][attribute]

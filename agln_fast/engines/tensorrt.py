@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
+from agln_fast import cuda
 from agln_fast.artefact import Artefact
 from agln_fast.cuda import Device, Graph, Stream, TwinBuffer, compute_capability, device_count, has_bindings
 from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, check_ports
@@ -22,7 +23,7 @@ from agln_fast.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library
 __all__ = ["TensorRT", "TensorRTEngine", "TensorRTRTX", "TensorRTRTXEngine"]
 
 _REBUILD = "build it again from the bundle's own weights with `agln-fast rebuild`"
-_PROGRAMS = 4  # batch sizes that are kept ready; each holds the memory of one run
+_PROGRAMS = 4  # batch sizes that are kept ready; the library gives each the memory of the largest
 _logger = logging.getLogger("agln_fast.tensorrt")
 _TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
 
@@ -57,7 +58,7 @@ class TensorRT(EngineKind):
         return None
 
     def _obstacle(self, precision: Precision, where: str) -> str | None:
-        return self._bindings() or ("no CUDA device is present" if device_count() == 0 else None)
+        return self._bindings() or cuda.obstacle()
 
     def _bindings(self) -> str | None:
         """What is missing to run on a GPU, where the library itself is there; to build, it is not needed."""
@@ -75,7 +76,7 @@ class TensorRT(EngineKind):
         except BackendError as error:
             return str(error)
         if present is None:
-            return f"no CUDA device is present, and it needs a GPU of {built_for}"
+            return f"{cuda.obstacle()}, and it needs a GPU of {built_for}"
         if present not in artefact.compute_capabilities:
             target = self.name if present in RTX_CAPABILITIES else "tensorrt"
             return f"built for {built_for}, but this GPU is {present}: {_build_for(target)}"
@@ -152,14 +153,18 @@ class TensorRTEngine(Engine):
         self._programs: OrderedDict[int, _Program] = OrderedDict()
         self._resources = ExitStack()
         self._device = Device(_device_index(device))
-        self._resources.callback(self._device.close)
         self.device = f"cuda:{self._device.index}"
         try:
             with self._device.current():
                 self._open(artefact)
         except BaseException:
-            self._release()
+            self.close()
             raise
+
+    def __del__(self) -> None:
+        # Nothing else frees what the driver gave. At the end of Python, its modules may be gone before this is.
+        with suppress(Exception):
+            self.close()
 
     def _open(self, artefact: Artefact) -> None:
         """Everything but what depends on the batch size."""
@@ -234,8 +239,9 @@ class TensorRTEngine(Engine):
         while len(self._programs) >= _PROGRAMS:
             self._programs.popitem(last=False)[1].close()
         context = self._context(count)
-        context.set_tensor_address("image", self._image.address)
-        context.set_tensor_address(self._contract.output, self._result.address)
+        for port, buffer in (("image", self._image), (self._contract.output, self._result)):
+            if not context.set_tensor_address(port, buffer.address):
+                raise BackendError(f"{self.name}: set_tensor_address refused {port}: {self._log.last_error}")
 
         def run() -> None:
             self._image.upload(self._stream, count)
@@ -257,14 +263,18 @@ class TensorRTEngine(Engine):
         """What a batch size brought along may be kept now."""
 
     def _release(self) -> None:
-        # A context must go before its engine, and an engine before its runtime.
-        with suppress(BackendError):  # a device that is lost frees nothing, and has nothing more to free
-            with self._device.current():
-                while self._programs:
-                    self._programs.popitem()[1].close()
-                self._engine = None
-                self._runtime = None
-            self._resources.close()
+        # A context must go before its engine, and an engine before its runtime; what the device has lost is gone.
+        with suppress(BackendError), ExitStack() as stack:
+            stack.callback(self._device.close)  # last
+            stack.enter_context(self._device.current())
+            stack.callback(self._resources.close)
+            stack.callback(self._forget)
+            for program in self._programs.values():  # first
+                stack.callback(program.close)
+            self._programs.clear()
+
+    def _forget(self) -> None:
+        self._engine = self._runtime = None
 
 
 @dataclass
@@ -303,7 +313,7 @@ class TensorRTRTXEngine(TensorRTEngine):
         strategies = library.DynamicShapesKernelSpecializationStrategy
         self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self._config.cuda_graph_strategy = library.CudaGraphStrategy.DISABLED  # ours holds the copies, too
-        facts = {"engine": hashlib.sha256(data).hexdigest(), "gpu": compute_capability(self._device.index)}
+        facts = {"engine": hashlib.sha256(data).hexdigest(), "gpu": cuda.device_identity(self._device.index)}
         self._file = place(self.name, facts, (self.name,)).with_suffix(".cache")
         self._kernels = self._config.create_runtime_cache()
         self._kept = recall_bytes(self._file)

@@ -112,7 +112,7 @@ def draw_ladder(rows: Sequence[Row]) -> Figure:
     heights = [_BAR * 1.25 * (len(rungs) + 0.2) for rungs in panels.values()]
     gap, top = 0.65, 0.5
     figure = _figure(_WIDTH, top + sum(heights) + gap * (len(heights) - 1) + 0.45)
-    labels = {rung.name: textwrap.fill(rung.name, _LONGEST_RUNG) for rungs in panels.values() for rung in rungs}
+    labels = {rung.name: _rung_label(rung.name) for rungs in panels.values() for rung in rungs}
     room = 0.14 + max(_inches(line) for label in labels.values() for line in label.split("\n"))
     for (title, rungs), height in zip(panels.items(), heights, strict=True):
         width = _WIDTH - room - 1.3
@@ -133,6 +133,12 @@ def draw_ladder(rows: Sequence[Row]) -> Figure:
         _title(axes, title)
     _caption(figure, shared)
     return figure
+
+
+def _rung_label(name: str) -> str:
+    """On two lines at most: those without effect are counted where their names take more."""
+    lines = textwrap.wrap(name, _LONGEST_RUNG)
+    return f"{name.count(',') + 1} more, no effect" if len(lines) > 2 else "\n".join(lines)
 
 
 def draw_pareto(rows: Sequence[Row]) -> Figure:

@@ -152,7 +152,7 @@ def _without_gaps(
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """`bench.machine.machine()` in one line: hardware, then versions; what is not there is left out."""
+    """`agln_fast.machine.machine()` in one line: hardware, then versions; what is not there is left out."""
     threads = machine.get("threads")
     hardware = [machine.get("gpu"), machine.get("cpu"), threads and f"{threads} thread{'s' if threads > 1 else ''}"]
     versions = [f"{name} {value}" for name, value in machine.items() if name not in _HARDWARE and value is not None]
@@ -287,7 +287,8 @@ def markdown_scaling(rows: Sequence[Row]) -> str:
                 ms = dict(zip(line.x, map(digits, line.ms), strict=True))
                 fit = (f"{line.fit.exponent:.2f}", f"{line.fit.r_squared:.3f}") if line.fit else (_NOTHING, _NOTHING)
                 body.append([_bold(line.name, line.row.ours), *(ms.get(x, _NOTHING) for x in columns), *fit])
-            tables.append(_markdown((f"ms, {fixed}", *headings, "exponent", "R²"), body, left=1))
+            columns_of = (f"ms, {fixed}", *headings, "exponent", "R²")
+            tables.append(_markdown(*_without_gaps(columns_of, body), left=1))
     return "\n\n".join(tables)
 
 

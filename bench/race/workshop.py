@@ -97,7 +97,7 @@ class RaceWorkshop:
     @cached_property
     def files(self) -> Workshop:
         """What engines are made with, for this machine's GPU."""
-        capability = None if self.device == "cpu" else compute_capability()
+        capability = None if self.device == "cpu" else compute_capability(int(self.device.partition(":")[2] or 0))
         return Workshop(
             self.network, self.contract, self.folder, compute_capabilities=(capability,) if capability else ()
         )

@@ -1,10 +1,11 @@
 """What keeps a TensorRT engine from running, in the order in which it is said; runs on stand-ins of driver and library;
 and a run where there is a GPU."""
 
+import gc
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ def artefact(
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """One GPU of sm89."""
     driver = Driver((8, 9))
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_initialised", lambda process: (driver, ""))
     return driver
 
 
@@ -303,6 +304,66 @@ def test_a_closed_engine_does_not_run(driver: Driver, library: Library, engine_f
         engine.run(frames(1))
 
 
+def test_an_engine_that_is_dropped_frees_what_it_holds(driver: Driver, library: Library, engine_file: Path) -> None:
+    engine = open_engine(artefact(TensorRT(), file=engine_file))
+    engine.run(frames(1))
+    assert driver.alive
+    del engine
+    gc.collect()
+    assert not driver.alive
+
+
+def test_one_failure_keeps_nothing_else_from_being_freed(driver: Driver, library: Library, engine_file: Path) -> None:
+    engine = open_engine(artefact(TensorRT(), file=engine_file))
+    engine.run(frames(1))
+    engine.run(frames(2))
+    driver.failing.add("cuMemFreeHost")
+    engine.close()
+    kept = [memory for memory in driver.alive.values() if not isinstance(memory, str | list)]
+    assert len(kept) == len(driver.alive) == 2  # the two that could not be freed
+    assert not driver.contexts
+
+
+def cuda_bindings(monkeypatch: pytest.MonkeyPatch, initialise: Callable[[int], object]) -> None:
+    """A package cuda-bindings whose `cuInit` is `initialise`."""
+    driver = SimpleNamespace(
+        cuInit=initialise,
+        cuGetErrorName=lambda code: (0, b"CUDA_ERROR_X"),
+        cuGetErrorString=lambda code: (0, b"something"),
+    )
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setattr(cuda, "find_spec", lambda name: True)
+
+
+def no_library(flags: int) -> object:
+    raise RuntimeError("libcuda.so.1:\nno such file")
+
+
+@pytest.mark.parametrize(
+    ("initialise", "message"),
+    [
+        (no_library, "no CUDA device can be used: libcuda.so.1: no such file"),
+        (lambda flags: (999,), "no CUDA device can be used: cuInit failed: CUDA_ERROR_X, something"),
+        (lambda flags: (3,), "this process was forked of one that uses CUDA: use spawn"),
+    ],
+    ids=["no-libcuda", "another-error", "forked"],
+)
+def test_a_driver_that_cannot_be_used_says_why(
+    initialise: Callable[[int], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda_bindings(monkeypatch, initialise)
+    cuda._initialised.cache_clear()
+    try:
+        assert message in str(cuda.obstacle())
+        assert cuda.device_count() == 0
+        assert compute_capability() is None
+        with pytest.raises(BackendError, match="no CUDA driver can be used here"):
+            cuda.Device(0)
+    finally:
+        cuda._initialised.cache_clear()
+
+
 def test_threads_share_an_engine(opened: TensorRTEngine) -> None:
     wrong = []
 
@@ -354,7 +415,13 @@ class TestRuntimeCache:
         assert self.run(library, engine_file, 4) == 1
         engine_file.write_bytes(b"another engine")
         assert self.run(library, engine_file, 4) == 1
-        assert len(list(folder.rglob("*.cache"))) == 3
+        driver.version += 10
+        assert self.run(library, engine_file, 4) == 1
+        library.__version__ = "1.2.4"
+        monkeypatch.setattr("agln_fast.memory.installed", lambda package: library.__version__)
+        monkeypatch.setattr("agln_fast.engines.tensorrt.TensorRT.obstacle_to", lambda *arguments: None)
+        assert self.run(library, engine_file, 4) == 1
+        assert len(list(folder.rglob("*.cache"))) == 5
 
     def test_a_damaged_file_is_made_anew(
         self, library: Library, engine_file: Path, folder: Path, caplog: pytest.LogCaptureFixture

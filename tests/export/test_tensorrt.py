@@ -301,7 +301,7 @@ def tensorrt(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     library = SimpleNamespace(**{**vars(rtx), "Builder": Builder, "__version__": "11.4.0.106"})
     monkeypatch.setitem(sys.modules, "tensorrt", library)
-    monkeypatch.setattr(cuda, "_driver", lambda: Driver((8, 9)))
+    monkeypatch.setattr(cuda, "_initialised", lambda process: (Driver((8, 9)), ""))
     return library
 
 
@@ -329,6 +329,6 @@ def test_tensorrt_builds_for_no_other_gpu(tensorrt: Any, tmp_path: Path, monkeyp
     path = write_network(tmp_path / "small.onnx")
     with pytest.raises(ConfigError, match="sm80, sm89: tensorrt builds only for this GPU, sm89"):
         build(path, flavour="tensorrt", compute_capabilities=("sm80", "sm89"))
-    monkeypatch.setattr(cuda, "_driver", lambda: None)
+    monkeypatch.setattr(cuda, "_initialised", lambda process: (None, "no driver"))
     with pytest.raises(BuildError, match="no CUDA device"):
         build(path, flavour="tensorrt")
