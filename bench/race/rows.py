@@ -25,7 +25,7 @@ class Row:
     ratio: how many times as fast as the best peer of the same network, size, batch and precision class (fp32, or
         anything less): median over the rounds of peer time / own time. low and high: its 10th and 90th percentile.
     peak_memory_mb: host: largest resident set of a process that does nothing but this, less that of one that only
-        imports the library and loads nothing; on CUDA: what the driver reports as in use after a run, less before opening.
+        imports the library and loads nothing; on CUDA: what the driver has in use after a run, less before opening.
     size_mb: what is stored: graph, weights, engine. build_s: from the network in memory to an engine that is ready.
     gmacs: multiply-adds of the plain network for one image, 1e9. parameters_m: 1e6.
     peak_fraction: 2 * gmacs * batch / time, over the rate of this machine's own matrix product in that precision.
