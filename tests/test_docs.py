@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -164,6 +165,13 @@ def test_names_in_code_are_there(page):
         if language == "python":
             for name in re.findall(r"\bagln_fast((?:\.\w+)+)", code):
                 assert known(name.split(".")[1:]), name
+
+
+def test_the_layers_are_those_of_the_contract():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    told = next(code for _, code in FENCE.findall(page) if code.startswith("cli\n"))
+    assert [line.partition("  ")[0] for line in told.splitlines()] == contracts[0]["layers"]
 
 
 def test_the_readme_has_every_kind_of_engine():

@@ -117,7 +117,7 @@ def markdown(outcomes: list[AblationRow]) -> str:
 
 def _spread(values: list[float]) -> str:
     if not values:
-        return "–"
+        return "none"
     return f"{100 * statistics.mean(values):.2f} ± {50 * (max(values) - min(values)):.2f}"
 
 
