@@ -34,7 +34,8 @@ _FEWEST_CHANNELS = 128  # of a group of conv5: with fewer the taps cost what the
 def fuse(model: SegmentationNetwork) -> InferenceNetwork:
     """Make the network for inference that computes the same function, with its attention steps as fused ops.
 
-    It is rewritten as `FUSED` says, but that conv5 of narrow maps is not mixed: the function never changes. In float64 both networks agree to rounding.
+    It is rewritten as `FUSED` says, but that conv5 of narrow maps is not mixed. The function never changes: in float64
+    both networks agree to rounding.
 
     Args:
         model: a reference network, best in float32: weights are composed before `.half()` or `.to(torch.bfloat16)`

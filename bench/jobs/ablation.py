@@ -41,7 +41,7 @@ VARIANTS = {
     "fpn_nano": ("FPN", "IV, V, VII"),
     "agln_minus_gap_nano": ("AGLN− with GAP", "IV"),
     "agln_minus_nano": ("AGLN−", "IV, V"),
-    "agln_minus_cr_nano": ("AGLN− + channel resampling", "V"),
+    "agln_minus_cr_nano": ("AGLN− + resampling", "V"),
     "agln_minus_sg_nano": ("AGLN− + spatial gating", "V"),
     "agln_straight_nano": ("AGLN, straight", "V, VII"),
     "agln_nano": ("AGLN, dense", "VII, VIII"),
