@@ -18,8 +18,8 @@ from rich.progress import Progress, TaskID
 
 from agln_fast import interruption
 from agln_fast.contract import Output
-from agln_fast.cuda import compute_capability
-from agln_fast.errors import BuildError, ConfigError, choose
+from agln_fast.cuda import compute_capability, has_bindings, obstacle
+from agln_fast.errors import BuildError, ConfigError, MissingPackageError, choose
 from agln_fast.files import replacing
 from agln_fast.precision import PRECISIONS, Precision
 from agln_fast.tensorrt_library import Flavour, check_rtx_capabilities, import_library, shared_logger
@@ -166,9 +166,11 @@ def resolve_capabilities(flavour: Flavour, asked: Sequence[str] = ()) -> tuple[s
 
 
 def _capability_here(asked: Sequence[str]) -> tuple[str]:
+    if not has_bindings():
+        raise MissingPackageError("cuda.bindings", "tensorrt")
     present = compute_capability()
     if present is None:
-        raise BuildError("tensorrt builds on the GPU that it builds for, and no CUDA device is present")
+        raise BuildError(f"tensorrt builds on the GPU that it builds for, and {obstacle()}")
     if set(asked) - {present}:
         raise ConfigError(f"compute capabilities {', '.join(asked)}: tensorrt builds only for this GPU, {present}")
     return (present,)

@@ -55,17 +55,14 @@ class TensorRT(EngineKind):
             import_library(self.name)
         except BackendError as error:
             return str(error)
-        return None
-
-    def _obstacle(self, precision: Precision, where: str) -> str | None:
-        return self._bindings() or cuda.obstacle()
-
-    def _bindings(self) -> str | None:
-        """What is missing to run on a GPU, where the library itself is there; to build, it is not needed."""
+        # To build, it is not needed.
         return None if has_bindings() else str(MissingPackageError("cuda.bindings", self.extra))
 
+    def _obstacle(self, precision: Precision, where: str) -> str | None:
+        return cuda.obstacle()
+
     def obstacle_to(self, artefact: Artefact, device: str | None = None) -> str | None:
-        if reason := self.missing() or self._bindings():
+        if reason := self.missing():
             return reason
         version, built_with = library_version(self.name), artefact.versions.get(self.name, "an unknown version")
         if version != built_with:
