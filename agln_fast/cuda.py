@@ -121,6 +121,12 @@ def compute_capability(device: int = 0) -> str | None:
     return f"sm{major}{minor}"
 
 
+@cache
+def _primary_context(process: int, index: int) -> Any:
+    """Kept until the process ends: without a user it would be destroyed, with all that libraries have loaded into it."""
+    return _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", index))
+
+
 class Device:
     """A CUDA device by its primary context, which it shares with whatever else of the process uses the device."""
 
@@ -130,8 +136,7 @@ class Device:
             BackendError: it is not there, or cannot be used.
         """
         self.index = index
-        self._handle = _call("cuDeviceGet", index)
-        self._context = _call("cuDevicePrimaryCtxRetain", self._handle)
+        self._context = _primary_context(os.getpid(), index)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -141,10 +146,6 @@ class Device:
             yield
         finally:
             _call("cuCtxPopCurrent")
-
-    def close(self) -> None:
-        """Give it back; nothing that was made on it may be there any more."""
-        _call("cuDevicePrimaryCtxRelease", self._handle)
 
 
 class Stream:

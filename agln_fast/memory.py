@@ -1,4 +1,4 @@
-"""What was measured on this machine, remembered from one run to the next: JSON files in the cache folder."""
+"""What was measured or compiled on this machine, remembered from one run to the next, in the cache folder."""
 
 from __future__ import annotations
 
@@ -45,10 +45,9 @@ def recall_bytes(file: Path, largest: int = _LARGEST_BYTES) -> bytes:
     """What `remember_bytes` wrote; nothing where there is no such file, or a larger one."""
     try:
         with file.open("rb") as stream:
-            data = stream.read(largest + 1)
+            return stream.read() if os.fstat(stream.fileno()).st_size <= largest else b""
     except OSError:
         return b""
-    return data if len(data) <= largest else b""
 
 
 def remember(file: Path, values: Any) -> None:

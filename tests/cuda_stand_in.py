@@ -1,7 +1,8 @@
-"""Stand-ins for CUDA's driver and for TensorRT: memory is the host's, and work is done when its stream gets to it.
+"""Stand-ins for CUDA's driver and for TensorRT: memory is the host's, and work is done when someone waits for it.
 
-The driver keeps to what the real one promises where engines rely on it: copies and launches between the beginning and
-the end of a capture are not done but recorded, and are done at each launch of the graph; what is freed is gone.
+The driver keeps to what the real one promises where engines rely on it: what a stream is given is done no sooner than
+somebody waits for the stream; copies and launches between the beginning and the end of a capture are not done but
+recorded, and are given to the stream at each launch of the graph; what is freed is gone, and must not be in use.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Driver:
         self.alive: dict[int, Any] = {}
         self.contexts: list[int] = []
         self._captured: dict[int, list[Callable[[], None]]] = {}
+        self._queued: list[tuple[int, Callable[[], None]]] = []
         self._next = 100
 
     def __getattribute__(self, name: str) -> Any:
@@ -59,12 +61,12 @@ class Driver:
         return call
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
-        """Do it, or record it."""
-        assert stream in self.alive
+        """Do it later, or record it."""
+        assert self.alive[stream] == "stream"
         if stream in self._captured:
             self._captured[stream].append(work)
         else:
-            work()
+            self._queued.append((stream, work))
 
     def _new(self, what: Any) -> int:
         self._next += 1
@@ -77,6 +79,8 @@ class Driver:
         return ctypes.addressof(memory)
 
     def _free(self, handle: int) -> None:
+        assert self.contexts, "no device is current"
+        assert not self._queued, "it may be in use"
         del self.alive[int(handle)]
 
     def cuGetErrorName(self, code: int) -> tuple[int, bytes]:  # noqa: N802
@@ -101,10 +105,9 @@ class Driver:
         return self.devices[device][attribute]
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> int:  # noqa: N802
-        self.alive[device] = "context"
         return device
 
-    cuDevicePrimaryCtxRelease = cuStreamDestroy = cuGraphDestroy = cuGraphExecDestroy = cuMemFree = _free  # noqa: N815
+    cuStreamDestroy = cuGraphDestroy = cuGraphExecDestroy = cuMemFree = _free  # noqa: N815
     cuMemFreeHost = _free  # noqa: N815
 
     def cuCtxPushCurrent(self, context: int) -> None:  # noqa: N802
@@ -119,6 +122,9 @@ class Driver:
 
     def cuStreamSynchronize(self, stream: int) -> None:  # noqa: N802
         assert stream not in self._captured, "a wait cannot be captured"
+        for _, work in [each for each in self._queued if each[0] == stream]:
+            work()
+        self._queued = [each for each in self._queued if each[0] != stream]
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> None:  # noqa: N802
         self._captured[stream] = []

@@ -14,8 +14,9 @@ from agln_fast import cuda
 from agln_fast.artefact import Artefact
 from agln_fast.cuda import Device, Graph, Stream, TwinBuffer, compute_capability, device_count, has_bindings
 from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, check_ports
+from agln_fast.environment import cache_folder
 from agln_fast.errors import BackendError, MissingPackageError
-from agln_fast.memory import place, recall_bytes, remember_bytes
+from agln_fast.memory import recall_bytes, remember_bytes
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
 from agln_fast.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library, library_version, shared_logger
@@ -139,6 +140,7 @@ class TensorRTEngine(Engine):
     """
 
     name: ClassVar[Flavour] = "tensorrt"
+    _remedy = ""
 
     def __init__(self, artefact: Artefact, device: str | None) -> None:
         library = import_library(self.name)
@@ -153,6 +155,8 @@ class TensorRTEngine(Engine):
         self.device = f"cuda:{self._device.index}"
         try:
             with self._device.current():
+                self._stream = Stream()
+                self._resources.callback(self._stream.close)
                 self._open(artefact)
         except BaseException:
             self.close()
@@ -170,12 +174,12 @@ class TensorRTEngine(Engine):
         self._engine = self._deserialize(artefact, artefact.read(artefact.file))
         inputs, outputs = self._ports(modes.INPUT), self._ports(modes.OUTPUT)
         check_ports(artefact, inputs, outputs)
-        self._stream = Stream()
-        self._resources.callback(self._stream.close)
-        context = self._context(contract.max_batch)
-        self._image = TwinBuffer(tuple(context.get_tensor_shape("image")), inputs[0].dtype)
+        # `check_ports` has compared them with the engine's.
+        most, size = contract.max_batch, (contract.height, contract.width)
+        classes = (artefact.model.num_classes,) if contract.output == "logits" else ()
+        self._image = TwinBuffer((most, *map(int, contract.input_shape[1:])), inputs[0].dtype)
         self._resources.callback(self._image.close)
-        self._result = TwinBuffer(tuple(context.get_tensor_shape(contract.output)), outputs[0].dtype)
+        self._result = TwinBuffer((most, *classes, *size), outputs[0].dtype)
         self._resources.callback(self._result.close)
 
     def _deserialize(self, artefact: Artefact, data: bytes) -> Any:
@@ -213,10 +217,15 @@ class TensorRTEngine(Engine):
         with self._device.current():
             # Tensors are packed: a smaller batch fills the first rows of buffers that were made for the largest.
             self._image.host[:count] = image
-            program = self._programs.pop(count, None) or self._prepare(count)
-            self._programs[count] = program
-            program.run()
-            self._stream.synchronize()
+            try:
+                program = self._programs.pop(count, None) or self._prepare(count)
+                self._programs[count] = program
+                program.run()
+                self._stream.synchronize()
+            except BaseException:
+                with suppress(BackendError):  # nothing is freed, or written again, under work that goes on
+                    self._stream.synchronize()
+                raise
             return cast(Array, self._result.host[:count].copy())
 
     def _check(self, image: Array) -> None:
@@ -252,7 +261,7 @@ class TensorRTEngine(Engine):
         try:
             graph = self._stream.capture(run)
         except BackendError as error:
-            _logger.warning("batch of %d runs without a CUDA graph: %s", count, error)
+            _logger.warning("batch of %d runs without a CUDA graph: %s%s", count, error, self._remedy)
             return _Program(context, run)
         return _Program(context, graph, graph)
 
@@ -262,13 +271,14 @@ class TensorRTEngine(Engine):
     def _release(self) -> None:
         # A context must go before its engine, and an engine before its runtime; what the device has lost is gone.
         with suppress(BackendError), ExitStack() as stack:
-            stack.callback(self._device.close)  # last
             stack.enter_context(self._device.current())
             stack.callback(self._resources.close)
             stack.callback(self._forget)
-            for program in self._programs.values():  # first
+            for program in self._programs.values():
                 stack.callback(program.close)
             self._programs.clear()
+            if hasattr(self, "_stream"):
+                stack.callback(self._stream.synchronize)  # first
 
     def _forget(self) -> None:
         self._engine = self._runtime = None
@@ -292,6 +302,7 @@ class TensorRTRTXEngine(TensorRTEngine):
     """An opened engine, whose kernels are compiled for this GPU on opening, and remembered in the cache folder."""
 
     name: ClassVar[Flavour] = "tensorrt-rtx"
+    _remedy = "; an engine built by an older agln-fast may become one that can with `agln-fast rebuild`"
 
     def _deserialize(self, artefact: Artefact, data: bytes) -> Any:
         library = self._library
@@ -310,8 +321,8 @@ class TensorRTRTXEngine(TensorRTEngine):
         strategies = library.DynamicShapesKernelSpecializationStrategy
         self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self._config.cuda_graph_strategy = library.CudaGraphStrategy.DISABLED  # ours holds the copies, too
-        facts = {"engine": hashlib.sha256(data).hexdigest(), "gpu": cuda.device_identity(self._device.index)}
-        self._file = place(self.name, facts, (self.name,)).with_suffix(".cache")
+        facts = repr([cuda.device_identity(self._device.index), library.__version__]).encode()
+        self._file = cache_folder() / self.name / f"{hashlib.sha256(data + facts).hexdigest()[:32]}.cache"
         self._kernels = self._config.create_runtime_cache()
         self._kept = recall_bytes(self._file)
         if self._kept and not self._kernels.deserialize(self._kept):
@@ -324,14 +335,15 @@ class TensorRTRTXEngine(TensorRTEngine):
         return self._engine.create_execution_context(self._config)
 
     def _after_first_run(self) -> None:
-        kernels = bytes(self._kernels.serialize())
-        if kernels != self._kept:
+        serialized = self._kernels.serialize()
+        kernels = b"" if serialized is None else bytes(serialized)
+        if kernels not in (b"", self._kept):
             remember_bytes(self._file, kernels)
             self._kept = kernels
 
-    def _release(self) -> None:
-        self._config = self._kernels = None
-        super()._release()
+    def _forget(self) -> None:
+        super()._forget()
+        self._config = self._kernels = None  # the contexts, which are gone, used them
 
 
 def _build_for(target: str) -> str:

@@ -77,7 +77,10 @@ def _set_exact() -> ExitStack:
     with ExitStack() as stack:
         for operation in operations:  # which the older settings change, too, and do not put back
             stack.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
-        changes: list[tuple[Any, str, object]] = [(backends.cudnn, "allow_tf32", False)]
+        changes: list[tuple[Any, str, object]] = [
+            (backends.cudnn, "allow_tf32", False),
+            (backends.mkldnn.conv, "fp32_precision", "ieee"),  # of which the older settings know nothing
+        ]
         try:
             older, _ = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
         except RuntimeError:  # the process has used the newer settings, and PyTorch refuses to mix them
@@ -145,7 +148,7 @@ class NetworkEngine(Engine):
     def _run(self, image: Array) -> Array:
         use_threads()  # perhaps another thread than the one that loaded
         try:
-            return cast(Array, self._forward(torch.from_numpy(image)).numpy())
+            return cast(Array, self._forward(torch.from_numpy(image)).contiguous().numpy())
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise BackendError(

@@ -58,6 +58,7 @@ def test_logits_in_every_precision(precision, error, small_network):
         logits, expected = ours.run(images()), reference.run(images())
         assert ours.precision == precision
     assert logits.dtype == np.float32
+    assert logits.flags.c_contiguous
     assert np.sqrt(np.square(logits - expected).mean()) < error
 
 
@@ -279,7 +280,7 @@ def settings():
 before = list(settings())
 with exact_float32():
     inside = list(settings())
-assert inside[1] == inside[3] == "ieee" and inside[2] in ("ieee", "none"), inside
+assert inside[1] == inside[3] == inside[4] == "ieee" and inside[2] in ("ieee", "none"), inside
 assert list(settings()) == before, (before, list(settings()))
 """
 
@@ -293,6 +294,7 @@ assert list(settings()) == before, (before, list(settings()))
         pytest.param("torch.backends.fp32_precision = 'tf32'", id="newer-for-all"),
         pytest.param("torch.backends.cudnn.conv.fp32_precision = 'ieee'", id="newer-convolutions"),
         pytest.param("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", id="newer-on-cpus"),
+        pytest.param("torch.backends.mkldnn.conv.fp32_precision = 'bf16'", id="newer-convolutions-on-cpus"),
     ],
 )
 def test_older_and_newer_settings_are_put_back(changes):
