@@ -123,7 +123,7 @@ def compute_capability(device: int = 0) -> str | None:
 
 @cache
 def _primary_context(process: int, index: int) -> Any:
-    """Kept until the process ends: without a user it would be destroyed, with all that libraries have loaded into it."""
+    """Kept until the process ends: without a user it would be destroyed, and what libraries have loaded into it."""
     return _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", index))
 
 

@@ -8,6 +8,7 @@ recorded, and are given to the stream at each launch of the graph; what is freed
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -170,7 +171,7 @@ class Library:
         self.__version__ = version
         self.driver, self.size = driver, size
         self.refuses: set[str] = set()
-        self.contexts: list[_Context] = []
+        self.shapes: list[list[tuple[int, ...]]] = []
         self.enqueued = 0
         self.compiled = 0
 
@@ -228,19 +229,24 @@ class _Engine:
         if self.library.fails("create_execution_context", self.log):
             return None
         context = _Context(self, config)
-        self.library.contexts.append(context)
+        self.library.shapes.append(context.shapes)
         return context
 
 
 class _Config:
     def __init__(self, library: Library) -> None:
-        self.cache: _Cache | None = None
+        self._cache: Callable[[], _Cache | None] = lambda: None
+        self.has_cache = False
+
+    @property
+    def cache(self) -> _Cache | None:
+        return self._cache()
 
     def create_runtime_cache(self) -> _Cache:
         return _Cache()
 
     def set_runtime_cache(self, cache: _Cache) -> bool:
-        self.cache = cache
+        self._cache, self.has_cache = weakref.ref(cache), True  # as the library: it keeps no cache alive
         return True
 
 
@@ -261,14 +267,21 @@ class _Cache:
 class _Context:
     def __init__(self, engine: _Engine, config: _Config | None) -> None:
         self.engine, self.config = engine, config
-        self.shape: tuple[int, ...] = ()
+        self.shapes: list[tuple[int, ...]] = []
         self.addresses: dict[str, int] = {}
+
+    def __del__(self) -> None:
+        assert self.config is None or not self.config.has_cache or self.config.cache, "its cache went before it"
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if self.engine.library.fails("set_input_shape", self.engine.log):
             return False
-        self.shape = tuple(shape)
+        self.shapes.append(tuple(shape))
         return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[-1]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shape if name == "image" else self.shape[:3]

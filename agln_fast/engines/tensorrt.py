@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, cast
 
 from agln_fast import cuda
@@ -199,14 +200,16 @@ class TensorRTEngine(Engine):
         shape = [None if side < 0 else int(side) for side in self._engine.get_tensor_shape(name)]
         return Port(name, _TYPES.get(kind, kind), shape)
 
-    def _context(self, count: int) -> Any:
-        """An execution context for `count` images."""
-        context = self._create_context()
-        if context is None:
+    def _bind(self, program: _Program, count: int) -> None:
+        """Give it a context for `count` images between the engine's buffers."""
+        program.context = self._create_context()
+        if program.context is None:
             raise BackendError(f"{self.name}: create_execution_context failed: {self._log.last_error}")
-        if not context.set_input_shape("image", (count, *self._contract.input_shape[1:])):
+        if not program.context.set_input_shape("image", (count, *self._contract.input_shape[1:])):
             raise BackendError(f"{self.name}: set_input_shape refused a batch of {count}: {self._log.last_error}")
-        return context
+        for port, buffer in (("image", self._image), (self._contract.output, self._result)):
+            if not program.context.set_tensor_address(port, buffer.address):
+                raise BackendError(f"{self.name}: set_tensor_address refused {port}: {self._log.last_error}")
 
     def _create_context(self) -> Any:
         return self._engine.create_execution_context()
@@ -220,6 +223,7 @@ class TensorRTEngine(Engine):
             try:
                 program = self._programs.pop(count, None) or self._prepare(count)
                 self._programs[count] = program
+                assert program.run is not None
                 program.run()
                 self._stream.synchronize()
             except BaseException:
@@ -244,26 +248,27 @@ class TensorRTEngine(Engine):
         """The program for `count` images, whose image is there; the one used least recently makes room."""
         while len(self._programs) >= _PROGRAMS:
             self._programs.popitem(last=False)[1].close()
-        context = self._context(count)
-        for port, buffer in (("image", self._image), (self._contract.output, self._result)):
-            if not context.set_tensor_address(port, buffer.address):
-                raise BackendError(f"{self.name}: set_tensor_address refused {port}: {self._log.last_error}")
-
-        def run() -> None:
-            self._image.upload(self._stream, count)
-            if not context.execute_async_v3(self._stream.address):
-                raise BackendError(f"{self.name}: execute_async_v3 failed: {self._log.last_error}")
-            self._result.download(self._stream, count)
-
-        run()  # what is compiled or allocated at the first run is no part of a graph
-        self._stream.synchronize()
-        self._after_first_run()
+        program = _Program()
         try:
-            graph = self._stream.capture(run)
-        except BackendError as error:
-            _logger.warning("batch of %d runs without a CUDA graph: %s%s", count, error, self._remedy)
-            return _Program(context, run)
-        return _Program(context, graph, graph)
+            self._bind(program, count)
+            program.run = partial(self._enqueue, program, count)
+            program.run()  # what is compiled or allocated at the first run is no part of a graph
+            self._stream.synchronize()
+            self._after_first_run()
+            try:
+                program.run = program.graph = self._stream.capture(program.run)
+            except BackendError as error:
+                _logger.warning("batch of %d runs without a CUDA graph: %s%s", count, str(error), self._remedy)
+        except BaseException:
+            program.close()  # or whoever keeps the exception keeps the context, which must not outlive the engine
+            raise
+        return program
+
+    def _enqueue(self, program: _Program, count: int) -> None:
+        self._image.upload(self._stream, count)
+        if not program.context.execute_async_v3(self._stream.address):
+            raise BackendError(f"{self.name}: execute_async_v3 failed: {self._log.last_error}")
+        self._result.download(self._stream, count)
 
     def _after_first_run(self) -> None:
         """What a batch size brought along may be kept now."""
@@ -288,14 +293,16 @@ class TensorRTEngine(Engine):
 class _Program:
     """The engine for one batch size: `run` goes from host to host on the engine's stream."""
 
-    context: Any
-    run: Callable[[], None]
+    context: Any = None
+    run: Callable[[], None] | None = None
     graph: Graph | None = None
 
     def close(self) -> None:
-        if self.graph is not None:
-            self.graph.close()
-        self.context = self.run = self.graph = None  # type: ignore[assignment]
+        try:
+            if self.graph is not None:
+                self.graph.close()
+        finally:
+            self.context = self.run = self.graph = None
 
 
 class TensorRTRTXEngine(TensorRTEngine):
