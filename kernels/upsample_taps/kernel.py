@@ -91,6 +91,7 @@ def _upsample_kernel(
     b_last, b_row = tl.zeros([BW, BC], tl.float32), tl.zeros([BW, BC], tl.float32)
     for step in range(tl.minimum(first + BH, H) + 1 - start):
         t = start + step
+        inside = tl.where(t < H, 1.0, 0.0)
         b_next = tl.zeros([BW, BC], tl.float32)
         walked = ()
         for i in tl.static_range(len(maps)):
@@ -102,10 +103,11 @@ def _upsample_kernel(
                 above = below
                 p_map, after = taps + i_b * stride_b, tl.minimum(row + 1, source_h - 1)
                 below = _sums(p_map, after, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p)
-            b_next += above[0] * (1 - weight) + below[0] * weight
-            b_row += above[1] * (1 - weight) + below[1] * weight
-            # Behind the last row is nothing; the other two are then for rows that do not exist.
-            b_last += tl.where(t < H, above[2] * (1 - weight) + below[2] * weight, 0.0)
+            # Behind the last row is nothing. (To choose sums instead of weights takes registers that there are not.)
+            weight_above, weight_below = inside * (1 - weight), inside * weight
+            b_next += above[0] * weight_above + below[0] * weight_below
+            b_row += above[1] * weight_above + below[1] * weight_below
+            b_last += above[2] * weight_above + below[2] * weight_below
             walked = walked + ((row, above, below),)
         walk = walked
         if t > first:
