@@ -90,7 +90,10 @@ def obstacle() -> str | None:
     driver, reason = _initialised(os.getpid())
     if driver is None:
         return f"no CUDA device can be used: {reason}"
-    return None if device_count() else "no CUDA device is present"
+    try:
+        return None if device_count() else "no CUDA device is present"
+    except BackendError as error:
+        return str(error)
 
 
 def device_count() -> int:

@@ -30,7 +30,6 @@ from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import Plan, PlanChoice
 from agln_fast.precision import Precision, check_minimum, check_precision
 from agln_fast.runtime.images import list_images
-from agln_fast.tensorrt_library import check_rtx_capabilities
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -199,13 +198,15 @@ class BuildOptions:
                         f"precision {precision!r} is for target {', '.join(able)}, not for {target}: "
                         "build them as two bundles"
                     )
-        if self.compute_capabilities and "tensorrt-rtx" not in asked:
+        choosing = [kind.target for kind in KINDS.values() if kind.chooses_capabilities]
+        if self.compute_capabilities and not set(choosing) & set(asked):
             raise ConfigError(
-                "compute capabilities are for target tensorrt-rtx; the others build for the GPU that is there"
+                f"compute capabilities are for target {', '.join(map(str, choosing))}; the others build for the GPU that "
+                "is there"
             )
-        check_rtx_capabilities(self.compute_capabilities)
-        if self.timing_cache is not None and "tensorrt" not in asked:
-            raise ConfigError("timing cache: only target tensorrt has one")
+        caching = [kind.target for kind in KINDS.values() if kind.has_timing_cache]
+        if self.timing_cache is not None and not set(caching) & set(asked):
+            raise ConfigError(f"timing cache: only target {', '.join(map(str, caching))} has one")
         for engine in self.wanted:
             engine.kind.check_make(engine.precision, self.compute_capabilities)
 

@@ -210,7 +210,7 @@ def _engines(
                 break
         else:
             precisions.setdefault(target, []).append(precision)
-            if target == "tensorrt-rtx":
+            if any(kind.chooses_capabilities for kind in KINDS.values() if kind.target == target):
                 capabilities += map(str, engine.get("compute_capabilities", ()))
     # Without any of them, what every bundle has.
     asked = {target: tuple(dict.fromkeys(kinds)) for target, kinds in precisions.items()} or {"cuda": ("fp32",)}

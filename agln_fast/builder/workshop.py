@@ -38,6 +38,7 @@ class Workshop:
     """What `EngineKind.make` works with; see `agln_fast.engines.base.Workbench`.
 
     folder: is there; each file gets a folder of its own in it. metadata: goes into each ONNX file.
+    spent: seconds of writing files so far.
     """
 
     network: SegmentationNetwork
@@ -49,7 +50,10 @@ class Workshop:
     timing_cache: Path | None = None
     progress: Progress | None = None
     _files: dict[Hashable, Path] = field(default_factory=dict, init=False)
+    spent: float = field(default=0.0, init=False)
     _seconds: dict[Hashable, float] = field(default_factory=dict, init=False)
+    _inputs: dict[Hashable, set[Hashable]] = field(default_factory=dict, init=False)
+    _writing: list[Hashable] = field(default_factory=list, init=False)
 
     @property
     def model(self) -> ModelConfig:
@@ -76,17 +80,31 @@ class Workshop:
 
     def file(self, name: str, key: Hashable, write: Callable[[Path], object]) -> Path:
         """The file that `write` writes, called `name`; it is written when `key` is first asked for."""
+        if self._writing:
+            self._inputs[self._writing[-1]].add(key)
         if key not in self._files:
             file = Path(tempfile.mkdtemp(dir=self.folder)) / name
-            began = time.perf_counter()
-            write(file)
-            self._seconds[key] = time.perf_counter() - began
+            self._inputs[key] = set()
+            self._writing.append(key)
+            began, inputs_s = time.perf_counter(), -self.spent
+            try:
+                write(file)
+            finally:
+                self._writing.pop()
+            inputs_s += self.spent
+            self._seconds[key] = time.perf_counter() - began - inputs_s
+            self.spent += self._seconds[key]
             self._files[key] = file
         return self._files[key]
 
     def seconds(self, file: Path) -> float:
-        """What writing the file took, with all that had to be there before and was not."""
-        return self._seconds[self._key(file)]
+        """What writing the file took, and each file that it was made of, whenever that was written."""
+        needed, found = {self._key(file)}, set[Hashable]()
+        while needed:
+            key = needed.pop()
+            found.add(key)
+            needed |= self._inputs[key] - found
+        return sum(self._seconds[key] for key in found)
 
     def _key(self, file: Path) -> Hashable:
         return next(key for key, known in self._files.items() if known == file)

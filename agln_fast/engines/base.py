@@ -74,6 +74,8 @@ class EngineKind(ABC):
     plans: how its rewrites are chosen: by "timing" on this machine, by a "cost model" of a GPU, or "fixed": not at all.
     start: the plan from which a search goes on, good everywhere.
     settings: what it is told, for readers of measurements.
+    chooses_capabilities: whether it can be made for compute capabilities that are asked for.
+    has_timing_cache: whether making it reads and updates one.
     """
 
     name: ClassVar[str]
@@ -85,6 +87,8 @@ class EngineKind(ABC):
     plans: ClassVar[Literal["timing", "cost model", "fixed"]] = "fixed"
     start: ClassVar[Plan] = ALGEBRA
     settings: ClassVar[str] = ""
+    chooses_capabilities: ClassVar[bool] = False
+    has_timing_cache: ClassVar[bool] = False
 
     @property
     def module(self) -> str:

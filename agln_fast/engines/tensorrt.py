@@ -39,6 +39,7 @@ class TensorRT(EngineKind):
     package = extra = target = "tensorrt"
     plans = "cost model"
     settings = "strongly typed"
+    has_timing_cache = True
     suffix = "trt"
 
     def automatic(self) -> tuple[Precision, ...]:
@@ -107,7 +108,7 @@ class TensorRT(EngineKind):
                 compute_capabilities=capabilities,
                 batch=None if contract.min_batch == contract.max_batch else ends,
                 workspace_bytes=bench.workspace_bytes,
-                timing_cache=bench.timing_cache if self.name == "tensorrt" else None,
+                timing_cache=bench.timing_cache if self.has_timing_cache else None,
                 progress=bench.progress,
             ),
         )
@@ -123,6 +124,8 @@ class TensorRTRTX(TensorRT):
     name: ClassVar[Flavour] = "tensorrt-rtx"
     package = extra = target = "tensorrt-rtx"
     suffix = "rtx"
+    chooses_capabilities = True
+    has_timing_cache = False
 
     def _capabilities(self, asked: Sequence[str]) -> tuple[str, ...]:
         from agln_fast.export.tensorrt import resolve_capabilities

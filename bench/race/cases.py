@@ -123,9 +123,13 @@ def measure_ladder(
 def measure_scaling(
     found: Sequence[Row], cases: Sequence[Case], options: Options, progress: Progress | None = None
 ) -> Measured:
-    """The fastest that was found, over sizes and batches; of the first AGLN, or the first network."""
+    """The fastest that was found, over sizes and batches; of the first AGLN, or the first network.
+
+    But for int8, which would be calibrated and quantised anew at every point: that takes hours.
+    """
     case = _first(cases)
-    row = min((row for row in found if is_of(row, case)), key=lambda row: row.median_ms, default=None)
+    able = [row for row in found if is_of(row, case) and row.precision != "int8"]
+    row = min(able, key=lambda row: row.median_ms, default=None)
     if row is None:
         return Measured((), (f"scaling: nothing of {case.network} could be measured",))
     return scale(case, [Entry(row.contestant, cast(Precision, row.precision))], options, progress=progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic_rows import row
 
-from agln_fast.bench.race import scaling
+from agln_fast.bench.race import cases, scaling
 from agln_fast.bench.race.measure import Case, Entry, Measured, Options
 from agln_fast.bench.race.scaling import fit_rows, scale
 from agln_fast.errors import BackendError, ConfigError
@@ -79,6 +79,18 @@ def test_fit():
     sizes = [row(3.0 * side, size=f"{side}x{side}") for side in (64, 128, 256)]
     assert fit_rows(sizes, "pixels").exponent == pytest.approx(0.5)
     assert fit_rows([row(2.0 * batch, batch=batch) for batch in (1, 2, 4)], "batch").exponent == pytest.approx(1)
+
+
+def test_the_fastest_that_is_not_calibrated_anew_at_every_point(measured, monkeypatch):
+    case, chosen = Case("agln_nano", (64, 64), 1, 5), []
+    same = {"network": "agln_nano", "size": "64x64", "num_classes": 5}
+    rows = [row(9.0, **same), row(5.0, contestant="quick", precision="bf16", **same)]
+    rows += [row(1.0, precision="int8", **same), row(1.0, **same | {"num_classes": 6})]
+    monkeypatch.setattr(cases, "scale", lambda case, entries, options, progress: chosen.extend(entries))
+    cases.measure_scaling(rows, [case], QUICK)
+    assert chosen == [Entry("quick", "bf16")]
+    told = cases.measure_scaling(rows[2:], [case], QUICK)
+    assert told == Measured((), ("scaling: nothing of agln_nano could be measured",))
 
 
 def test_nothing_to_scale(measured):

@@ -38,6 +38,29 @@ def test_a_file_is_written_when_it_is_first_asked_for(workshop: Workshop) -> Non
     assert workshop.seconds(files[0]) > 0
 
 
+def test_a_file_costs_what_it_was_made_of_whoever_made_that_first(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only moves while something is written: a graph in 3 s, and engines of it in 5 and 7 s."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def take(seconds: float) -> None:
+        now[0] += seconds
+
+    def engine(name: str, seconds: float) -> Path:
+        def write(path: Path) -> None:
+            workshop.file("graph", "graph", lambda path: take(3))
+            take(seconds)
+
+        return workshop.file(name, name, write)
+
+    first, second = engine("first", 5), engine("second", 7)
+    assert workshop.seconds(first) == 3 + 5
+    assert workshop.seconds(second) == 3 + 7
+    assert workshop.spent == 3 + 5 + 7
+
+
 def test_files_are_delivered_under_names_of_their_own(workshop: Workshop, tmp_path: Path) -> None:
     def write(path: Path) -> None:
         path.write_text(str(path))
