@@ -41,15 +41,16 @@ def has_bindings() -> bool:
 
 @cache
 def _initialised(process: int) -> tuple[Any | None, str]:
-    """The module `cuda.bindings.driver`, ready for use in this process; or None, and why."""
+    """The module `cuda.bindings.driver`, ready for use in this process; or None, and why: nothing without a driver."""
     if not has_bindings():
         return None, 'package "cuda.bindings" is not installed'
     try:
         from cuda.bindings import driver
 
         (code,) = driver.cuInit(0)
-    except Exception as error:  # no libcuda, or a broken one: the kinds of errors are not documented
-        return None, " ".join(str(error).split())
+    except Exception as error:  # its kinds are not documented, but for one
+        missing = type(error).__name__ == "DynamicLibNotFoundError"
+        return None, "" if missing else " ".join(str(error).split())
     if int(code) == 0:
         return driver, ""
     forked = "; this process was forked of one that uses CUDA: use spawn" if int(code) == _NOT_INITIALISED else ""
@@ -73,7 +74,7 @@ def _call(function: str, *arguments: Any) -> Any:
     """
     driver = _driver()
     if driver is None:
-        raise BackendError(f"no CUDA driver can be used here: {_initialised(os.getpid())[1]}")
+        raise BackendError(f"{function} cannot be called: {obstacle()}")
     try:
         code, *results = getattr(driver, function)(*arguments)
     except RuntimeError as error:  # the driver that is installed does not know the function
@@ -87,8 +88,8 @@ def _call(function: str, *arguments: Any) -> Any:
 
 def obstacle() -> str | None:
     """Why no CUDA device can be used, or None."""
-    driver, reason = _initialised(os.getpid())
-    if driver is None:
+    _, reason = _initialised(os.getpid())
+    if reason:
         return f"no CUDA device can be used: {reason}"
     try:
         return None if device_count() else "no CUDA device is present"

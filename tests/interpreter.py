@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
@@ -19,7 +20,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from agln_fast.kernels.launch import LaunchConfig
 
-__all__ = ["poisoned", "shipped", "tiny"]
+__all__ = ["loads_stay_within", "poisoned", "shipped", "tiny"]
+
+_BEHIND = 256  # bytes: where other memory may begin
 
 # Arguments of `choose` that lead to every shipped configuration.
 shipped = pytest.mark.parametrize(
@@ -43,6 +46,24 @@ def tiny(dtype: torch.dtype, processors: int = 4, **tile: int) -> LaunchConfig:
     """Tiles of 16 unless told otherwise: small maps then have several of each."""
     sizes = {"P": 16, "C": 16, "N": 16, "I": 16, "J": 16, "K": 16, "O": 16, "H": 4, "W": 4, **tile}
     return LaunchConfig((str(dtype).removeprefix("torch."),), sizes, num_warps=4, num_stages=1, processors=processors)
+
+
+@contextmanager
+def loads_stay_within(*tensors: Tensor) -> Iterator[None]:
+    """What is loaded from the memory just behind one of `tensors` is an error, masked lanes apart."""
+    load = InterpreterBuilder.create_masked_load
+
+    def watched(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        first = pointers.data[mask.data].astype(np.int64)
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            end = storage.data_ptr() + storage.nbytes()
+            assert not ((first + size > end) & (first < end + _BEHIND)).any(), "reads behind its memory"
+        return load(self, pointers, mask, *rest)
+
+    with patch.object(InterpreterBuilder, "create_masked_load", watched):
+        yield
 
 
 @contextmanager

@@ -201,8 +201,8 @@ class BuildOptions:
         choosing = [kind.target for kind in KINDS.values() if kind.chooses_capabilities]
         if self.compute_capabilities and not set(choosing) & set(asked):
             raise ConfigError(
-                f"compute capabilities are for target {', '.join(map(str, choosing))}; the others build for the GPU that "
-                "is there"
+                f"compute capabilities are for target {', '.join(map(str, choosing))}; "
+                "the others build for the GPU that is there"
             )
         caching = [kind.target for kind in KINDS.values() if kind.has_timing_cache]
         if self.timing_cache is not None and not set(caching) & set(asked):

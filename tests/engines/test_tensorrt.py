@@ -336,18 +336,27 @@ def cuda_bindings(monkeypatch: pytest.MonkeyPatch, initialise: Callable[[int], o
     monkeypatch.setattr(cuda, "find_spec", lambda name: True)
 
 
-def no_library(flags: int) -> object:
-    raise RuntimeError("libcuda.so.1:\nno such file")
+class DynamicLibNotFoundError(RuntimeError):
+    """As the package's own is called."""
+
+
+def no_driver(flags: int) -> object:
+    raise DynamicLibNotFoundError("a library of NVIDIA's, three lines long")
+
+
+def broken_driver(flags: int) -> object:
+    raise RuntimeError("libcuda.so.1:\nno such symbol")
 
 
 @pytest.mark.parametrize(
     ("initialise", "message"),
     [
-        (no_library, "no CUDA device can be used: libcuda.so.1: no such file"),
+        (no_driver, "no CUDA device is present"),
+        (broken_driver, "no CUDA device can be used: libcuda.so.1: no such symbol"),
         (lambda flags: (999,), "no CUDA device can be used: cuInit failed: CUDA_ERROR_X, something"),
         (lambda flags: (3,), "this process was forked of one that uses CUDA: use spawn"),
     ],
-    ids=["no-libcuda", "another-error", "forked"],
+    ids=["no-driver", "broken-driver", "another-error", "forked"],
 )
 def test_a_driver_that_cannot_be_used_says_why(
     initialise: Callable[[int], object], message: str, monkeypatch: pytest.MonkeyPatch
@@ -359,7 +368,7 @@ def test_a_driver_that_cannot_be_used_says_why(
         assert message in str(cuda.obstacle())
         assert cuda.device_count() == 0
         assert compute_capability() is None
-        with pytest.raises(BackendError, match="no CUDA driver can be used here"):
+        with pytest.raises(BackendError, match="cuDeviceGet cannot be called: no CUDA device"):
             cuda.Device(0)
     finally:
         cuda._initialised.cache_clear()

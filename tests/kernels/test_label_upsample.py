@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import poisoned, shipped, tiny
+from interpreter import loads_stay_within, poisoned, shipped, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -332,6 +332,9 @@ def test_kernel_reads_nothing_behind_the_last_row():
     memory = torch.zeros(2 * 3 * 20)
     logits = memory.as_strided((1, 10, 2, 3), (120, 1, 60, 20), 8).copy_(noise((1, 10, 2, 3)))
     assert kernel._in_rows(logits, 4).stride(2) == 20
+    with loads_stay_within(logits):
+        labels = kernel.label_upsample(logits, (5, 7), tiny(torch.float32, K=64))
+    check(logits, (5, 7), labels)
     tight = memory[:118].clone().as_strided((1, 10, 2, 3), (120, 1, 60, 20), 8)
     assert tight.untyped_storage().nbytes() == 4 * 118
     assert kernel._in_rows(tight, 4).stride(2) == 12
