@@ -20,10 +20,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Axis", "best_classes", "decode", "labels_dtype", "upsample_labels"]
+__all__ = ["Axis", "aligned_scale", "best_classes", "decode", "labels_dtype", "upsample_labels"]
 
 _STRIP_BYTES = 2**19  # fastest of 64 KiB to 1 MiB: scores stay in the cache of a core, calls are few
 _CELLS = 16  # the least that are taken at once: loops run over cells
+
+
+def aligned_scale(source: int, target: int) -> float:
+    """Source positions from one target position to the next along an axis (align_corners=True)."""
+    return (source - 1) / max(1, target - 1)
 
 
 class Axis(NamedTuple):
@@ -45,7 +50,7 @@ class Axis(NamedTuple):
 
     @classmethod
     def between(cls, source: int, target: int) -> Self:
-        scale = np.float32((source - 1) / max(1, target - 1))
+        scale = np.float32(aligned_scale(source, target))
         position = scale * np.arange(target, dtype=np.float32)
         cell = np.minimum(position.astype(np.intp), max(0, source - 2))
         cells = np.arange(max(1, source - 1))

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agln_fast.decode import aligned_scale
 from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.label_upsample.reference import empty_labels
 from agln_fast.kernels.launch import LaunchConfig
@@ -183,7 +184,7 @@ def label_upsample(logits: Tensor, size: Sequence[int], config: LaunchConfig) ->
     labels = empty_labels(logits, size)
     lanes = _LOAD_BYTES // logits.element_size()
     rows = _in_rows(logits, lanes)
-    scales = [(before - 1) / max(1, after - 1) for before, after in zip(source, size, strict=True)]
+    scales = [*map(aligned_scale, source, size)]
     bh, bw = config.tile["H"], config.tile["W"]
     around = [_side(block, scale) for block, scale in zip((bh, bw), scales, strict=True)]
     if around[0] * around[1] > _MOST_AROUND:

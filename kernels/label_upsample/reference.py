@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agln_fast.decode import labels_dtype
+from agln_fast.decode import aligned_scale, labels_dtype
 
 __all__ = ["empty_labels", "label_upsample"]
 
@@ -60,7 +60,7 @@ def empty_labels(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 def _rows(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Source rows above and below each target row [H] and the weight of the lower one [H, 1], rounded as in PyTorch."""
-    scale = torch.tensor((source - 1) / max(1, target - 1), dtype=torch.float32, device=device)
+    scale = torch.tensor(aligned_scale(source, target), dtype=torch.float32, device=device)
     position = scale * torch.arange(target, dtype=torch.float32, device=device)
     upper = position.long().clamp(max=source - 1)
     return upper, (upper + 1).clamp(max=source - 1), (position - upper).clamp(0, 1).unsqueeze(1)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agln_fast.decode import aligned_scale
 from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.launch import LaunchConfig, block
 from agln_fast.kernels.layout import empty_maps
@@ -63,7 +64,6 @@ def upsample_bilinear(x: Tensor, size: Sequence[int], config: LaunchConfig) -> T
     """As the reference; the arguments are checked. `config` sets tiles P of the target, and C."""
     y = empty_maps(x, size=size)
     (batch, channels, *source), (height, width) = x.shape, size
-    scales = ((before - 1) / max(1, after - 1) for before, after in zip(source, size, strict=True))
     bp, bc = config.tile["P"], block(channels, config.tile["C"])
     flat = x.flatten(2)
     with torch.cuda.device_of(x):
@@ -74,7 +74,7 @@ def upsample_bilinear(x: Tensor, size: Sequence[int], config: LaunchConfig) -> T
             *source,
             height,
             width,
-            *scales,
+            *map(aligned_scale, source, size),
             *flat.stride(),
             *y.flatten(2).stride(),
             BP=bp,

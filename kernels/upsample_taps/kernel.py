@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agln_fast.decode import aligned_scale
 from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.launch import LaunchConfig, block
 from agln_fast.kernels.layout import empty_maps
@@ -151,5 +152,4 @@ def upsample_taps(base: Tensor, taps: Sequence[Tensor], bias: Tensor, config: La
 def _source(coarse: Tensor, size: Sequence[int]) -> tuple[Tensor | float, ...]:
     """What the kernel needs to know of (B, 9C, h, w) taps that are resized to `size`."""
     (h, w), flat = coarse.shape[2:], coarse.flatten(2)
-    scale_y, scale_x = ((before - 1) / max(1, after - 1) for before, after in zip((h, w), size, strict=True))
-    return flat, h, w, scale_y, scale_x, *flat.stride()
+    return flat, h, w, *map(aligned_scale, (h, w), size), *flat.stride()
