@@ -13,7 +13,6 @@ from agln_fast.cli.console import Json, out, print_json, print_wide, progress_ba
 from agln_fast.cli.files import read_plan
 
 if TYPE_CHECKING:
-    from agln_fast.bench.race.measure import Entry
     from agln_fast.bench.race.results import Results
 
 __all__ = ["bench"]
@@ -81,10 +80,7 @@ def bench(
     from agln_fast.bench.race.run import run
     from agln_fast.machine import machine
 
-    def choose(*, full: bool) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-        return registry.choose_entries(device, precision.split(","), target, full=full)
-
-    entries, waiting = choose(full=full)
+    entries, waiting = registry.choose_entries(device, precision.split(","), target, full=full)
     options = Options(
         warmup,
         iters,
@@ -94,15 +90,15 @@ def bench(
         plan=plan_choice,
         tune_s=None if full else 0,
     )
-    parts = [registry.Part(tuple(Case(name, pixels, batch, num_classes) for name in chosen), tuple(entries))]
+    cases = [Case(name, pixels, batch, num_classes) for name in chosen]
     if full and not networks:
-        parts = registry.full_parts(pixels, entries, choose(full=False)[0])
+        cases = registry.full_cases(pixels)
     today = datetime.now(UTC).date().isoformat()
     results = Results(machine(threads), _command(), today, (), left_out=tuple(registry.by_reason(waiting)))
     if resume and save is not None and save.exists():
         results = load_results(save, "networks")
     with progress_bar("measurements") as progress:
-        results = run(parts, options, results, save=save, ladder=ladder, scaling=scaling, progress=progress)
+        results = run(cases, entries, options, results, save=save, ladder=ladder, scaling=scaling, progress=progress)
     if csv is not None:
         write_csv(results.rows, csv)
     if figures is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 from rich.progress import Progress
@@ -19,35 +18,25 @@ from agln_fast.data.scenes import SCENE_SIZE
 from agln_fast.precision import Precision
 
 __all__ = [
-    "Part",
     "by_reason",
     "choose_entries",
-    "full_parts",
+    "full_cases",
     "is_of",
     "measure_ladder",
     "measure_scaling",
 ]
 
 _MANY_CLASSES = 150
-_LADDERS: tuple[Precision, ...] = "fp32", "bf16"
 
 
-@dataclass(frozen=True)
-class Part:
-    """Cases that the same contestants are measured on; each part has a table of its own."""
-
-    cases: tuple[Case, ...]
-    entries: tuple[Entry, ...]
-
-
-def full_parts(size: tuple[int, int], entries: Sequence[Entry], quick: Sequence[Entry]) -> list[Part]:
-    """What a full run measures: the large networks, those with many classes by the `quick` entries, and the trained
-    ones at the size of their pictures."""
+def full_cases(size: tuple[int, int]) -> list[Case]:
+    """What a full run measures: the large networks, the same with many classes, and the trained ones at the size of
+    their pictures."""
     own = len(class_set("scenes").classes)
     return [
-        Part(tuple(Case(name, size) for name in DEFAULT_NETWORKS), tuple(entries)),
-        Part(tuple(Case(name, size, num_classes=_MANY_CLASSES) for name in DEFAULT_NETWORKS), tuple(quick)),
-        Part(tuple(Case(name, SCENE_SIZE, num_classes=own) for name in TRAINED_NETWORKS), tuple(entries)),
+        *(Case(name, size) for name in DEFAULT_NETWORKS),
+        *(Case(name, size, num_classes=_MANY_CLASSES) for name in DEFAULT_NETWORKS),
+        *(Case(name, SCENE_SIZE, num_classes=own) for name in TRAINED_NETWORKS),
     ]
 
 
@@ -99,8 +88,8 @@ def by_reason(left_out: Sequence[tuple[Entry, str]]) -> list[str]:
 def measure_ladder(
     found: Sequence[Row], cases: Sequence[Case], options: Options, progress: Progress | None = None
 ) -> Measured:
-    """For fp32 and bf16, as far as they were measured, a ladder from the best peer that was found, rewrite by rewrite;
-    of the first AGLN, or the first network.
+    """For each precision that was measured a ladder from the best peer that was found, rewrite by rewrite; of the first
+    AGLN, or the first network.
 
     Raises:
         ConfigError: not on the CPU, where OpenVINO is.
@@ -109,14 +98,13 @@ def measure_ladder(
     case = _first(cases)
     rows: list[Row] = []
     left_out: list[str] = []
-    for precision in _LADDERS:
-        peers = [row for row in found if is_of(row, case) and not row.ours and row.precision == precision]
-        if peers:
-            best = min(peers, key=lambda row: row.median_ms)
-            plan = best_plan(case, precision=precision, options=options)
-            measured = ladder(case, default_rungs(plan, best.contestant, precision=precision), options, progress)
-            rows += measured.rows
-            left_out += measured.left_out
+    peers = [row for row in found if is_of(row, case) and not row.ours]
+    for precision in dict.fromkeys(cast(Precision, row.precision) for row in peers):
+        best = min((row for row in peers if row.precision == precision), key=lambda row: row.median_ms)
+        plan = best_plan(case, precision=precision, options=options)
+        measured = ladder(case, default_rungs(plan, best.contestant, precision=precision), options, progress)
+        rows += measured.rows
+        left_out += measured.left_out
     return Measured(tuple(rows), tuple(left_out))
 
 

@@ -10,15 +10,16 @@ from typing import Any
 
 from rich.progress import Progress
 
-from agln_fast.bench.race.cases import Part, is_of, measure_ladder, measure_scaling
-from agln_fast.bench.race.measure import Measured, Options, measure
+from agln_fast.bench.race.cases import is_of, measure_ladder, measure_scaling
+from agln_fast.bench.race.measure import Case, Entry, Measured, Options, measure
 from agln_fast.bench.race.results import Results, save_results
 
 __all__ = ["run"]
 
 
 def run(
-    parts: Sequence[Part],
+    cases: Sequence[Case],
+    entries: Sequence[Entry],
     options: Options,
     results: Results,
     *,
@@ -29,22 +30,18 @@ def run(
 ) -> Results:
     """`results` with all that is not in them yet, written to the file `save` whenever more is known.
 
-    The budget of `options` is that of all parts together; ladders and scaling have one of the same size each.
+    The budget of `options` is that of all cases together; ladders and scaling have one of the same size each.
 
     Raises:
         ConfigError, BackendError, DeviceLostError: as `measure`, `measure_ladder` and `measure_scaling`.
     """
-    cases = [case for part in parts for case in part.cases]
     end = None if options.budget_s is None else time.monotonic() + options.budget_s
-    for part in parts:
-        for case in part.cases:
-            if any(is_of(row, case) for row in results.rows):
-                continue
-            share = None
-            if end is not None:
-                share = max(0.0, end - time.monotonic()) / (len(cases) - cases.index(case))
-            found = measure([case], part.entries, replace(options, budget_s=share), progress)
-            results = _with(results, "rows", found, save)
+    for number, case in enumerate(cases):
+        if any(is_of(row, case) for row in results.rows):
+            continue
+        share = None if end is None else max(0.0, end - time.monotonic()) / (len(cases) - number)
+        found = measure([case], entries, replace(options, budget_s=share), progress)
+        results = _with(results, "rows", found, save)
     for wanted, name, more in ((ladder, "ladder", measure_ladder), (scaling, "scaling", measure_scaling)):
         if wanted and not getattr(results, name):
             results = _with(results, name, more(results.rows, cases, options, progress), save)
