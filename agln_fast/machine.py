@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 
 __all__ = ["Gpu", "gpus", "installed", "machine", "processor", "threads_of"]
 
-_PACKAGES = "agln-fast", "torch", "triton", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt-rtx"
 _QUERY = "name,compute_cap,memory.total,driver_version"
 
 
@@ -74,12 +74,13 @@ def installed(package: str) -> str | None:
         return None
 
 
-def machine(threads: int | None = None) -> dict[str, Any]:
-    """What numbers were measured on, as plain JSON types: processor, `threads` (see `threads_of`), GPU, versions."""
+def machine(threads: int | None = None, packages: Iterable[str] = ("agln-fast", "torch", "triton")) -> dict[str, Any]:
+    """What numbers were measured on, as plain JSON types: processor, `threads` (see `threads_of`), GPU, versions of
+    `packages`."""
     found: dict[str, Any] = {
         "cpu": processor().name,
         "threads": threads_of(threads),
         "gpu": next((gpu.name for gpu in gpus()), None),
         "python": platform.python_version(),
     }
-    return found | {package: installed(package) for package in _PACKAGES}
+    return found | {package: installed(package) for package in packages}

@@ -20,7 +20,7 @@ from agln_fast.builder.options import BuildOptions, Wanted
 from agln_fast.builder.report import write_report
 from agln_fast.builder.steps import Steps, about
 from agln_fast.builder.tune import SHORT_S, choose_plan
-from agln_fast.builder.workshop import CALIBRATION, Workshop
+from agln_fast.builder.workshop import Workshop
 from agln_fast.bundle import Bundle, is_bundle, open_bundle, seal
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
 from agln_fast.engines import REFERENCE
@@ -217,8 +217,10 @@ class _Work:
         """The file of `engine`; the one of a race, if there was one."""
         if not engine.of_weights:
             graph = engine.kind.graph_type(engine.precision)
+            parameters = sum(each.numel() for each in self.workshop.network.parameters())
+            made = engine.kind.seconds_to_make(engine.precision, parameters, self.seconds)
             exported = 0.0 if graph is None or plan in self.workshop.plans(graph) else self._export_s()
-            self.steps.start(_MAKE.format(engine.name), about(exported + self._make_s(engine)))
+            self.steps.start(_MAKE.format(engine.name), about(exported + made))
         return engine.kind.make(self.workshop, engine.precision, plan)
 
     def compare(
@@ -253,12 +255,6 @@ class _Work:
     def _export_s(self) -> float:
         """Seconds of an export, about: tracing goes by modules."""
         return 1.5 + 0.012 * sum(1 for _ in self.workshop.network.modules())
-
-    def _make_s(self, engine: Wanted) -> float:
-        """Seconds to make an engine of its graph, about."""
-        if engine.target != "cpu":
-            return 3 + 1e-7 * sum(parameter.numel() for parameter in self.workshop.network.parameters())
-        return 15 + 2 * CALIBRATION * self.seconds if engine.precision == "int8" else 0.0
 
 
 def _check_left_out(left_out: dict[str, str], options: BuildOptions) -> None:

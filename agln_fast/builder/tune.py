@@ -193,10 +193,9 @@ def tune_engine(
     threads: int | None = None,
 ) -> Tuning:
     """As `tune`, for one kind of engine, with a workshop that several calls share."""
-    if precision == "int8":
-        # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
-        tuning = tune_engine(workshop, kind, "bf16", budget_s=budget_s, threads=threads)
-        return replace(tuning, precision="int8")
+    timed_in = kind.timed_in(precision)
+    if timed_in != precision:
+        return replace(tune_engine(workshop, kind, timed_in, budget_s=budget_s, threads=threads), precision=precision)
     budget_s = environment.tuning_seconds() if budget_s is None else budget_s
     if budget_s is not None and not 0 <= budget_s < math.inf:
         raise ConfigError(f"budget of {budget_s} seconds to tune in: must be at least 0")
@@ -337,7 +336,7 @@ def _predict(workshop: Workshop, kind: EngineKind, precision: Precision, threads
 def _shortlist(workshop: Workshop, kind: EngineKind, precision: Precision, threads: int | None) -> list[Plan]:
     """The few plans to race: the model's best, one of another kind, and what is exported already, if there is time.
 
-    What the model knows least about is Winograd's transforms, and then how fast the resizes are as products.
+    The kinds differ in what the model knows least about (`Rewrite.guessed`).
     """
     tuning = _predict(workshop, kind, precision, threads)
     best = tuning.plan
@@ -346,20 +345,12 @@ def _shortlist(workshop: Workshop, kind: EngineKind, precision: Precision, threa
     graph = kind.graph_type(precision)
     exported = [plan for plan in workshop.plans(graph) if kind.suits(plan, precision) == plan] if graph else []
     known = [*exported, *(candidate.plan for candidate in others), kind.start]
-    traits: tuple[Callable[[Plan], object], ...] = (_has_winograd, _mixed_groups)
-    another = next((plan for trait in traits for plan in known if trait(plan) != trait(best)), known[-1])
+    guessed = sorted((row.guessed, name) for name, row in NO_PLAN.table().items() if row.guessed is not None)
+    another = next((plan for _, name in guessed for plan in known if plan.parts(name) != best.parts(name)), known[-1])
     # Each is opened, warmed up, and timed at least once: about four runs. One is no race, and what is slowest to time
     # goes by the model.
     count = min(3, max(1, int(1e3 * SHORT_S / (4 * tuning.milliseconds))))
     return list(dict.fromkeys([best, another, *exported]))[:count]
-
-
-def _has_winograd(plan: Plan) -> bool:
-    return plan.winograd > 0
-
-
-def _mixed_groups(plan: Plan) -> list[bool]:
-    return [form != "none" for form in plan.mix_before_upsample]
 
 
 Changes = Callable[[Plan], list[dict[str, Any]]]
@@ -368,15 +359,16 @@ Changes = Callable[[Plan], list[dict[str, Any]]]
 def _decisions(workshop: Workshop, kind: EngineKind, precision: Precision, *, timed: bool) -> Iterator[Changes]:
     """For each decision a function from the best plan so far to the changes that may improve it; the largest first.
 
-    Labels of low-resolution logits are for engines that are timed: the cost model does not see what the host does. So
-    is the plain graph, in case an engine does better by itself.
+    What is done on the host is for engines that are timed: the cost model does not see it. So is the plain graph, in
+    case an engine does better by itself.
     `EngineKind.suits` says what else is not for every engine.
     """
     if timed:
         yield lambda best: [vars(NO_PLAN)]
-    turns = sorted((turn, name, part) for name, row in NO_PLAN.table().items() for part, turn in enumerate(row.turns))
+    table = NO_PLAN.table()
+    turns = sorted((turn, name, part) for name, row in table.items() for part, turn in enumerate(row.turns))
     for _, name, part in turns:
-        if name != "low_resolution_labels" or (timed and workshop.contract.output == "labels"):
+        if not table[name].on_host or (timed and workshop.contract.output == "labels"):
             yield partial(_changes, workshop, kind, precision, name, part)
 
 

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from agln_fast.artefact import Artefact
 from agln_fast.contract import IOContract
+from agln_fast.engines.base import CALIBRATION
 from agln_fast.export.onnx import export_onnx
 from agln_fast.models.checkpoint import save_checkpoint
 from agln_fast.models.config import ModelConfig
@@ -27,10 +28,7 @@ from agln_fast.precision import Precision
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import sample_images
 
-__all__ = ["CALIBRATION", "Workshop"]
-
-CALIBRATION = 128
-"""Pictures to quantise by."""
+__all__ = ["Workshop"]
 
 
 @dataclass(eq=False)

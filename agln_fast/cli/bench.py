@@ -54,7 +54,7 @@ def bench(
     from agln_fast.bench.race.results import Results, load_results, write_csv
     from agln_fast.cli.places import check_file
     from agln_fast.contract import parse_size
-    from agln_fast.engines import check_threads
+    from agln_fast.engines import check_threads, packages
     from agln_fast.engines.driver import check_driver
 
     old = None if compare is None else load_results(compare, "networks")
@@ -94,7 +94,7 @@ def bench(
     if full and not networks:
         cases = registry.full_cases(pixels)
     today = datetime.now(UTC).date().isoformat()
-    results = Results(machine(threads), _command(), today, (), left_out=tuple(registry.by_reason(waiting)))
+    results = Results(machine(threads, packages()), _command(), today, (), left_out=tuple(registry.by_reason(waiting)))
     if resume and save is not None and save.exists():
         results = load_results(save, "networks")
     with progress_bar("measurements") as progress:

@@ -32,6 +32,7 @@ __all__ = [
     "network_kinds",
     "obstacle_to",
     "open_engine",
+    "packages",
     "targets",
 ]
 
@@ -59,6 +60,12 @@ def kind_of(name: str) -> EngineKind:
 def targets() -> list[str]:
     """What engines can be built for."""
     return sorted({kind.target for kind in KINDS.values() if kind.target is not None})
+
+
+def packages() -> list[str]:
+    """The distributions that engines are made with, and run on, this one first."""
+    needed = [name for kind in KINDS.values() for each in kind.precisions for name in kind.packages(each)]
+    return list(dict.fromkeys(["agln-fast", "torch", "triton", *needed]))
 
 
 def network_kinds() -> dict[str, NetworkKind]:

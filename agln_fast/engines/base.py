@@ -26,9 +26,12 @@ from agln_fast.precision import Precision
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Array", "Engine", "EngineKind", "Port", "Workbench", "as_promised", "check_ports"]
+__all__ = ["CALIBRATION", "Array", "Engine", "EngineKind", "Port", "Workbench", "as_promised", "check_ports"]
 
 Array = npt.NDArray[np.generic]
+
+CALIBRATION = 128
+"""Pictures to quantise by."""
 
 
 class Workbench(Protocol):
@@ -57,7 +60,7 @@ class Workbench(Protocol):
         """The ONNX file of the network, rewritten as `plan` says, with weights of type `kind`."""
 
     def calibration(self) -> Sequence[Array]:
-        """Batches of pictures to quantise by, as the contract describes them."""
+        """Batches of `CALIBRATION` pictures, as the contract describes them."""
 
     def file(self, name: str, key: Hashable, write: Callable[[Path], object]) -> Path:
         """The file that `write` writes, called `name` in a bundle; it is written when `key` is first asked for."""
@@ -112,6 +115,15 @@ class EngineKind(ABC):
         Winograd's sums are for fp32: below it they cost labels, and int8 would not be quantised.
         """
         return plan if precision == "fp32" else replace(plan, winograd=0)
+
+    def timed_in(self, precision: Precision) -> Precision:
+        """The precision in which plans for `precision` are timed."""
+        return precision
+
+    def seconds_to_make(self, precision: Precision, parameters: int, image_s: float) -> float:
+        """About what an engine takes to make of its graph, to tell users how long: of a network of so many
+        `parameters`, which as it is takes `image_s` seconds for an image."""
+        return 0.0
 
     def default_device(self) -> str:
         """Where an engine opens when no device is asked for: "cpu", or "cuda"."""

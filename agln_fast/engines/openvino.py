@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from agln_fast.artefact import Artefact
-from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, as_promised, check_ports
+from agln_fast.engines.base import CALIBRATION, Array, Engine, EngineKind, Port, Workbench, as_promised, check_ports
 from agln_fast.engines.denormals import denormals_as_zero
 from agln_fast.errors import BackendError, MissingPackageError
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
@@ -48,6 +48,13 @@ class OpenVino(EngineKind):
 
     def graph_type(self, precision: Precision) -> Precision:
         return "fp16" if precision == "fp16" else "fp32"
+
+    def timed_in(self, precision: Precision) -> Precision:
+        # Each candidate would have to be quantised; what is best in bf16 is taken for best in int8.
+        return "bf16" if precision == "int8" else precision
+
+    def seconds_to_make(self, precision: Precision, parameters: int, image_s: float) -> float:
+        return 15 + 2 * CALIBRATION * image_s if precision == "int8" else 0.0
 
     def packages(self, precision: Precision) -> tuple[str, ...]:
         return ("openvino", "nncf") if precision == "int8" else ("openvino",)

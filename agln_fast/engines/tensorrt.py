@@ -49,6 +49,9 @@ class TensorRT(EngineKind):
         # It has convolutions of Winograd's kind of its own, and is served as it is: nobody makes labels of logits.
         return replace(plan, winograd=0, low_resolution_labels=False)
 
+    def seconds_to_make(self, precision: Precision, parameters: int, image_s: float) -> float:
+        return 3 + 1e-7 * parameters
+
     def versions(self, precision: Precision) -> dict[str, str]:
         version = library_version(self.name)
         return {} if version is None else {self.name: version}

@@ -29,11 +29,15 @@ class Rewrite:
     turns: when `tune` decides on it, those with the largest effect first; as often as its value has parts. Empty for
         what only leaves work out, on any machine.
     needs: another rewrite, which must be on with it.
+    on_host: it moves work to the host, which a cost model of the network does not see; for engines that give labels.
+    guessed: what a cost model knows least about; the lowest number first.
     module: where its function stands.
     """
 
     turns: tuple[float, ...] = ()
     needs: str = ""
+    on_host: bool = False
+    guessed: int | None = None
     module: str = "agln_fast.plan.rewrites"
 
     off: ClassVar[Any] = False
@@ -54,6 +58,10 @@ class Rewrite:
     def others(self, value: Any, part: int) -> list[Any]:
         """What may be tried in the place of `value`, whose part number `part` is to be decided on."""
         return [not value]
+
+    def parts(self, value: Any) -> list[bool]:
+        """Which parts of the network `value` changes."""
+        return [value != self.off]
 
     def words(self, name: str, value: Any) -> str:
         """The rewrite and all that `value` says about it."""
@@ -76,6 +84,9 @@ class _Forms(Rewrite):
     def others(self, value: Any, part: int) -> list[Any]:
         forms = [form for form in get_args(MixForm) if form != value[part]]
         return [(*value[:part], form, *value[part + 1 :]) for form in forms]
+
+    def parts(self, value: Any) -> list[bool]:
+        return [form != "none" for form in value]
 
     def words(self, name: str, value: Any) -> str:
         return f"{name}({', '.join(value)})"
@@ -118,10 +129,10 @@ class Plan:
     pixel_major_attention: bool = Rewrite(turns=(5,)).field()
     # Whether the finest group pays hangs on how fast the convolution is that it makes smaller: after `winograd`.
     mix_before_upsample: tuple[MixForm, ...] = _Forms(
-        turns=(0, 1, 3), needs="fold_batchnorm", module="agln_fast.plan.mix_before_upsample"
+        turns=(0, 1, 3), needs="fold_batchnorm", guessed=1, module="agln_fast.plan.mix_before_upsample"
     ).field()
-    winograd: int = _Stages(turns=(2,), module="agln_fast.plan.winograd").field()
-    low_resolution_labels: bool = Rewrite(turns=(4,)).field()
+    winograd: int = _Stages(turns=(2,), guessed=0, module="agln_fast.plan.winograd").field()
+    low_resolution_labels: bool = Rewrite(turns=(4,), on_host=True).field()
 
     def __post_init__(self) -> None:
         for name, rewrite in self.table().items():
@@ -137,6 +148,10 @@ class Plan:
     def table(cls) -> dict[str, Rewrite]:
         """All rewrites, in the order in which they are applied."""
         return {row.name: row.metadata["rewrite"] for row in fields(cls)}
+
+    def parts(self, name: str) -> list[bool]:
+        """Which parts of the network the rewrite `name` changes."""
+        return self.table()[name].parts(getattr(self, name))
 
     def steps(self) -> Iterator[tuple[str, Rewrite, Any]]:
         """Those that are on, in this order, with their values."""

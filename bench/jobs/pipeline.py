@@ -25,6 +25,7 @@ from agln_fast.bench.race.results import Results, save_results
 from agln_fast.bench.race.rows import PipelineRow
 from agln_fast.bundle import open_bundle
 from agln_fast.data.scenes import Scenes
+from agln_fast.engines import packages
 from agln_fast.machine import machine
 from agln_fast.runtime.images import ImageArray
 from agln_fast.runtime.result import Timing
@@ -97,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output is not None:
         command = shlex.join(["python", "-m", "agln_fast.bench.jobs.pipeline", *(arguments or sys.argv[1:])])
         today = datetime.now(UTC).date().isoformat()
-        save_results(Results(machine(options.threads), command, today, tuple(rows), kind="pipeline"), options.output)
+        save_results(
+            Results(machine(options.threads, packages()), command, today, tuple(rows), kind="pipeline"), options.output
+        )
 
 
 if __name__ == "__main__":

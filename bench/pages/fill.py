@@ -41,7 +41,6 @@ PAGES = "README.md", "docs/performance.md"
 FIGURES = "docs/images"
 
 _WIDTH = 110  # of a line of the pages
-_NO_EFFECT = re.compile(r"\*\*no effect: (.*?)\*\*")
 
 
 def _wrapped(text: str) -> str:
@@ -68,21 +67,11 @@ def _overview(results: Results) -> str:
     return f"Medians in ms; {text.replace(', ms |', ' |')}" if _is_long(text) else text
 
 
-def _ladder(results: Results) -> str:
-    """Rungs without effect stand below their table, where they would make its line too long."""
-    tables = []
-    for text in markdown_ladder(results.ladder).split("\n\n"):
-        rest = _NO_EFFECT.findall(text) if _is_long(text) else []
-        tables.append(_NO_EFFECT.sub("**the rest**", text) if rest else text)
-        tables += [_wrapped(f"The rest, without effect: {names}.") for names in rest]
-    return "\n\n".join(tables)
-
-
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": lambda results: _wrapped(f"{machine_line(results.machine)}; `{results.command}`, {results.date}."),
     "overview": _overview,
     "table": lambda results: f"{markdown_table(results.rows)}\n\n{_wrapped(NOTES)}",
-    "ladder": _ladder,
+    "ladder": lambda results: markdown_ladder(results.ladder, _WIDTH),
     "scaling": lambda results: markdown_scaling(results.scaling),
 }
 """What stands in each section."""

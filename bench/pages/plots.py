@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agln_fast.bench.pages.presentation import (
+    Rung,
     Series,
     by_case,
     case_names,
@@ -112,16 +113,17 @@ def draw_ladder(rows: Sequence[Row]) -> Figure:
     heights = [_BAR * 1.25 * (len(rungs) + 0.2) for rungs in panels.values()]
     gap, top = 0.65, 0.5
     figure = _figure(_WIDTH, top + sum(heights) + gap * (len(heights) - 1) + 0.45)
-    labels = {rung.name: _rung_label(rung.name) for rungs in panels.values() for rung in rungs}
+    labels = {rung.name: _rung_label(rung) for rungs in panels.values() for rung in rungs}
     room = 0.14 + max(_inches(line) for label in labels.values() for line in label.split("\n"))
     for (title, rungs), height in zip(panels.items(), heights, strict=True):
         width = _WIDTH - room - 1.3
         axes = _axes(figure, room, top, width, height)
         top += height + gap
-        for y, (_, row, step, total) in enumerate(rungs):
+        for y, rung in enumerate(rungs):
+            row = rung.row
             axes.barh(y, row.median_ms, 0.7, color=OURS if row.ours else _PEER)
             _end(axes, row.median_ms, y, digits(row.median_ms), bold=True)
-            for right, ratio in ((0.6, step), (1.2, total)):
+            for right, ratio in ((0.6, rung.step), (1.2, rung.total)):
                 words = f"×{ratio:.2f}"
                 axes.text(1 + right / width, y, words, transform=_rows(axes), ha="right", **_words(bold=right > 1))
         for right, words in ((0.6, "step"), (1.2, "total")):
@@ -135,10 +137,10 @@ def draw_ladder(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _rung_label(name: str) -> str:
+def _rung_label(rung: Rung) -> str:
     """On two lines at most: those without effect are counted where their names take more."""
-    lines = textwrap.wrap(name, _LONGEST_RUNG)
-    return f"{name.count(',') + 1} more, no effect" if len(lines) > 2 else "\n".join(lines)
+    lines = textwrap.wrap(rung.name, _LONGEST_RUNG)
+    return f"{len(rung.rewrites)} more, no effect" if rung.neutral and len(lines) > 2 else "\n".join(lines)
 
 
 def draw_pareto(rows: Sequence[Row]) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -162,13 +163,19 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 class Rung(NamedTuple):
     """A row of a ladder. step: times as fast as the rung above, total: as the first; both are 1 for the first.
 
-    name: of the rung; the last one may stand for several rewrites that had no effect of their own.
+    rewrites: what it adds; the last rung may stand for several, none of which had an effect of its own.
     """
 
-    name: str
+    rewrites: tuple[str, ...]
     row: Row
     step: float
     total: float
+    neutral: bool = False
+
+    @property
+    def name(self) -> str:
+        """For readers."""
+        return f"{'no effect: ' * self.neutral}{', '.join(self.rewrites)}"
 
 
 def ladders(rows: Iterable[Row]) -> dict[tuple[Case, str], list[Row]]:
@@ -186,32 +193,46 @@ def ladder_steps(rows: Sequence[Row]) -> list[Rung]:
     The last one's time is that of the whole plan.
     """
     first = rows[0]
-    rungs, neutral = [Rung(first.contestant, first, 1.0, 1.0)], []
+    rungs, neutral = [Rung((first.contestant,), first, 1.0, 1.0)], []
     for row in rows[1:]:
         step = rungs[-1].row.median_ms / row.median_ms
         if abs(step - 1) < _NEUTRAL:
             neutral.append(row.contestant)
         else:
-            rungs.append(Rung(row.contestant, row, step, first.median_ms / row.median_ms))
+            rungs.append(Rung((row.contestant,), row, step, first.median_ms / row.median_ms))
     if neutral:
         step = rungs[-1].row.median_ms / rows[-1].median_ms
-        rungs.append(Rung(f"no effect: {', '.join(neutral)}", rows[-1], step, first.median_ms / rows[-1].median_ms))
+        rungs.append(Rung(tuple(neutral), rows[-1], step, first.median_ms / rows[-1].median_ms, neutral=True))
     return rungs
 
 
-def markdown_ladder(rows: Sequence[Row]) -> str:
-    """A table for each precision, a line for each rung: ms, ratios to the rung above and to the first, and quality."""
+def markdown_ladder(rows: Sequence[Row], width: int | None = None) -> str:
+    """A table for each precision, a line for each rung: ms, ratios to the rung above and to the first, and quality.
+
+    Rewrites without effect stand below a table whose lines would be longer than `width` with them.
+    """
     shared, names = case_names(by_case(rows))
-    headings = "rung", "ms", "step", "total", "MB", "file MB", "build s", "agreement", "mIoU"
-    tables = [shared]
+    parts = [shared]
     for (case, precision), members in ladders(rows).items():
-        lines = [
-            [_bold(rung.name, row.ours), digits(row.median_ms), f"{rung.step:.2f}", f"{rung.total:.2f}", *_quality(row)]
-            for rung in ladder_steps(members)
-            for row in [rung.row]
-        ]
-        tables += [f"{names[case]}, {precision}:", _markdown(*_without_gaps(headings, lines), left=1)]
-    return "\n\n".join(filter(None, tables))
+        rungs = ladder_steps(members)
+        table, last = _ladder_table(rungs, rungs[-1].name), rungs[-1]
+        below = ""
+        if last.neutral and width is not None and max(map(len, table.splitlines())) > width:
+            table = _ladder_table(rungs, "the rest")
+            below = textwrap.fill(f"The rest, without effect: {', '.join(last.rewrites)}.", width)
+        parts += [f"{names[case]}, {precision}:", table, below]
+    return "\n\n".join(filter(None, parts))
+
+
+def _ladder_table(rungs: Sequence[Rung], last: str) -> str:
+    """`last`: what the last rung is called."""
+    lines = [
+        [_bold(name, row.ours), digits(row.median_ms), f"{rung.step:.2f}", f"{rung.total:.2f}", *_quality(row)]
+        for rung, name in zip(rungs, [*(rung.name for rung in rungs[:-1]), last], strict=True)
+        for row in [rung.row]
+    ]
+    headings = "rung", "ms", "step", "total", "MB", "file MB", "build s", "agreement", "mIoU"
+    return _markdown(*_without_gaps(headings, lines), left=1)
 
 
 class Fit(NamedTuple):

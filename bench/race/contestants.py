@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch
 from agln_fast.bench.race.workshop import EngineRecipe, RaceWorkshop, Recipe, TorchRecipe
 from agln_fast.engines import KINDS, REFERENCE, EngineKind, NetworkKind
 from agln_fast.errors import AglnError, choose
-from agln_fast.plan.plan import NO_PLAN
+from agln_fast.plan.plan import NO_PLAN, PlanChoice
 from agln_fast.precision import PRECISIONS, Precision
 from agln_fast.runtime.turns import rounds
 
@@ -25,7 +26,11 @@ __all__ = ["PYTORCH", "Contestant", "contestant", "contestants"]
 
 _COMPILERS = "g++", "clang++", "c++", "cl"
 
-_Maker = Callable[[RaceWorkshop, Precision], tuple[Recipe, float]]
+
+class _Maker(Protocol):
+    def __call__(
+        self, workshop: RaceWorkshop, precision: Precision, plan: PlanChoice | None = None
+    ) -> tuple[Recipe, float]: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Contestant:
 
     precisions: what it runs in, on any device. devices: "cpu", "cuda".
     description: of its settings, for readers.
-    make: files and recipe for a workshop and a precision, and the seconds that making the files took.
+    make: files and recipe for a workshop, a precision and a plan (None for the workshop's), and the seconds that making
+        the files took.
     kind: of our engines, which knows what it needs; None for PyTorch. compiles: by torch.compile.
     planned_for: the kind whose best plan it takes; None for none.
     """
@@ -104,12 +110,12 @@ def _threads(count: int) -> str:
 
 
 def _torch(compile_mode: str, planned: bool = False) -> _Maker:
-    def make(workshop: RaceWorkshop, precision: Precision) -> tuple[Recipe, float]:
+    def make(workshop: RaceWorkshop, precision: Precision, plan: PlanChoice | None = None) -> tuple[Recipe, float]:
         file, seconds = workshop.weights()
-        plan = NO_PLAN
+        rewrites = NO_PLAN
         if planned:  # what it makes of convolutions and products is oneDNN's, as in OpenVINO
-            plan, more = workshop.chosen(KINDS["openvino"], precision)
-            plan, seconds = replace(plan, low_resolution_labels=False), seconds + more
+            rewrites, more = workshop.chosen(KINDS["openvino"], precision, plan)
+            rewrites, seconds = replace(rewrites, low_resolution_labels=False), seconds + more
 
         def recipe(channels_last: bool) -> TorchRecipe:
             words = [
@@ -130,7 +136,7 @@ def _torch(compile_mode: str, planned: bool = False) -> _Maker:
                 compile_mode,
                 channels_last,
                 ", ".join(words),
-                plan,
+                rewrites,
             )
 
         if compile_mode:
@@ -158,9 +164,9 @@ def _faster_layout(workshop: RaceWorkshop, recipe: Callable[[bool], TorchRecipe]
 
 
 def _engine(kind: EngineKind, planned: bool) -> _Maker:
-    def make(workshop: RaceWorkshop, precision: Precision) -> tuple[Recipe, float]:
-        plan, seconds = workshop.chosen(kind, precision) if planned else (NO_PLAN, 0.0)
-        artefact, more = workshop.engine(kind, precision, plan)
+    def make(workshop: RaceWorkshop, precision: Precision, plan: PlanChoice | None = None) -> tuple[Recipe, float]:
+        rewrites, seconds = workshop.chosen(kind, precision, plan) if planned else (NO_PLAN, 0.0)
+        artefact, more = workshop.engine(kind, precision, rewrites)
         words = [kind.settings]
         if workshop.device == "cpu":
             words.append(_threads(workshop.threads))

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.progress import Progress
 
-from agln_fast.bench.race.measure import Case, Entry, Measured, Options, measure
-from agln_fast.bench.race.weights import random_network
-from agln_fast.bench.race.workshop import RaceWorkshop
-from agln_fast.contract import IOContract
-from agln_fast.engines import check_threads, kind_of
+from agln_fast.bench.race.measure import Case, Entry, Measured, Options, measure, open_workshop
+from agln_fast.engines import kind_of
 from agln_fast.errors import ConfigError
 from agln_fast.plan.plan import Plan
 from agln_fast.precision import Precision
@@ -60,15 +56,5 @@ def best_plan(
     case: Case, backend: str = "openvino", precision: Precision = "fp32", options: Options | None = None
 ) -> Plan:
     """The plan that a workshop chooses for `backend` at this case, as `options` say."""
-    options = options or Options()
     with tempfile.TemporaryDirectory() as folder:
-        workshop = RaceWorkshop(
-            random_network(case.network, case.num_classes),
-            IOContract(*case.size, case.batch, case.batch),
-            Path(folder),
-            check_threads(options.threads) or torch.get_num_threads(),
-            options.device,
-            options.plan,
-            options.tune_s,
-        )
-        return workshop.chosen(kind_of(backend), precision)[0]
+        return open_workshop(case, options or Options(), Path(folder)).chosen(kind_of(backend), precision)[0]

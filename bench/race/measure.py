@@ -40,7 +40,7 @@ from agln_fast.precision import Precision
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import Reference, make_reference, sample_frames
 
-__all__ = ["FEWEST_ROUNDS", "Case", "DeviceLostError", "Entry", "Measured", "Options", "measure"]
+__all__ = ["FEWEST_ROUNDS", "Case", "DeviceLostError", "Entry", "Measured", "Options", "measure", "open_workshop"]
 
 FEWEST_ROUNDS = 3
 _TIMED_SHARE = 0.5  # of a case's time: what is left after it is for memory and accuracy
@@ -144,13 +144,12 @@ def measure(
             left_out.append(f"{entry.name}: {obstacle}")
     if not able:
         raise BackendError(f"no contestant can run here: {'; '.join(left_out)}")
-    threads = check_threads(options.threads) or torch.get_num_threads()
     clock = _Clock(options.budget_s)
     task = None if progress is None else progress.add_task("measure", total=len(cases) * len(able))
     rows: list[Row] = []
     for number, case in enumerate(cases):
         with tempfile.TemporaryDirectory() as folder:
-            bench = _Bench(case, options, threads, Path(folder), clock.share(len(cases) - number))
+            bench = _Bench(case, options, Path(folder), clock.share(len(cases) - number))
 
             def show(what: str, case: Case = case) -> None:
                 if progress is not None and task is not None:
@@ -161,6 +160,14 @@ def measure(
     if not rows:
         raise BackendError(f"nothing could be measured: {'; '.join(left_out)}")
     return Measured(tuple(rows), tuple(left_out))
+
+
+def open_workshop(case: Case, options: Options, folder: Path) -> RaceWorkshop:
+    """The files of all contestants in `case`, to be made in `folder`."""
+    network = load_checkpoint(case.network) if case.trained else random_network(case.network, case.num_classes)
+    contract = IOContract(*case.size, case.batch, case.batch)
+    threads = check_threads(options.threads) or torch.get_num_threads()
+    return RaceWorkshop(network, contract, folder, threads, options.device, options.plan, options.tune_s)
 
 
 class _Clock:
@@ -196,28 +203,12 @@ class _Contender:
 class _Bench:
     """One case. left_out: why -> what is not in its rows."""
 
-    def __init__(
-        self,
-        case: Case,
-        options: Options,
-        threads: int,
-        folder: Path,
-        clock: _Clock,
-    ) -> None:
-        self._case, self._options, self._threads, self._folder, self._clock = case, options, threads, folder, clock
+    def __init__(self, case: Case, options: Options, folder: Path, clock: _Clock) -> None:
+        self._case, self._options, self._folder, self._clock = case, options, folder, clock
         self.left_out: dict[str, list[str]] = {}
-        contract = IOContract(*case.size, case.batch, case.batch)
-        self._network = (
-            load_checkpoint(case.network) if case.trained else random_network(case.network, case.num_classes)
-        )
-        self._workshop = self._new_workshop(folder, contract)
+        self._workshop = open_workshop(case, options, folder)
+        self._network = self._workshop.network
         self._cost = complexity(self._network.config, *case.size)[-1]
-
-    def _new_workshop(self, folder: Path, contract: IOContract) -> RaceWorkshop:
-        options = self._options
-        return RaceWorkshop(
-            self._network, contract, folder, self._threads, options.device, options.plan, options.tune_s
-        )
 
     def rows(self, entries: Sequence[Entry], show: Callable[[str], None]) -> list[Row]:
         references = self._references()
@@ -265,13 +256,7 @@ class _Bench:
         return make_reference(self._network, self._workshop.contract, frames)
 
     def _open(self, entry: Entry, image: Array, references: Sequence[Reference]) -> _Contender:
-        workshop = self._workshop
-        if entry.plan is not None:
-            workshop.plan = entry.plan
-        try:
-            recipe, seconds = contestant(entry.contestant).make(workshop, entry.precision)
-        finally:
-            workshop.plan = self._options.plan
+        recipe, seconds = contestant(entry.contestant).make(self._workshop, entry.precision, entry.plan)
         before = time.perf_counter()
         opened = recipe.open()
         labels = opened.run(image)  # torch.compile does all its work here
@@ -339,7 +324,7 @@ class _Bench:
             low, ratio, high = (float(q) for q in np.percentile(np.divide(best.times, times), [10, 50, 90]))
         ours = contestant(entry.contestant).ours
         multiply_adds = self._cost.convolution + self._cost.matmul
-        rate = _rate(self._options.device, entry.precision, self._threads)
+        rate = _rate(self._options.device, entry.precision, self._workshop.threads)
         return Row(
             network=case.network,
             contestant=entry.title or entry.contestant,

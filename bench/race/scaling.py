@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from rich.progress import Progress
 
-from agln_fast.bench.pages.presentation import Fit, power_law
 from agln_fast.bench.race.contestants import contestant
 from agln_fast.bench.race.ladder import best_plan
 from agln_fast.bench.race.measure import Case, Entry, Measured, Options, measure
 from agln_fast.bench.race.rows import Row
 from agln_fast.errors import BackendError, ConfigError
 
-__all__ = ["BATCHES", "SIDES", "fit_rows", "scale"]
+__all__ = ["BATCHES", "SIDES", "scale"]
 
 SIDES = 256, 384, 512, 768, 1024, 1536, 2048
 BATCHES = 1, 2, 4, 8, 16
@@ -72,12 +70,6 @@ def scale(
     return Measured(tuple(rows), tuple(dict.fromkeys(left_out)))
 
 
-def fit_rows(rows: Sequence[Row], over: Literal["pixels", "batch"]) -> Fit:
-    """The power law of ms over the pixels of an image, or over the images of a run, through at least two rows."""
-    x = [_area(row) if over == "pixels" else row.batch for row in rows]
-    return power_law(x, [row.median_ms for row in rows])
-
-
 def _with_plan(entry: Entry, base: Case, options: Options) -> Entry:
     planned_for = contestant(entry.contestant).planned_for
     if entry.plan is not None or planned_for is None:
@@ -87,8 +79,3 @@ def _with_plan(entry: Entry, base: Case, options: Options) -> Entry:
 
 def _pixels(case: Case) -> int:
     return case.batch * case.size[0] * case.size[1]
-
-
-def _area(row: Row) -> int:
-    height, width = map(int, row.size.split("x"))
-    return height * width

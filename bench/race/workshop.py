@@ -112,11 +112,12 @@ class RaceWorkshop:
         artefact = kind.make(self.files, precision, plan)
         return artefact, self.files.seconds(artefact.file)
 
-    def chosen(self, kind: EngineKind, precision: Precision) -> tuple[Plan, float]:
-        """The plan of our engine, and the seconds that choosing it took."""
+    def chosen(self, kind: EngineKind, precision: Precision, asked: PlanChoice | None = None) -> tuple[Plan, float]:
+        """The plan of our engine, and the seconds that choosing it took; `asked` is None for `plan`."""
+        choice = self.plan if asked is None else asked
         return self.once(
-            ("plan", kind.name, precision, self.plan),
-            lambda: choose_plan(self.files, kind, precision, self.plan, budget_s=self.tune_s, threads=self.threads)[0],
+            ("plan", kind.name, precision, choice),
+            lambda: choose_plan(self.files, kind, precision, choice, budget_s=self.tune_s, threads=self.threads)[0],
         )
 
     def once(self, key: Hashable, find: Callable[[], T]) -> tuple[T, float]:

@@ -304,3 +304,15 @@ def test_comparison_table():
     ]
     assert text[-1].strip() == "not the same: torch 2.13.0, now 2.14.0"
     assert "not the same" not in "".join(_lines(comparison_table(compare(old, replace(new, machine=MACHINE)))))
+
+
+def test_a_ladder_that_would_be_too_wide_lists_what_had_no_effect_below():
+    times = {"peer": 100.0, "a": 99.0, "b": 50.0, "mix(x, y)": 50.5, "d": 49.5}
+    rows = [row(ms, contestant=name, ours=name != "peer") for name, ms in times.items()]
+    within = markdown_ladder(rows, 200)
+    assert within == markdown_ladder(rows)
+    assert "| **no effect: a, mix(x, y), d** |" in within
+    width = max(map(len, within.splitlines())) - 1
+    table, below = markdown_ladder(rows, width).split("\n\n")[-2:]
+    assert "| **the rest** |" in table
+    assert "".join(below.splitlines()) == "The rest, without effect: a, mix(x, y), d."
