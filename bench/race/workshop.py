@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -197,6 +197,7 @@ class _OpenedTorch:
             deployed = deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._network: Callable[[Tensor], Tensor] | None = deployed
         if recipe.compile_mode:
+            _compiled.add(self)
             self._network = cast(
                 Callable[[Tensor], Tensor], torch.compile(deployed, mode=recipe.compile_mode, dynamic=False)
             )
@@ -212,13 +213,20 @@ class _OpenedTorch:
         kind = torch.device(recipe.device).type
         half = PRECISIONS[recipe.precision].half
         autocast = torch.autocast(kind, dtype_of(recipe.precision) if half else None, enabled=half)
-        with exact_float32(benchmark=True), autocast, _frozen(kind):
+        with exact_float32(benchmark=True), autocast, _compiling(kind):
             return cast(Array, self._network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
 
     engine = run
 
     def close(self) -> None:
         self._network = None
+        _compiled.discard(self)
+        if self._recipe.compile_mode and not _compiled:
+            # What it has compiled for networks that are gone counts towards a limit, behind which it compiles no more.
+            torch._dynamo.reset()
+
+
+_compiled: set[_OpenedTorch] = set()
 
 
 def _start_thread(threads: int) -> None:
@@ -226,8 +234,12 @@ def _start_thread(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _frozen(kind: str) -> AbstractContextManager[None]:
-    """Weights are constants to the compiler: on the CPU it packs them beforehand. Read when it compiles, not before."""
+@contextmanager
+def _compiling(kind: str) -> Iterator[None]:
+    """Weights are constants to the compiler: on the CPU it packs them beforehand. What it does not compile is an error,
+    and no eager network under its name. Read when it compiles, not before."""
+    from torch._dynamo import config as tracer
     from torch._inductor import config
 
-    return cast(AbstractContextManager[None], config.patch(freezing=kind == "cpu"))
+    with config.patch(freezing=kind == "cpu"), tracer.patch(fail_on_recompile_limit_hit=True):
+        yield

@@ -107,6 +107,25 @@ def test_compiled_in_its_mode_with_frozen_weights(name, mode, workshop, referenc
     assert not torch._inductor.config.freezing, "put back"
 
 
+def test_one_network_after_the_other_is_compiled(workshop, references, monkeypatch):
+    """Dynamo compiles a function eight times, and runs it eagerly from then on: as if it were compiled, it says."""
+    compiled, graphs = torch.compile, []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda network, mode, dynamic: compiled(network, backend=count, dynamic=dynamic)
+    )
+    recipe, _ = contestant("torch.compile").make(workshop, "fp32")
+    for number in range(1, 11):
+        opened = recipe.open()
+        assert _agreement(opened, references) >= 0.999
+        opened.close()
+        assert len(graphs) >= number
+
+
 def _operators(path):
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
