@@ -7,6 +7,7 @@ a kernel is launched, not before.
 
 from agln_fast.kernels.attention_pool import attention_pool
 from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
+from agln_fast.kernels.context_fusion import context_fusion
 from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.kernels.semantic_distribution import semantic_distribution
 from agln_fast.kernels.separable_conv import separable_conv
@@ -17,6 +18,7 @@ __all__ = [
     "attention_pool",
     "channel_affinity",
     "channel_apply",
+    "context_fusion",
     "label_upsample",
     "semantic_distribution",
     "separable_conv",

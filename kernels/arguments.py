@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-__all__ = ["FLOATS", "check_number", "check_size", "check_tensor"]
+__all__ = ["FLOATS", "check_affinity", "check_number", "check_size", "check_tensor"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,6 +40,19 @@ def check_tensor(
         raise ValueError(f"{name}: needs shape {wanted}, none of them 0, got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: needs device {like.device} like the other arguments, got {value.device}")
+
+
+def check_affinity(name: str, value: Any, x: Tensor) -> None:
+    """Check that `value` can mix the channels of `x` (B, C, H, W): (B, C, C), of its dtype or at least float32.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: of another rank, size or device.
+    """
+    channels = x.shape[1]
+    check_tensor(name, value, (x.shape[0], channels, channels), like=x, floats=True)
+    if value.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        raise TypeError(f"{name}: needs {x.dtype} like the other arguments, or float32, got {value.dtype}")
 
 
 def check_number(name: str, value: Any) -> None:

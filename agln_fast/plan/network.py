@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from agln_fast.errors import ConfigError
 from agln_fast.kernels.attention_pool import attention_pool
 from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
+from agln_fast.kernels.context_fusion import context_fusion
 from agln_fast.kernels.layout import wide
 from agln_fast.kernels.matrices import upsample_matrix
 from agln_fast.kernels.semantic_distribution import semantic_distribution
@@ -159,7 +160,8 @@ class FusionTerms:
 class Fusion(nn.Module):
     """CFB: A (B, C, H, W), B (B, C, H, W), D (B, C, N) -> O (B, C, H, W); Ψ is `enhance`, Φ is `fuse`.
 
-    Paper: base = Q = Ψ(A + αM). Release: base = A + αM, Q = A. Then the sum of `FusionTerms`, then Φ.
+    Paper: base = Q = Ψ(A + αM). Release: base = A + αM, Q = A. Then the sum of `FusionTerms`, then Φ. "kernels" has one
+    op for the release's distribution, gate and sum, on every GPU; where a term is missing or Ψ stands between, two.
 
     `source`: which of the aggregations D is from, and its place among what that one makes. `negates`: see
     `negate_energy`; `energy_before_upsample`: see the rewrite of this name.
@@ -185,6 +187,9 @@ class Fusion(nn.Module):
     ) -> Tensor:
         """`descriptors` of each aggregation; `coarse` is what A was resized from, None where A is no resized map."""
         terms, m, base, query = self.terms, None, a, a
+        if self.attention == "kernels" and self.enhance is None and terms.distributes and terms.refines:
+            base = self.joint(a, b, descriptors)
+            return base if self.fuse is None else cast(Tensor, self.fuse(base))
         if terms.distributes:
             aggregation, place = self.source
             m, base = self.distribution(a, descriptors[aggregation][place], terms.alpha, coarse)
@@ -202,6 +207,16 @@ class Fusion(nn.Module):
             if terms.skip_scale != 0:
                 base = torch.add(base, b, alpha=terms.skip_scale)
         return base if self.fuse is None else cast(Tensor, self.fuse(base))
+
+    def joint(self, a: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]]) -> Tensor:
+        """What Φ takes, by one op: where Q = A, R needs no M, and goes first."""
+        terms, phi, (aggregation, place) = self.terms, self.distribution.phi, self.source
+        assert phi.bias is not None
+        assert self.distribution.project is None
+        r = channel_affinity(a, b, terms.sign, dtype=b.dtype) if terms.resamples else None
+        weight, scales = phi.weight.flatten(1), (terms.alpha, terms.gate_scale, terms.skip_scale)
+        d = descriptors[aggregation][place]
+        return context_fusion(a, weight, phi.bias, d, r, b, *scales, gates=terms.gates)
 
     def resampled(self, query: Tensor, b: Tensor, coarse: Tensor | None) -> Tensor:
         """R B, with the energy and its softmax in at least float32."""

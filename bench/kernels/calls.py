@@ -106,6 +106,35 @@ def _resampling(case: Case) -> _Arguments:
     return r if case.resamples else None, case.map(), case.map() if case.gates else None, case.map(), 0.5, 0.25
 
 
+def _fuse(
+    a: Tensor,
+    w_phi: Tensor,
+    b_phi: Tensor,
+    d: Tensor,
+    r: Tensor | None,
+    b: Tensor,
+    alpha: float,
+    gate_scale: float,
+    skip_scale: float,
+    *,
+    gates: bool,
+) -> Tensor:
+    """Eq. 2 and both sums, as the release has them."""
+    m, base = _distribute(a, w_phi, b_phi, d, alpha)
+    return _apply(r, b, m if gates else None, base, gate_scale, skip_scale)
+
+
+def _distribution(case: Case) -> _Arguments:
+    n, count = case.descriptors, case.channels
+    return case.map(), case.weight(n, count), case.weight(n), case.weight(case.batch, count, n), 0.5
+
+
+def _fusion(case: Case) -> _Arguments:
+    *distribution, alpha = _distribution(case)
+    r, b, _, _, *scales = _resampling(case)
+    return *distribution, r, b, alpha, *scales
+
+
 def _labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return resize(logits, size).argmax(1).to(torch.uint8)
 
@@ -161,13 +190,7 @@ CALLS = {
     ),
     "semantic_distribution": Call(
         _distribute,
-        lambda case: (
-            case.map(),
-            case.weight(case.descriptors, case.channels),
-            case.weight(case.descriptors),
-            case.weight(case.batch, case.channels, case.descriptors),
-            0.5,
-        ),
+        _distribution,
         multiply_adds=lambda a, w_phi, *_: 2 * len(w_phi) * a.numel(),
         variants=_DESCRIPTORS,
     ),
@@ -181,6 +204,14 @@ CALLS = {
         _apply,
         _resampling,
         multiply_adds=lambda r, b, *_: b.shape[1] * b.numel(),
+        odd=({}, {"gates": False}, {"resamples": False}),
+    ),
+    "context_fusion": Call(
+        _fuse,
+        _fusion,
+        keywords=lambda case: {"gates": case.gates},
+        multiply_adds=lambda a, w_phi, *_: (2 * len(w_phi) + a.shape[1]) * a.numel(),
+        variants=_DESCRIPTORS,
         odd=({}, {"gates": False}, {"resamples": False}),
     ),
     "label_upsample": Call(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agln_fast.kernels.arguments import FLOATS, check_number, check_tensor
+from agln_fast.kernels.arguments import FLOATS, check_affinity, check_number, check_tensor
 from agln_fast.kernels.channel_resample import reference
 from agln_fast.kernels.layout import empty_maps
 from agln_fast.kernels.registration import register
@@ -42,9 +42,7 @@ def _check_apply(
 ) -> None:
     check_tensor("b", b, ("B", "C", "H", "W"))
     if r is not None:
-        check_tensor("r", r, (b.shape[0], b.shape[1], b.shape[1]), like=b, floats=True)
-        if r.dtype not in (b.dtype, torch.promote_types(b.dtype, torch.float32)):
-            raise TypeError(f"r: needs {b.dtype} like b, or float32, got {r.dtype}")
+        check_affinity("r", r, b)
     if m is not None:
         check_tensor("m", m, tuple(b.shape), like=b)
     check_tensor("base", base, tuple(b.shape), like=b)

@@ -9,10 +9,11 @@ from agln_fast.kernels.layout import empty_maps
 from agln_fast.kernels.registration import register
 from agln_fast.kernels.semantic_distribution import reference
 
-__all__ = ["semantic_distribution"]
+__all__ = ["check_distribution", "semantic_distribution"]
 
 
-def _check(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> None:
+def check_distribution(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> None:
+    """Check the arguments, as the reference says."""
     check_tensor("a", a, ("B", "C", "H", "W"))
     check_tensor("w_phi", w_phi, ("N", a.shape[1]), like=a)
     check_tensor("b_phi", b_phi, (w_phi.shape[0],), like=a)
@@ -23,7 +24,7 @@ def _check(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> 
 semantic_distribution = register(
     __package__,
     reference.semantic_distribution,
-    check=_check,
+    check=check_distribution,
     tiles=lambda a, w_phi, b_phi, d, alpha: (a, w_phi, d),
     fake=lambda a, w_phi, b_phi, d, alpha: (empty_maps(a), empty_maps(a)),
 )

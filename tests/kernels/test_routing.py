@@ -18,17 +18,13 @@ from agln_fast.bench.kernels.calls import CALLS, Case
 from agln_fast.kernels import label_upsample, registration
 from agln_fast.kernels.registration import OPS
 
-# How often AGLN-Lite and one label map call each op.
+# How often AGLN-Lite and one label map call each op, by formulation: the release has no Ψ.
+_BOTH = {"attention_pool": 3, "channel_affinity": 6, "upsample_bilinear": 3, "upsample_taps": 1, "label_upsample": 1}
 ALL = {
-    "attention_pool": 3,
-    "semantic_distribution": 6,
-    "channel_affinity": 6,
-    "channel_apply": 6,
-    "separable_conv": 12,
-    "upsample_bilinear": 3,
-    "upsample_taps": 1,
-    "label_upsample": 1,
+    "paper": {**_BOTH, "semantic_distribution": 6, "channel_apply": 6, "separable_conv": 12},
+    "release": {**_BOTH, "context_fusion": 6, "separable_conv": 6},
 }
+formulations = pytest.mark.parametrize("formulation", ALL)
 
 
 class OnCuda(Tensor):
@@ -94,7 +90,7 @@ def launched(monkeypatch):
 
         monkeypatch.setattr(module, op, counted)
 
-    for op in ALL:
+    for op in OPS:
         spy(op, kernel_of(op))
     return kernels
 
@@ -114,7 +110,7 @@ def simulated(monkeypatch):
         monkeypatch.setattr(kernel_of(op), op, launch)
 
     monkeypatch.setattr(registration, "choose", lambda configs, x, is_regular, *device: "chosen")
-    for op in ALL:
+    for op in OPS:
         simulate(op)
 
 
@@ -123,18 +119,23 @@ def infer(network, image):
     return logits, label_upsample(logits, tuple(image.shape[2:]))
 
 
+def fused(small_network, formulation):
+    return agln_fast.fuse(small_network("agln_lite_resnet18", channels=128, formulation=formulation))
+
+
+@formulations
 @torch.inference_mode()
-def test_kernels_on_a_simulated_device(simulated, launched, small_network):
-    network, image = agln_fast.fuse(small_network("agln_lite_resnet18", channels=128)), torch.randn(2, 3, 40, 50)
+def test_kernels_on_a_simulated_device(formulation, simulated, launched, small_network):
+    network, image = fused(small_network, formulation), torch.randn(2, 3, 40, 50)
     with Calls() as calls:
         expected = infer(network, image)
-    assert (calls.counts, launched) == (ALL, {})
+    assert (calls.counts, launched) == (ALL[formulation], {})
 
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
             module._parameters[name] = OnCuda(weight)
     results = infer(network, OnCuda(image))
-    assert launched == ALL
+    assert launched == ALL[formulation]
     for result, wanted in zip(results, expected, strict=True):
         assert result.is_cuda
         torch.testing.assert_close(result.inner, wanted)
@@ -155,14 +156,15 @@ def test_cuda_has_the_kernel_for_all_but_float64(op, dtype, monkeypatch):
 
 
 @pytest.mark.gpu
+@formulations
 @torch.inference_mode()
-def test_kernels_on_the_gpu(launched, small_network):
-    network, image = agln_fast.fuse(small_network("agln_lite_resnet18", channels=128)), torch.randn(2, 3, 40, 50)
+def test_kernels_on_the_gpu(formulation, launched, small_network):
+    network, image = fused(small_network, formulation), torch.randn(2, 3, 40, 50)
     expected = infer(network, image)
     assert launched == {}
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits, labels = infer(network.cuda(), image.cuda())
-    assert launched == ALL
+    assert launched == ALL[formulation]
     torch.testing.assert_close(logits.cpu(), expected[0], rtol=1e-3, atol=1e-3)
     assert (labels.cpu() == expected[1]).float().mean() > 0.99

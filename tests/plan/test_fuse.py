@@ -73,6 +73,7 @@ def test_fused_network_is_the_same_function(name, overrides, small_network, conv
 
 
 DENSE = {"attention_pool": 3, "semantic_distribution": 6, "channel_affinity": 6, "channel_apply": 6}
+RELEASE = {"attention_pool": 3, "channel_affinity": 6, "context_fusion": 6}
 UNGATED = {"attention_pool": 3, "semantic_distribution": 6}
 UNDISTRIBUTED = {"channel_affinity": 6, "channel_apply": 6}
 
@@ -92,8 +93,19 @@ UNDISTRIBUTED = {"channel_affinity": 6, "channel_apply": 6}
             {key: count for key, count in DENSE.items() if key != "channel_affinity"},
             id="paper-gate-alone",
         ),
-        pytest.param("agln_release", {}, r"no zeros", DENSE, id="release-nothing-dead"),
-        pytest.param("agln_release", {}, r"alpha", DENSE, id="release-gate-still-reads-M"),
+        pytest.param("agln_release", {}, r"no zeros", RELEASE, id="release-nothing-dead"),
+        pytest.param("agln_release", {}, r"alpha", RELEASE, id="release-gate-still-reads-M"),
+        pytest.param("agln_release", {"spatial_gating": False}, r"no zeros", RELEASE, id="release-no-gate"),
+        pytest.param(
+            "agln_release", {"spatial_gating": False}, r"alpha", UNDISTRIBUTED, id="release-no-gate-to-read-M"
+        ),
+        pytest.param(
+            "agln_release",
+            {"channel_resampling": False},
+            r"no zeros",
+            {key: count for key, count in RELEASE.items() if key != "channel_affinity"},
+            id="release-gate-alone",
+        ),
         pytest.param("agln_release", {}, r"gamma", UNGATED, id="release-no-refinement"),
         pytest.param("agln_release", {}, r"beta", UNGATED, id="release-no-lateral-feature"),
         pytest.param("agln_release", {}, r"alpha|gamma", {}, id="release-as-initialised"),
@@ -102,14 +114,14 @@ UNDISTRIBUTED = {"channel_affinity": 6, "channel_apply": 6}
             "agln_release",
             {},
             r"cfb\.2\.2\.(alpha|gamma)",
-            {key: count - 1 for key, count in DENSE.items()},
+            {key: count - 1 for key, count in RELEASE.items()},
             id="release-one-aggregation-unread",
         ),
         pytest.param(
             "agln_release",
             {},
             r"cfb\.1\.0\.(alpha|gamma)",
-            {**DENSE, "semantic_distribution": 5, "channel_affinity": 5, "channel_apply": 5},
+            {**RELEASE, "channel_affinity": 5, "context_fusion": 5},
             id="release-one-reader-fewer",
         ),
         pytest.param("agln_minus", {}, r"no zeros", {"attention_pool": 1, "semantic_distribution": 3}, id="agln-minus"),
