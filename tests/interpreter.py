@@ -44,7 +44,7 @@ InterpreterBuilder.create_dot = _dot_of_any_type
 
 def tiny(dtype: torch.dtype, processors: int = 4, **tile: int) -> LaunchConfig:
     """Tiles of 16 unless told otherwise: small maps then have several of each."""
-    sizes = {"P": 16, "C": 16, "N": 16, "I": 16, "J": 16, "K": 16, "O": 16, "H": 4, "W": 4, **tile}
+    sizes = {"P": 16, "C": 16, "N": 16, "I": 16, "J": 16, "K": 16, "M": 16, "O": 16, "H": 4, "W": 4, **tile}
     return LaunchConfig((str(dtype).removeprefix("torch."),), sizes, num_warps=4, num_stages=1, processors=processors)
 
 

@@ -59,7 +59,11 @@ class FusedDeployment(DeployedNetwork):
 
 
 class _Graph:
-    """The network for one shape of input as a CUDA graph between static buffers, pinned on the host's side."""
+    """The network for one shape of input as a CUDA graph between static buffers, pinned on the host's side.
+
+    Nothing of cuBLAS may lie inside: its workspace belongs to the stream, and PyTorch frees it when any graph of that
+    stream goes.
+    """
 
     def __init__(self, network: FusedDeployment, image: Tensor, pool: Any) -> None:
         """`image` is a first input, on the host; the current stream captures and replays.
@@ -75,14 +79,10 @@ class _Graph:
                 result = network(on_device)
             self._host_result = _pinned(result)
             self._graph = torch.cuda.CUDAGraph()
-            # cuBLAS keeps a workspace for each stream, and PyTorch frees it when any graph of that stream goes. So what
-            # the graph uses is its own: there is none before the capture, and nobody finds it after.
-            torch._C._cuda_clearCublasWorkspaces()
             # "thread_local": work of other threads, on streams of their own, goes on meanwhile.
             with torch.cuda.graph(self._graph, pool, stream=self._stream, capture_error_mode="thread_local"):
                 on_device.copy_(self._host_image, non_blocking=True)
                 self._host_result.copy_(network(on_device), non_blocking=True)
-            torch._C._cuda_clearCublasWorkspaces()
         self._device_image = on_device  # the graph reads its memory
 
     def __call__(self, image: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ def fuse(model: SegmentationNetwork) -> InferenceNetwork:
     narrow = isinstance(model, SegmentationNetwork) and model.config.channels < _FEWEST_CHANNELS
     network = rewrite(model, replace(FUSED, mix_before_upsample=NOT_MIXED) if narrow else FUSED)
     network.attend("kernels")
+    for _, aggregation in network.aggregations():
+        if aggregation.theta is None:  # a mean is attention to all pixels alike
+            assert aggregation.projection is not None
+            weight = aggregation.projection.weight
+            aggregation.theta = convolution_from(weight.new_zeros(1, weight.shape[1], 1, 1), None)
     network.set_submodule("encoder", Encoder(network.encoder))
     network.set_submodule("classifier", Classifier(cast(nn.Conv2d, network.classifier)))
     for name, module in list(network.named_modules()):

@@ -87,17 +87,26 @@ class Aggregation(nn.Module):
         self.attention: Attention = "channels"
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        descriptors = self.pooled_by_kernel(x) if self.attention == "kernels" else self.pooled(x)
+        return descriptors.chunk(self.count, 1) if self.count > 1 else (descriptors,)
+
+    def pooled_by_kernel(self, x: Tensor) -> Tensor:
+        assert self.theta is not None
+        assert self.phi is None
+        assert self.projection is not None
+        assert self.projection.bias is not None
+        return attention_pool(x, self.theta.weight.flatten(1), self.projection.weight.flatten(1), self.projection.bias)
+
+    def pooled(self, x: Tensor) -> Tensor:
         features = x if self.phi is None else self.phi(x)
         if self.theta is None:
             pooled = wide(features.flatten(2)).mean(-1, keepdim=True).to(x.dtype)
-        elif self.attention == "kernels":
-            pooled = attention_pool(features, self.theta.weight.flatten(1))
         else:
             pooled = features.flatten(2) @ _softmax(self.theta(x).flatten(2), -1).transpose(1, 2)
         if self.projection is not None:
             assert self.projection.bias is not None
             pooled = self.projection.weight.flatten(1) @ pooled + self.projection.bias.unsqueeze(1)
-        return pooled.chunk(self.count, 1) if self.count > 1 else (pooled,)
+        return pooled
 
 
 class Distribution(nn.Module):

@@ -76,10 +76,10 @@ class Call:
     odd: tuple[dict[str, Any], ...] = ({},)
 
 
-def _pool(x: Tensor, w_theta: Tensor) -> Tensor:
-    """Eq. 1: θ, softmax over pixels, product."""
+def _pool(x: Tensor, w_theta: Tensor, w_phi: Tensor, b_phi: Tensor) -> Tensor:
+    """Eq. 1: θ, softmax over pixels, product, φ."""
     attention = F.conv2d(x, w_theta[..., None, None]).flatten(2).float().softmax(-1).to(x.dtype)
-    return x.flatten(2) @ attention.transpose(1, 2)
+    return w_phi @ (x.flatten(2) @ attention.transpose(1, 2)) + b_phi[:, None]
 
 
 def _distribute(a: Tensor, w_phi: Tensor, b_phi: Tensor, d: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -184,8 +184,13 @@ _DESCRIPTORS = {"descriptors": 64}, {"descriptors": 128}
 CALLS = {
     "attention_pool": Call(
         _pool,
-        lambda case: (case.map(), case.weight(case.descriptors, case.channels)),
-        multiply_adds=lambda x, w_theta: 2 * len(w_theta) * x.numel(),
+        lambda case: (
+            case.map(),
+            case.weight(case.descriptors, case.channels),
+            case.weight(case.channels, case.channels),
+            case.weight(case.channels),
+        ),
+        multiply_adds=lambda x, w_theta, w_phi, _: len(w_theta) * (2 * x.numel() + len(x) * w_phi.numel()),
         variants=_DESCRIPTORS,
     ),
     "semantic_distribution": Call(

@@ -1,4 +1,4 @@
-"""Features of a map, averaged under attention maps: the semantic aggregation block before its projection."""
+"""Features of a map, averaged under attention maps and projected: the semantic aggregation block."""
 
 from agln_fast.kernels.attention_pool.op import attention_pool
 

@@ -18,19 +18,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import agln_fast
+from agln_fast.bench.kernels.calls import CALLS, Case
 from agln_fast.contract import IOContract
 from agln_fast.engines import fused, fused_network
 from agln_fast.engines.fused import Fused
 from agln_fast.engines.fused_network import FusedEngine
 from agln_fast.engines.torch_network import NetworkEngine, exact_float32
 from agln_fast.errors import BackendError, ConfigError
+from agln_fast.kernels.registration import OPS
 from agln_fast.models.blocks import resize
+from agln_fast.plan import fuse
 from agln_fast.plan.convolution import choose_convolutions
 from agln_fast.runtime.networks import load_network
 from agln_fast.runtime.segmenter import runnable_engines
 
 LABELS = IOContract(64, 96, max_batch=4)
 LOGITS = IOContract(64, 96, max_batch=4, output="logits")
+AGLN = ["agln", "agln_lite", "agln_straight", "agln_straight_lite", "agln_minus", "agln_minus_gap", "agln_minus_sg"]
 
 
 def images(batch=1, seed=0):
@@ -194,11 +198,7 @@ def recorded_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(fused_network, "_pinned", torch.empty_like)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(len(captured)), raising=False)
-    cleared = []
-    yield captured
-    # Before each capture and after it: no graph uses a workspace that another one's end frees.
-    assert cleared == [count for graph in range(len(captured)) for count in (graph, graph + 1)]
+    return captured
 
 
 @pytest.mark.parametrize("contract", [LABELS, LOGITS], ids=["labels", "logits"])
@@ -230,6 +230,50 @@ def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_netwo
     assert len(recorded_graphs) == 1
     assert sizes
     assert (64, 96) not in sizes
+
+
+# In the names of what cuBLAS computes on CUDA: mm, addmm, baddbmm, mv, dot, addr, matmul, linear, ...
+PRODUCT = r"mm|mv|dot|addr|matmul|(?<!bi)linear|attention"
+CAPTURED = [
+    *({"name": f"{name}_resnet18", "formulation": form} for name in AGLN for form in ("paper", "release")),
+    {"name": "agln_release_resnet18", "channel_resampling": False},
+    {"name": "agln_release_resnet18", "spatial_gating": False},
+    {"name": "fpn_resnet18"},
+    {"name": "fcn8s_resnet18"},
+]
+
+
+@pytest.mark.parametrize(
+    ("contract", "fewest"), [(LABELS, 16), (LOGITS, 17)], ids=["labels-conv5-mixed", "logits-conv5-direct"]
+)
+@pytest.mark.parametrize(
+    "options",
+    CAPTURED,
+    ids=lambda options: "-".join(value if isinstance(value, str) else f"no-{key}" for key, value in options.items()),
+)
+def test_nothing_of_cublas_is_captured(options, contract, fewest, recorded_graphs, small_network, monkeypatch):
+    """Of the fused ops the recording sees the call alone: their products are those of kernels."""
+    monkeypatch.setattr(fuse, "_FEWEST_CHANNELS", fewest)
+    with FusedEngine(small_network(**options), contract, device="cpu") as backend:
+        fused_network._Graph(backend._network, torch.from_numpy(images()), None)
+    (graph,) = recorded_graphs
+    assert not products(graph.steps)
+    assert any(func == torch.ops.aten.convolution.default for func, *_ in graph.steps)
+
+
+def products(steps):
+    return [str(func) for func, *_ in steps if func.namespace == "aten" and re.search(PRODUCT, func._schema.name)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("op", OPS)
+def test_no_launcher_uses_cublas(op):
+    call, case = CALLS[op], Case(1, 8, torch.float32, channels=4, descriptors=2, classes=2)
+    arguments, keywords = call.arguments(case), call.keywords(case)
+    with Recording() as recording:
+        OPS[op].launch(arguments, keywords, ("sm90", 4))
+    assert not products(recording.steps)
+    assert recording.steps  # it allocates its results
 
 
 def test_the_last_thread_puts_the_settings_back():

@@ -126,7 +126,13 @@ UNDISTRIBUTED = {"channel_affinity": 6, "channel_apply": 6}
         ),
         pytest.param("agln_minus", {}, r"no zeros", {"attention_pool": 1, "semantic_distribution": 3}, id="agln-minus"),
         pytest.param("agln_minus", {}, r"alpha", {}, id="agln-minus-is-fpn"),
-        pytest.param("agln_minus_gap", {}, r"no zeros", {"semantic_distribution": 3}, id="mean-is-no-op-of-ours"),
+        pytest.param(
+            "agln_minus_gap",
+            {},
+            r"no zeros",
+            {"attention_pool": 1, "semantic_distribution": 3},
+            id="mean-is-attention-of-zeros",
+        ),
         pytest.param("agln_lite", {}, r"no zeros", {**DENSE, "separable_conv": 12}, id="lite"),
     ],
 )
