@@ -6,6 +6,7 @@ a kernel is launched, not before.
 """
 
 from agln_fast.kernels.attention_pool import attention_pool
+from agln_fast.kernels.bias_relu import bias_relu
 from agln_fast.kernels.channel_resample import channel_affinity, channel_apply
 from agln_fast.kernels.context_fusion import context_fusion
 from agln_fast.kernels.label_upsample import label_upsample
@@ -16,6 +17,7 @@ from agln_fast.kernels.upsample_taps import upsample_taps
 
 __all__ = [
     "attention_pool",
+    "bias_relu",
     "channel_affinity",
     "channel_apply",
     "context_fusion",

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["LaunchConfig", "block", "choose", "load_configs", "pixel_block", "regular", "split"]
 
 _WIDEST = 256
+_SMALL_TILE = 64  # of pixels: with fewer of them, what is read for each tile counts more than one more program
 _SMALLEST_TILE = 16  # what a tensor-core instruction takes, in every dimension
 
 
@@ -106,8 +107,10 @@ def block(size: int, limit: int) -> int:
 
 
 def pixel_block(count: int, programs: int, config: LaunchConfig) -> int:
-    """Tile P over `count` pixels, each of `programs` programs; smaller where multiprocessors would be idle."""
-    return block(min(count, -(-count * programs // config.processors)), config.tile["P"])
+    """Tile P over `count` pixels, each of `programs` programs; smaller where multiprocessors would be idle, and down to
+    64 where each would have fewer programs than `waves`."""
+    share = -(-count * programs // config.processors)
+    return block(min(count, max(share // config.waves, min(share, _SMALL_TILE))), config.tile["P"])
 
 
 def split(count: int, step: int, programs: int, config: LaunchConfig) -> tuple[int, int]:

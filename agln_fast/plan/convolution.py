@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FusedConv2d", "Race", "choose_convolutions"]
+from agln_fast.kernels.bias_relu import bias_relu
 
-Race = Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[float, float]]
+__all__ = ["WAYS", "FusedConv2d", "Race", "Way", "choose_convolutions"]
+
+Way = Literal["in_steps", "in_two_kernels", "in_one_call"]
+WAYS: tuple[Way, ...] = get_args(Way)
+"""Methods of `FusedConv2d` that compute the same."""
+
+Race = Callable[[Sequence[Callable[[], Tensor]]], Sequence[float]]
 
 _CALLS, _ROUNDS = 10, 15
 
@@ -23,11 +29,11 @@ class FusedConv2d(nn.Module):
 
     x (B, in, H, W), residual (B, out, H', W') -> (B, out, H', W'); all of the weight's dtype, best in channels_last.
 
-    `cudnn`: on CUDA, let cuDNN do it in one call. PyTorch takes three kernels or four (convolution, bias, residual,
-    ReLU), whose convolution may be the faster one; `choose_convolutions` sets it by timing. Without effect where there
-    is no ReLU, or no CUDA.
+    `way`: who computes it on CUDA, of `WAYS`. PyTorch takes three kernels or four (convolution, bias, residual, ReLU),
+    `bias_relu` makes two of them, and cuDNN has one call for all, whose convolution may be the slower one:
+    `choose_convolutions` sets it by timing. Without effect where there is no CUDA; `in_steps` where there is no ReLU.
 
-    Whether float32 products are rounded to TF32 is `torch.backends.cudnn.allow_tf32`'s to say, on both paths.
+    Whether float32 products are rounded to TF32 is `torch.backends.cudnn.allow_tf32`'s to say, in every way.
     """
 
     def __init__(self, convolution: nn.Conv2d, *, relu: bool) -> None:
@@ -47,10 +53,11 @@ class FusedConv2d(nn.Module):
         self.dilation = convolution.dilation
         self.groups = convolution.groups
         self.relu = relu
-        self.cudnn = False
+        self.way: Way = "in_steps"
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.in_one_call(x, residual) if self.cudnn and x.is_cuda else self.in_steps(x, residual)
+        compute: Callable[..., Tensor] = getattr(self, self.way if x.is_cuda else "in_steps")
+        return compute(x, residual)
 
     def in_steps(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """One kernel after the other, on any device."""
@@ -58,6 +65,12 @@ class FusedConv2d(nn.Module):
         if residual is not None:
             y = y.add_(residual)
         return y.relu_() if self.relu else y
+
+    def in_two_kernels(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution, then the rest, ReLU included, as one op: a map less to read and write for each step."""
+        assert self.bias is not None
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return bias_relu(y, self.bias, residual)
 
     def in_one_call(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """By cuDNN, ReLU included.
@@ -78,27 +91,30 @@ class FusedConv2d(nn.Module):
 
 @torch.no_grad()
 def choose_convolutions(network: nn.Module, x: Tensor, race: Race | None = None) -> None:
-    """Set `cudnn` of every `FusedConv2d` with a ReLU in `network` to what is faster for the input `x`, in place.
+    """Set `way` of every `FusedConv2d` with a ReLU in `network` to what is fastest for the input `x`, in place.
 
-    Runs the network once to see what reaches each layer, then times both paths on random data. Layers that do the same
-    work on the same shapes are timed once, so they get the same answer. Where cuDNN refuses, the steps stay. cuDNN's
-    `benchmark` and `allow_tf32` hold for the race too: the caller sets them as they will be later.
+    Runs the network once to see what reaches each layer, then times all ways on random data. Layers that do the same
+    work on the same shapes are timed once, so they get the same answer. What cuDNN refuses to do in one call does not
+    take part. cuDNN's `benchmark` and `allow_tf32` hold for the race too: the caller sets them as they will be later.
 
     Args:
         network: takes `x`.
-        race: takes two calls, in steps and in one, and returns their times, infinite for one that fails; None to time
-            them on CUDA if `x` is there. On other devices there is nothing to choose then, and nothing is done.
+        race: takes calls that ran before, and returns their times; None to time them on CUDA if `x` is there. On other
+            devices there is nothing to choose then, and nothing is done.
+
+    Raises:
+        RuntimeError: a layer cannot be computed at all.
     """
     if race is None:
         if not x.is_cuda:
             return
         race = _race
-    faster: dict[tuple[Any, ...], bool] = {}
+    fastest: dict[tuple[Any, ...], Way] = {}
     for layer, (features, residual) in _traffic(network, x).items():
         job = features, residual, layer.weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups
-        if job not in faster:
-            faster[job] = _one_call_is_faster(layer, features, residual, race)
-        layer.cudnn = faster[job]
+        if job not in fastest:
+            fastest[job] = _fastest(layer, features, residual, race)
+        layer.way = fastest[job]
 
 
 # Shape, strides and dtype of a tensor.
@@ -127,7 +143,7 @@ def _traffic(network: nn.Module, x: Tensor) -> dict[FusedConv2d, tuple[_Layout, 
     return seen
 
 
-def _one_call_is_faster(layer: FusedConv2d, features: _Layout, residual: _Layout | None, race: Race) -> bool:
+def _fastest(layer: FusedConv2d, features: _Layout, residual: _Layout | None, race: Race) -> Way:
     device = layer.weight.device
     generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay as they would have been
 
@@ -135,21 +151,27 @@ def _one_call_is_faster(layer: FusedConv2d, features: _Layout, residual: _Layout
         return torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=device).normal_(generator=generator)
 
     x, z = draw(features), None if residual is None else draw(residual)
-    steps, one_call = race(lambda: layer.in_steps(x, z), lambda: layer.in_one_call(x, z))
-    return one_call < steps
+    calls: dict[Way, Callable[[], Tensor]] = {}
+    for way in WAYS:
+        call = partial(getattr(layer, way), x, z)
+        try:
+            call()
+        except RuntimeError:
+            if way != "in_one_call":
+                raise
+        else:
+            calls[way] = call
+    times = dict(zip(calls, race(list(calls.values())), strict=True))
+    return min(times, key=times.__getitem__)
 
 
-def _race(steps: Callable[[], Tensor], one_call: Callable[[], Tensor]) -> tuple[float, float]:
-    """Median milliseconds of both, as CUDA graphs: the time to launch a kernel, which they hide, shall not count.
+def _race(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """Median milliseconds of each, as CUDA graphs: the time to launch a kernel, which they hide, shall not count.
 
-    They take turns, so that a clock that drifts is the same for both.
+    They take turns, so that a clock that drifts is the same for all.
     """
-    try:
-        one_call()
-    except RuntimeError:  # cuDNN has no such kernel
-        return 0.0, math.inf
-    graphs = [_captured(call) for call in (steps, one_call)]
-    times: tuple[list[float], list[float]] = ([], [])
+    graphs = [_captured(call) for call in calls]
+    times: list[list[float]] = [[] for _ in graphs]
     for _ in range(_ROUNDS):
         for graph, results in zip(graphs, times, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -158,12 +180,11 @@ def _race(steps: Callable[[], Tensor], one_call: Callable[[], Tensor]) -> tuple[
             end.record()
             end.synchronize()
             results.append(start.elapsed_time(end) / _CALLS)
-    return median(times[0]), median(times[1])
+    return [median(results) for results in times]
 
 
 def _captured(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
-    """Several calls in a row as a graph, after a first one that chose the algorithm, or failed."""
-    call()
+    """Several calls in a row as a graph; the first one of all, which chose the algorithm, was before."""
     graph = torch.cuda.CUDAGraph()
     # The caller's stream. PyTorch hands out 32 in rotation, and a new one might be another backend's, which replays on
     # it; the default stream alone cannot be captured. The outer context: a capture that fails leaves its stream the

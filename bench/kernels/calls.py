@@ -26,7 +26,8 @@ class Case:
 
     batch, side: maps are (batch, C, side, side). channels, descriptors, classes: C, N, K.
     pattern: of logits: "noise", or "regions", in which neighbours have the same label, as networks see them.
-    resamples, gates: whether R and M are there. draws: whether data are random, or whatever lies in the memory.
+    resamples, gates, adds: whether R, M and a residual are there.
+    draws: whether data are random, or whatever lies in the memory.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class Case:
     pattern: str = "noise"
     resamples: bool = True
     gates: bool = True
+    adds: bool = True
     generator: torch.Generator | None = None
     draws: bool = True
 
@@ -135,6 +137,12 @@ def _fusion(case: Case) -> _Arguments:
     return *distribution, r, b, alpha, *scales
 
 
+def _bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    """One kernel each; all but the first in place."""
+    y = x + bias.view(-1, 1, 1)
+    return (y if residual is None else y.add_(residual)).relu_()
+
+
 def _labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return resize(logits, size).argmax(1).to(torch.uint8)
 
@@ -198,6 +206,11 @@ CALLS = {
         _distribution,
         multiply_adds=lambda a, w_phi, *_: 2 * len(w_phi) * a.numel(),
         variants=_DESCRIPTORS,
+    ),
+    "bias_relu": Call(
+        _bias_relu,
+        lambda case: (case.map(), case.weight(case.channels), case.map() if case.adds else None),
+        odd=({}, {"adds": False}),
     ),
     "channel_affinity": Call(
         _affinity,

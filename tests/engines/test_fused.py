@@ -223,7 +223,7 @@ def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_netwo
     monkeypatch.setattr(
         "agln_fast.plan.network.resize", lambda x, size: sizes.append(tuple(size[-2:])) or resize(x, size)
     )
-    chosen = partial(choose_convolutions, race=lambda steps, one_call: (1.0, 2.0))
+    chosen = partial(choose_convolutions, race=lambda calls: range(len(calls)))
     monkeypatch.setattr(fused_network, "choose_convolutions", chosen)
     with FusedEngine(small_network(), LABELS, device="cpu") as backend:
         fused_network._Graph(backend._network, torch.from_numpy(images()), None)

@@ -14,8 +14,8 @@ from agln_fast.bench.kernels.cross_compile import CAPABILITIES, DTYPES, Compiled
 from agln_fast.errors import ConfigError
 from agln_fast.kernels.registration import OPS
 
-# Kernels without a matrix product: they merge, sum, look up, or interpolate.
-NO_PRODUCT = {"_softmax_kernel", "_label_kernel", "_resize_kernel", "_upsample_kernel"}
+# Kernels without a matrix product: they add, sum, look up, or interpolate.
+NO_PRODUCT = {"_bias_relu_kernel", "_label_kernel", "_resize_kernel", "_softmax_kernel", "_upsample_kernel"}
 # Bytes of a thread: measured on an H100, these tiles are a fifth to a quarter faster than the best without spills.
 SPILLS = {("semantic_distribution", "sm90"): 128}
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"

@@ -68,12 +68,19 @@ def test_split_covers_all_pixels_in_whole_tiles(count, power, programs, steps, p
 
 
 @pytest.mark.parametrize(
-    ("count", "programs", "tile"),
-    [(30 * 30, 1, 16), (128 * 128, 1, 64), (30 * 30, 8, 64), (3, 10**6, 16)],
-    ids=["small-map", "large-map", "small-maps-of-a-batch", "tiny-maps"],
+    ("count", "programs", "waves", "tile"),
+    [
+        pytest.param(30 * 30, 1, 1, 16, id="small-map"),
+        pytest.param(128 * 128, 1, 1, 128, id="large-map"),
+        pytest.param(30 * 30, 8, 1, 64, id="small-maps-of-a-batch"),
+        pytest.param(3, 10**6, 1, 16, id="tiny-maps"),
+        pytest.param(64 * 64, 1, 2, 32, id="two-programs-each-would-be-small"),
+        pytest.param(128 * 128, 1, 2, 64, id="two-programs-each"),
+        pytest.param(128 * 128, 8, 2, 128, id="more-than-two-each"),
+    ],
 )
-def test_tiles_of_pixels_leave_no_processor_idle(count, programs, tile):
-    assert pixel_block(count, programs, LaunchConfig(HALF, {"P": 64}, 4, 1, processors=132)) == tile
+def test_tiles_of_pixels_leave_no_processor_idle(count, programs, waves, tile):
+    assert pixel_block(count, programs, LaunchConfig(HALF, {"P": 128}, 4, 1, waves=waves, processors=132)) == tile
 
 
 def test_block_is_a_power_of_two_within_its_limits():

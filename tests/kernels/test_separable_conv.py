@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,10 @@ def check(y: Tensor, arguments: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("shape", "outputs", "tile"),
     [
-        pytest.param((1, 32, 8, 8), 32, {"C": 32, "O": 32}, id="one-tile-of-channels"),
+        pytest.param((1, 32, 8, 8), 32, {"C": 32, "O": 32, "K": 32}, id="one-tile-of-channels"),
+        pytest.param((2, 40, 7, 9), 20, {"K": 40}, id="held-in-slices-the-last-not-full"),
+        pytest.param((1, 20, 9, 17), 33, {"K": 32, "P": 64, "processors": 1}, id="tiles-of-several-groups-each-way"),
+        pytest.param((1, 20, 5, 5), 20, {"K": 32, "P": 64, "processors": 2}, id="smaller-tile-more-channels"),
         pytest.param((2, 40, 7, 5), 20, {}, id="odd-sizes-several-tiles-each-way"),
         pytest.param((1, 20, 1, 1), 3, {}, id="one-pixel"),
         pytest.param((1, 20, 1, 19), 3, {}, id="one-row"),
@@ -69,19 +74,25 @@ def test_kernel(shape, outputs, tile, memory_format, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_reads_every_layout(dtype):
+@pytest.mark.parametrize("held", [16, 32], ids=["as-they-come", "held"])
+def test_kernel_reads_every_layout(held, dtype):
+    """And nothing else: what lies around is NaN, which times zero is NaN."""
     arguments = inputs((2, 20, 6, 5), 7, dtype)
     x, w_depthwise, w_pointwise, bias = arguments
-    sliced, channels = torch.randn(2, 20, 12, 5).to(dtype), torch.randn(2, 6, 5, 30).to(dtype)
-    sliced[:, :, ::2] = x
-    channels[..., :20] = x.permute(0, 2, 3, 1)
-    strided = bias.new_zeros(14)
+    around = partial(torch.full, fill_value=float("nan"), dtype=dtype)  # before, between and behind
+    sliced, channels, outputs = around((4, 20, 12, 5)), around((4, 6, 5, 30)), around((22, 9))
+    sliced[1:3, :, ::2] = x
+    channels[1:3, ..., :20] = x.permute(0, 2, 3, 1)
+    outputs[1:21, 1:8] = w_pointwise.flatten(1).t()
+    strided = around((14,))
     strided[::2] = bias
     taps_apart = w_depthwise.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-    outputs_adjacent = w_pointwise.flatten(1).t().contiguous().t().view(7, 20, 1, 1)
-    whole = kernel.separable_conv(*arguments, tiny(dtype))
-    for layout in (sliced[:, :, ::2], channels.permute(0, 3, 1, 2)[:, :20]):
-        y = kernel.separable_conv(layout, taps_apart, outputs_adjacent, strided[::2], tiny(dtype))
+    outputs_adjacent = outputs[1:21, 1:8].t()[..., None, None]
+    config = tiny(dtype, K=held)
+    whole = kernel.separable_conv(*arguments, config)
+    check(whole, arguments)
+    for layout in (sliced[1:3, :, ::2], channels[1:3].permute(0, 3, 1, 2)[:, :20]):
+        y = kernel.separable_conv(layout, taps_apart, outputs_adjacent, strided[::2], config)
         assert torch.equal(y, whole)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -101,11 +112,12 @@ def test_shipped_configurations(capability, is_regular, dtype):
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
     st.integers(1, 40),
+    st.sampled_from([16, 64]),
     st.integers(0, 2**16),
 )
-def test_kernel_at_any_size(shape, outputs, seed):
+def test_kernel_at_any_size(shape, outputs, held, seed):
     arguments = inputs(shape, outputs, torch.float32, seed)
-    check(kernel.separable_conv(*arguments, tiny(torch.float32)), arguments)
+    check(kernel.separable_conv(*arguments, tiny(torch.float32, K=held)), arguments)
 
 
 def test_one_pixel_by_hand():

@@ -1,4 +1,4 @@
-"""FusedConv2d: both ways to compute it, and the choice between them."""
+"""FusedConv2d: the ways to compute it, and the choice between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tolerance import assert_as_exact
 from torch import nn
 
-from agln_fast.plan.convolution import FusedConv2d, _captured, _race, choose_convolutions
+from agln_fast.plan.convolution import WAYS, FusedConv2d, _captured, choose_convolutions
 
 
 def layer(*arguments, relu=True, **keywords):
@@ -37,7 +37,16 @@ class Small(nn.Module):
         return self.linear(self.strided(self.residual(x, x)))
 
     def choices(self):
-        return {name: module.cudnn for name, module in self.named_children()}
+        return {name: module.way for name, module in self.named_children()}
+
+
+UNCHANGED = dict.fromkeys(["first", "twin", "residual", "strided", "linear"], "in_steps")
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """One that refuses nothing, on CPUs."""
+    monkeypatch.setattr(FusedConv2d, "in_one_call", FusedConv2d.in_steps)
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
@@ -60,43 +69,68 @@ def test_is_a_convolution_with_an_epilogue(keywords, residual, relu):
     z = torch.randn_like(expected) if residual else None
     kept = None if z is None else z.clone()
     fused = FusedConv2d(convolution, relu=relu)
-    fused.cudnn = True  # without effect: there is no CUDA
-    y = fused(x, z)
+    fused.way = "in_one_call"  # without effect: there is no CUDA
     expected = expected if z is None else expected + z
-    torch.testing.assert_close(y, expected.relu() if relu else expected)
-    assert z is None or torch.equal(z, kept)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    for compute in [fused, fused.in_two_kernels] if relu else [fused]:
+        y = compute(x, z)
+        torch.testing.assert_close(y, expected.relu() if relu else expected)
+        assert z is None or torch.equal(z, kept)
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_faster_way_is_chosen_and_equal_layers_are_timed_once():
+def test_the_fastest_way_is_chosen_and_equal_layers_are_timed_once(cudnn):
     network = Small()
     races = []
 
-    def race(steps, one_call):
-        y = steps()
-        races.append(tuple(y.shape))
-        return (2.0, 1.0) if y.shape[1] == 8 else (1.0, 2.0)
+    def race(calls):
+        assert len(calls) == len(WAYS)
+        races.append(tuple(calls[0]().shape))
+        return [(3.0, 2.0, 1.0), (3.0, 1.0, 2.0), (1.0, 2.0, 3.0)][len(races) - 1]
 
     choose_convolutions(network, image(), race)
     assert races == [(1, 8, 6, 6), (1, 8, 6, 6), (1, 16, 3, 3)]  # without a residual, with one, strided
-    expected = {"first": True, "twin": True, "residual": True, "strided": False, "linear": False}
-    assert network.choices() == expected
-    choose_convolutions(network, image(), lambda steps, one_call: (1.0, 1.0))
-    assert not any(network.choices().values())
+    assert network.choices() == {**UNCHANGED, "first": WAYS[2], "twin": WAYS[2], "residual": WAYS[1]}
+    choose_convolutions(network, image(), lambda calls: [1.0] * len(calls))
+    assert network.choices() == UNCHANGED
 
 
-def test_where_cudnn_refuses_the_steps_stay():
+def test_all_ways_that_race_compute_the_same(cudnn):
+    def race(calls):
+        results = [call() for call in calls]
+        for y in results[1:]:
+            torch.testing.assert_close(y, results[0])
+        return [0.0] * len(calls)
+
+    choose_convolutions(Small(), image(), race)
+
+
+def test_what_cudnn_refuses_does_not_take_part():
     network = Small()
-    network.first.cudnn = True
-    choose_convolutions(network, image(), _race)  # there is no cuDNN on a CPU
-    assert not any(network.choices().values())
+    network.first.way = "in_one_call"
+
+    def race(calls):
+        assert [call.func.__name__ for call in calls] == ["in_steps", "in_two_kernels"]  # no cuDNN on a CPU
+        return 2.0, 1.0
+
+    choose_convolutions(network, image(), race)
+    assert set(network.choices().values()) == {"in_steps", "in_two_kernels"}
+    assert network.linear.way == "in_steps"
+
+
+def test_an_error_of_any_other_way_is_one(monkeypatch):
+    def fail(self, x, residual):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(FusedConv2d, "in_two_kernels", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        choose_convolutions(Small(), image(), lambda calls: [1.0] * len(calls))
 
 
 def test_the_cpu_has_no_choice():
     network = Small()
     network.forward = pytest.fail
     choose_convolutions(network, image())
-    assert not any(network.choices().values())
+    assert network.choices() == UNCHANGED
 
 
 @pytest.mark.parametrize(("current", "made"), [("the backend's", 0), ("default", 1)])
@@ -126,23 +160,26 @@ def test_no_hook_stays(error):
     if error:
         network.linear.forward = lambda x: (_ for _ in ()).throw(error)
         with pytest.raises(error):
-            choose_convolutions(network, image(), lambda steps, one_call: (1.0, 2.0))
+            choose_convolutions(network, image(), lambda calls: [1.0] * len(calls))
     else:
-        choose_convolutions(network, image(), lambda steps, one_call: (1.0, 2.0))
+        choose_convolutions(network, image(), lambda calls: [1.0] * len(calls))
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @torch.inference_mode()
-def test_both_ways_agree_on_the_gpu(dtype):
+def test_all_ways_agree_on_the_gpu(dtype):
     """With float64, to twice what PyTorch's own steps are away from it."""
     network = Small().to("cuda", dtype)
     x = torch.randn(2, 8, 33, 31, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         steps, exact = network(x), copy.deepcopy(network).double()(x.double())
-        choose_convolutions(network, x)  # either answer is right
+        choose_convolutions(network, x)  # any answer is right
         assert_as_exact(network(x), exact, steps)
-        for module in (network.first, network.twin, network.residual, network.strided):
-            module.cudnn = True
-        assert_as_exact(network(x), exact, steps)
+        for way in WAYS:
+            for module in (network.first, network.twin, network.residual, network.strided):
+                module.way = way
+            poison = [torch.full_like(x, torch.nan) for _ in range(16)]
+            del poison  # what is allocated next was NaN
+            assert_as_exact(network(x), exact, steps)
