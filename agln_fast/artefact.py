@@ -13,14 +13,20 @@ from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
 
-__all__ = ["Artefact", "from_disk", "parts"]
+__all__ = ["LAYERS_FILE", "Artefact", "from_disk", "parts"]
+
+LAYERS_FILE = "libagln_layers.so"
+"""The library of our layers, which lies beside the engines that have some."""
 
 _File = TypeVar("_File", bound=PurePath)
 
 
-def parts(file: _File) -> tuple[_File, ...]:
-    """All that an engine in `file` is opened from: itself, and the weights beside it if it is a graph of OpenVINO's."""
-    return (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,)
+def parts(file: _File, plan: Plan) -> tuple[_File, ...]:
+    """All that an engine in `file` is opened from: itself; the weights beside it, if it is a graph of OpenVINO's; the
+    library of its layers, if it has kernels of ours."""
+    weights = (file.with_suffix(".bin"),) if file.suffix == ".xml" else ()
+    library = (file.with_name(LAYERS_FILE),) if plan.kernels and file.suffix == ".engine" else ()
+    return file, *weights, *library
 
 
 def from_disk(file: Path) -> bytes:
@@ -60,4 +66,4 @@ class Artefact:
     @property
     def files(self) -> tuple[Path, ...]:
         """All that it consists of, `file` first."""
-        return parts(self.file)
+        return parts(self.file, self.plan)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from agln_fast.contract import IOContract
 from agln_fast.decode import labels_dtype
+from agln_fast.kernels.label_upsample import label_upsample
+from agln_fast.plan.network import InferenceNetwork
 
 __all__ = ["DeployedNetwork"]
 
@@ -33,7 +35,16 @@ class DeployedNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """`image` as the contract says -> `labels` or `logits`."""
-        logits: Tensor = self.network(self.normalise(image))
+        network, x = self.network, self.normalise(image)
+        if (
+            self.contract.output == "labels"
+            and isinstance(network, InferenceNetwork)
+            and network.attention == "kernels"
+        ):
+            # The logits (B, K, H, W) never exist.
+            size = self.contract.height, self.contract.width
+            return label_upsample(network.logits(x), size).to(self.labels_dtype)
+        logits: Tensor = network(x)
         if self.contract.output == "logits":
             return logits.float()
         # TensorRT converts only floating-point tensors to uint8; the detour is exact up to 2^24.

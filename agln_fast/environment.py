@@ -18,6 +18,7 @@ __all__ = [
     "keep_caches_together",
     "max_pixels",
     "obstacle_to_writing",
+    "tensorrt_headers",
     "tuning_seconds",
 ]
 
@@ -64,6 +65,12 @@ def cache_folder() -> Path:
     if given:
         return Path(given)
     return Path(os.devnull) if _homeless() else Path.home() / ".cache" / "agln-fast"
+
+
+def tensorrt_headers() -> Path | None:
+    """`AGLN_FAST_TENSORRT_INCLUDE`: the folder of NvInfer.h, to compile our layers with; unset to look for it."""
+    given = os.environ.get("AGLN_FAST_TENSORRT_INCLUDE")
+    return Path(given) if given else None
 
 
 def allow_telemetry() -> bool:

@@ -116,7 +116,7 @@ class EngineRecord:
     @property
     def files(self) -> tuple[str, ...]:
         """All that it is opened from, `file` first."""
-        return tuple(map(str, parts(PurePosixPath(self.file))))
+        return tuple(map(str, parts(PurePosixPath(self.file), self.plan)))
 
 
 @dataclass(frozen=True)

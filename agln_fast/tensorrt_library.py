@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +18,7 @@ __all__ = [
     "check_rtx_capabilities",
     "import_library",
     "library_version",
+    "load_layers",
     "shared_logger",
 ]
 
@@ -27,6 +29,8 @@ RTX_CAPABILITIES = ("sm80", "sm86", "sm89", "sm120")
 
 _RTX_SUPPORTED = ("sm75", *RTX_CAPABILITIES, "sm121")
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
+
+_LAYER = "AttentionPool"  # one of ours
 
 _HINTS: dict[Flavour, str] = {
     "tensorrt": "its full libraries come only from NVIDIA's own package index: where that is out of reach, "
@@ -58,6 +62,26 @@ def library_version(flavour: Flavour) -> str | None:
         return str(import_library(flavour).__version__)
     except BackendError:
         return None
+
+
+def load_layers(library: Any, data: bytes) -> None:
+    """Register our layers, whose library `data` is, in `library`, for this process; once.
+
+    Raises:
+        BackendError: it cannot be loaded.
+    """
+    registry = library.get_plugin_registry()
+    if any(creator.name == _LAYER for creator in registry.all_creators):
+        return
+    # What is loaded are the bytes that were checked, not what lies under a name by now.
+    with tempfile.NamedTemporaryFile(prefix="agln_layers_", suffix=".so") as file:
+        file.write(data)
+        file.flush()
+        registry.load_library(file.name)
+    if not any(creator.name == _LAYER for creator in registry.all_creators):
+        raise BackendError(
+            f"{library.__name__} cannot load the library of our layers: {shared_logger(library).last_error}"
+        )
 
 
 def shared_logger(library: Any) -> Any:

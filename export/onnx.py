@@ -21,6 +21,7 @@ from onnxscript import optimizer
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BuildError, ConfigError
+from agln_fast.export.nodes import translations
 from agln_fast.files import replacing
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.plan import NO_PLAN, Plan
@@ -50,6 +51,7 @@ def export_onnx(
     The input is called `image`, the output `labels` or `logits`, which `plan` may leave at low resolution. Height and
     width are fixed, the batch is the symbol "batch" where the contract gives a range. Weights and activations have the
     type of `precision`; the energy of the channel attention and all softmaxes stay in float32 by casts in the graph.
+    With the plan's `kernels` our ops are nodes of domain `agln`, see `agln_fast.export.nodes`.
 
     Args:
         network: in eval mode; it is not changed.
@@ -91,6 +93,7 @@ def export_onnx(
                 input_names=["image"],
                 output_names=[contract.output],
                 dynamic_shapes={"image": {0: dimension} if dimension else None},
+                custom_translation_table=translations() if plan.kernels else None,
                 verbose=False,
                 # Its patterns find nothing to fuse in a rewritten network, and take minutes to see it.
                 optimize=plan == NO_PLAN,

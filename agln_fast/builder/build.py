@@ -31,6 +31,7 @@ from agln_fast.manifest import EngineRecord, Manifest, PlanChosenBy
 from agln_fast.models.checkpoint import load_checkpoint
 from agln_fast.models.complexity import complexity
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.fuse import fused_plan
 from agln_fast.plan.plan import Plan
 from agln_fast.runtime.verify import Reference, make_reference, sample_frames
 
@@ -126,7 +127,7 @@ def _agenda(options: BuildOptions) -> list[str]:
 
 def _is_chosen(engine: Wanted, options: BuildOptions) -> bool:
     """Whether choosing its plan takes time."""
-    return options.plan == "auto" and engine.kind.plans != "fixed"
+    return options.plan == "auto" and engine.kind.plans != "fixed" and not engine.kernels
 
 
 def _read(options: BuildOptions) -> tuple[SegmentationNetwork, ClassSet]:
@@ -200,6 +201,8 @@ class _Work:
     def choose_plan(self, engine: Wanted) -> tuple[Plan, PlanChosenBy]:
         """The plan of `engine`, and who chose it."""
         options = self.options
+        if engine.kernels:
+            return fused_plan(self.workshop.model), "fixed"
         if _is_chosen(engine, options):
             longest = SHORT_S if options.budget_s is None else options.budget_s
             expected = about(self._export_s() + min(longest, 2 + 9 * self.seconds))

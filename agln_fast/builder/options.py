@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from agln_fast import environment
 from agln_fast.bundle import is_bundle
@@ -27,7 +28,7 @@ from agln_fast.data.classes import ClassSet, class_set
 from agln_fast.engines import KINDS, EngineKind, check_threads, targets
 from agln_fast.errors import ConfigError, choose, printable
 from agln_fast.models.config import ModelConfig
-from agln_fast.plan.plan import Plan, PlanChoice
+from agln_fast.plan.plan import FUSED, NO_PLAN, Plan, PlanChoice
 from agln_fast.precision import Precision, check_minimum, check_precision
 from agln_fast.runtime.images import list_images
 
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["BuildOptions", "Wanted"]
 
 
+Kernels = Literal["auto", "none", "only", "both"]
+_log = logging.getLogger("agln_fast.build")
+
+
 @dataclass(frozen=True)
 class Wanted:
     """An engine to build."""
@@ -46,10 +51,11 @@ class Wanted:
     kind: EngineKind
     precision: Precision
     target: str
+    kernels: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.kind.name}-{self.precision}"
+        return self.kind.engine_name(self.precision, FUSED if self.kernels else NO_PLAN)
 
     @property
     def of_weights(self) -> bool:
@@ -70,6 +76,8 @@ class BuildOptions:
     targets: of `agln_fast.engines.targets`; "cuda" is the fused runtime on any CUDA device.
     plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`), "none",
         or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
+    kernels: for TensorRT and TensorRT-RTX: engines of their own operations ("none"), with the attention, resizes and
+        labels as kernels of ours ("only"), or both of them ("both"); "auto" for both where our layers can be compiled.
     batch: images a run, or (smallest, largest), or "SMALLEST..LARGEST".
     layout, output, resize, mean, std: see `IOContract`.
     classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
@@ -100,6 +108,7 @@ class BuildOptions:
     precision: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto"
     targets: str | Sequence[str] = ("cpu",)
     plan: PlanChoice = "auto"
+    kernels: Kernels = "auto"
     batch: int | tuple[int, int] | str = 1
     layout: Layout = "uint8_nhwc"
     output: Output = "labels"
@@ -173,9 +182,23 @@ class BuildOptions:
             automatic = [precision for kind in kinds for precision in kind.automatic()]
             resolved = [each for asked in precisions for each in (automatic if asked == "auto" else [asked])]
             for precision in map(check_precision, dict.fromkeys(resolved)):
-                engines += [Wanted(kind, precision, target) for kind in kinds if precision in kind.precisions]
+                for kind in [kind for kind in kinds if precision in kind.precisions]:
+                    variants = self._variants if kind.takes_kernels else (False,)
+                    engines += [Wanted(kind, precision, target, kernels) for kernels in variants]
         engines += [Wanted(kind, "fp32", "cpu") for kind in KINDS.values() if kind.graph_type("fp32") is None]
         return list({engine.name: engine for engine in engines}.values())
+
+    @cached_property
+    def _variants(self) -> tuple[bool, ...]:
+        """Without and with kernels of ours, of what may have them."""
+        if self.kernels != "auto":
+            return {"none": (False,), "only": (True,), "both": (False, True)}[self.kernels]
+        from agln_fast.export.plugins import obstacle
+
+        if reason := obstacle():
+            _log.warning("engines without kernels of ours: %s", reason)
+            return (False,)
+        return False, True
 
     @cached_property
     def destination(self) -> Path:
@@ -207,6 +230,9 @@ class BuildOptions:
         caching = [kind.target for kind in KINDS.values() if kind.has_timing_cache]
         if self.timing_cache is not None and not set(caching) & set(asked):
             raise ConfigError(f"timing cache: only target {', '.join(map(str, caching))} has one")
+        choose("kernels", self.kernels, get_args(Kernels))
+        if self.kernels in ("both", "only") and not any(engine.kernels for engine in self.wanted):
+            raise ConfigError(f"kernels {self.kernels!r}: only target tensorrt and tensorrt-rtx take kernels of ours")
         for engine in self.wanted:
             engine.kind.check_make(engine.precision, self.compute_capabilities)
 

@@ -67,6 +67,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     except OSError as error:
         raise unreadable(folder, error) from None
     precisions, capabilities, left_out = _engines(values["engines"])
+    variants = {bool(_plan_of(engine).get("kernels")) for engine in values["engines"] if _may_have_kernels(engine)}
     options = {
         "size": (contract.height, contract.width),
         "batch": (contract.min_batch, contract.max_batch),
@@ -79,6 +80,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         "targets": tuple(precisions),
         "precision": precisions,
         "compute_capabilities": capabilities,
+        "kernels": "both" if len(variants) > 1 else "only" if True in variants else "none",
     }
     return Recipe(model, weights, options, left_out)
 
@@ -186,6 +188,15 @@ def _weights(folder: Path, values: dict[str, Any]) -> bytes:
     if hashlib.sha256(data).hexdigest() != expected:
         raise BundleError(f"{WEIGHTS_FILE} was changed after the build; copy the bundle again, or {_FROM_CHECKPOINT}")
     return data
+
+
+def _plan_of(engine: dict[str, Any]) -> dict[str, Any]:
+    plan = engine.get("plan")
+    return plan if isinstance(plan, dict) else {}
+
+
+def _may_have_kernels(engine: dict[str, Any]) -> bool:
+    return str(engine.get("backend")) in [name for name, kind in KINDS.items() if kind.takes_kernels]
 
 
 def _engines(

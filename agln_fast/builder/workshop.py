@@ -119,7 +119,8 @@ class Workshop:
         if place.exists():
             place = folder / f"model.{artefact.name}{file.suffix}"
         for part in artefact.files:
-            part.rename(place.with_suffix(part.suffix))
+            shared = part.stem != file.stem  # by several engines
+            part.rename(folder / part.name if shared else place.with_suffix(part.suffix))
         self._files[self._key(file)] = place
         return replace(artefact, file=place)
 

@@ -16,6 +16,7 @@ from agln_fast.cli.console import err, shown
 from agln_fast.cli.doctor import doctor
 from agln_fast.cli.eval import evaluate
 from agln_fast.cli.inspect import inspect
+from agln_fast.cli.plugins import plugins
 from agln_fast.cli.rebuild import rebuild
 from agln_fast.cli.run import run
 from agln_fast.cli.scenes import scenes
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for verb in (build, rebuild, run, bench, verify, evaluate, train, scenes, visualize, inspect, doctor):
+for verb in (build, rebuild, run, bench, verify, evaluate, train, scenes, visualize, inspect, plugins, doctor):
     app.command("eval" if verb is evaluate else None)(verb)
 
 

@@ -27,6 +27,9 @@ def build(
     precision: Annotated[list[str], typer.Option(help="fp32, fp16, bf16, int8 or auto; may be repeated.")] = ["auto"],  # noqa: B006
     target: Annotated[list[str], typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
     plan: Annotated[str, typer.Option(help="Rewrites: auto (a cost model and a race), none, or a JSON file.")] = "auto",
+    kernels: Annotated[
+        str, typer.Option(help="Our kernels as layers of TensorRT: auto, both (with and without), only, none.")
+    ] = "auto",
     batch: Annotated[str, typer.Option(help="Images a run: N, or SMALLEST..LARGEST.")] = "1",
     kind: Annotated[str, typer.Option("--output", help="What the engine returns: labels or logits.")] = "labels",
     layout: Annotated[
@@ -73,6 +76,7 @@ def build(
         "precision": precision,
         "targets": target,
         "plan": read_plan(plan),
+        "kernels": kernels,
         "batch": parse_batch(batch),
         "layout": layout,
         "output": kind,

@@ -34,6 +34,7 @@ def doctor(json: Json = False) -> None:
 def examine() -> list[dict[str, Any]]:
     """Rows of `what`, `found` (None if it is not there) and `advice` (empty if all is well)."""
     from agln_fast.engines import KINDS
+    from agln_fast.export.plugins import compiler, headers, obstacle
     from agln_fast.machine import gpus, installed, processor, threads_of
 
     def row(what: str, found: str | None, advice: str = "") -> dict[str, Any]:
@@ -58,6 +59,14 @@ def examine() -> list[dict[str, Any]]:
     for package, advice in _BUILD.items():
         number = installed(package)
         rows.append(row(package, number, "" if number else advice))
+    reason = obstacle()
+    rows.append(
+        row(
+            "our layers",
+            None if reason else f"{compiler()}, {headers()[0]}",
+            f"only to build with kernels of ours: {reason}" if reason else "",
+        )
+    )
     cpu = processor()
     rows.append(row("CPU", f"{cpu.name}, {threads_of(None)} threads"))
     for what, flag, without in (

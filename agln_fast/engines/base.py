@@ -77,6 +77,7 @@ class EngineKind(ABC):
     plans: how its rewrites are chosen: by "timing" on this machine, by a "cost model" of a GPU, or "fixed": not at all.
     start: the plan from which a search goes on, good everywhere.
     settings: what it is told, for readers of measurements.
+    takes_kernels: whether an engine may have kernels of ours as layers.
     chooses_capabilities: whether it can be made for compute capabilities that are asked for.
     has_timing_cache: whether making it reads and updates one.
     """
@@ -90,6 +91,7 @@ class EngineKind(ABC):
     plans: ClassVar[Literal["timing", "cost model", "fixed"]] = "fixed"
     start: ClassVar[Plan] = ALGEBRA
     settings: ClassVar[str] = ""
+    takes_kernels: ClassVar[bool] = False
     chooses_capabilities: ClassVar[bool] = False
     has_timing_cache: ClassVar[bool] = False
 
@@ -112,9 +114,10 @@ class EngineKind(ABC):
     def suits(self, plan: Plan, precision: Precision) -> Plan:
         """`plan` without what does not suit an engine of this kind.
 
-        Winograd's sums are for fp32: below it they cost labels, and int8 would not be quantised.
+        Winograd's sums are for fp32: below it they cost labels, and int8 would not be quantised. Libraries have no
+        kernels of ours.
         """
-        return plan if precision == "fp32" else replace(plan, winograd=0)
+        return replace(plan, kernels=False, winograd=plan.winograd if precision == "fp32" else 0)
 
     def timed_in(self, precision: Precision) -> Precision:
         """The precision in which plans for `precision` are timed."""
@@ -193,6 +196,10 @@ class EngineKind(ABC):
             BundleError: the file is not what the artefact says.
         """
 
+    def engine_name(self, precision: Precision, plan: Plan) -> str:
+        """What an engine is called, e.g. "tensorrt-rtx-fp16-kernels"."""
+        return f"{self.name}-{precision}{'-kernels' * plan.kernels}"
+
     def artefact(
         self,
         bench: Workbench,
@@ -203,7 +210,7 @@ class EngineKind(ABC):
     ) -> Artefact:
         """What `make` returns, of the file that it made."""
         return Artefact(
-            name=f"{self.name}-{precision}",
+            name=self.engine_name(precision, plan),
             kind=self.name,
             precision=precision,
             file=file,

@@ -15,7 +15,6 @@ from agln_fast.deployment import DeployedNetwork
 from agln_fast.engines.fused import gpu_obstacle
 from agln_fast.engines.torch_network import NetworkEngine, dtype_of, exact_float32
 from agln_fast.errors import BackendError
-from agln_fast.kernels.label_upsample import label_upsample
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.convolution import choose_convolutions
 from agln_fast.plan.fuse import fuse
@@ -30,9 +29,8 @@ _capturing = threading.Lock()  # what cuDNN is told during a capture holds for t
 
 
 class FusedDeployment(DeployedNetwork):
-    """A fused network behind an `IOContract`: labels are made of its low-resolution logits, (K, H, W) never exists."""
+    """A fused network behind an `IOContract`."""
 
-    network: InferenceNetwork
     scale: Tensor
     shift: Tensor
 
@@ -41,13 +39,6 @@ class FusedDeployment(DeployedNetwork):
         mean, std = self.mean.double(), self.std.double()
         self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """`image` as the contract says -> `labels` or `logits`."""
-        if self.contract.output == "logits":
-            return super().forward(image)
-        logits = self.network.logits(self.normalise(image))
-        return label_upsample(logits, (self.contract.height, self.contract.width)).to(self.labels_dtype)
 
     def normalise(self, image: Tensor) -> Tensor:
         """As in `DeployedNetwork`, in one pass, with one multiplication and one addition."""

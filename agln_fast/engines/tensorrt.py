@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from agln_fast import cuda
-from agln_fast.artefact import Artefact
+from agln_fast.artefact import LAYERS_FILE, Artefact
 from agln_fast.cuda import Device, Graph, Stream, TwinBuffer, compute_capability, device_count, has_bindings
 from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, check_ports
 from agln_fast.environment import cache_folder
@@ -20,7 +22,14 @@ from agln_fast.errors import BackendError, MissingPackageError
 from agln_fast.memory import recall_bytes, remember_bytes
 from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
-from agln_fast.tensorrt_library import RTX_CAPABILITIES, Flavour, import_library, library_version, shared_logger
+from agln_fast.tensorrt_library import (
+    RTX_CAPABILITIES,
+    Flavour,
+    import_library,
+    library_version,
+    load_layers,
+    shared_logger,
+)
 
 __all__ = ["TensorRT", "TensorRTEngine", "TensorRTRTX", "TensorRTRTXEngine"]
 
@@ -39,7 +48,7 @@ class TensorRT(EngineKind):
     package = extra = target = "tensorrt"
     plans = "cost model"
     settings = "strongly typed"
-    has_timing_cache = True
+    takes_kernels = has_timing_cache = True
     suffix = "trt"
 
     def automatic(self) -> tuple[Precision, ...]:
@@ -95,6 +104,8 @@ class TensorRT(EngineKind):
         return resolve_capabilities(self.name)
 
     def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+        if plan.kernels:
+            return self._make_with_layers(bench, precision, plan)
         from agln_fast.export.tensorrt import build_tensorrt_engine
 
         contract = bench.contract
@@ -115,6 +126,30 @@ class TensorRT(EngineKind):
                 progress=bench.progress,
             ),
         )
+        return self.artefact(bench, precision, plan, file, capabilities)
+
+    def _make_with_layers(self, bench: Workbench, precision: Precision, plan: Plan) -> Artefact:
+        from agln_fast.export.plugins import library
+        from agln_fast.export.tensorrt_layers import build_engine_with_layers
+
+        contract = bench.contract
+        capabilities = self._capabilities(bench.compute_capabilities)
+
+        def write(path: Path) -> None:
+            build_engine_with_layers(
+                bench.graph(precision, plan),
+                path,
+                flavour=self.name,
+                precision=precision,
+                batch=(contract.min_batch, contract.max_batch),
+                compute_capabilities=capabilities,
+                workspace_bytes=bench.workspace_bytes,
+                timing_cache=bench.timing_cache if self.has_timing_cache else None,
+            )
+            shutil.copyfile(library(), path.with_name(LAYERS_FILE))
+
+        name = f"model.{precision}.kernels.{self.suffix}.engine"
+        file = bench.file(name, (self.name, precision, plan), write)
         return self.artefact(bench, precision, plan, file, capabilities)
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
@@ -177,6 +212,9 @@ class TensorRTEngine(Engine):
     def _open(self, artefact: Artefact) -> None:
         """Everything but what depends on the batch size."""
         contract, modes = self._contract, self._library.TensorIOMode
+        if artefact.plan.kernels:
+            *_, layers = artefact.files
+            load_layers(self._library, artefact.read(layers))
         self._runtime = self._library.Runtime(self._log)
         self._engine = self._deserialize(artefact, artefact.read(artefact.file))
         inputs, outputs = self._ports(modes.INPUT), self._ports(modes.OUTPUT)

@@ -1,7 +1,5 @@
 """From a reference network to the network of the fused runtime: ops in the place of the attention's steps and of
 convolutions with what follows them, all maps in channels_last.
-
-These come after all rewrites of a plan; no exporter takes what they leave.
 """
 
 from __future__ import annotations
@@ -17,25 +15,24 @@ from torch import Tensor, nn
 from agln_fast.forking import use_threads
 from agln_fast.kernels.separable_conv import separable_conv
 from agln_fast.kernels.upsample_taps import upsample_taps
+from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import BasicBlock, Bottleneck, ResNet
 from agln_fast.plan.convolution import FusedConv2d
 from agln_fast.plan.mix_before_upsample import MixedConvolution
 from agln_fast.plan.network import Concatenation, InferenceNetwork, convolution_from
-from agln_fast.plan.plan import FUSED, NOT_MIXED
+from agln_fast.plan.plan import FUSED, NOT_MIXED, Plan
 from agln_fast.plan.rewrites import rewrite
 
-__all__ = ["fuse"]
+__all__ = ["fuse", "fused_plan", "kernels"]
 
 _FEWEST_CHANNELS = 128  # of a group of conv5: with fewer the taps cost what the products save
 
 
-@torch.no_grad()
 def fuse(model: SegmentationNetwork) -> InferenceNetwork:
     """Make the network for inference that computes the same function, with its attention steps as fused ops.
 
-    It is rewritten as `FUSED` says, but that conv5 of narrow maps is not mixed. The function never changes: in float64
-    both networks agree to rounding.
+    It is rewritten as `fused_plan` says. The function never changes: in float64 both networks agree to rounding.
 
     Args:
         model: a reference network, best in float32: weights are composed before `.half()` or `.to(torch.bfloat16)`
@@ -48,8 +45,22 @@ def fuse(model: SegmentationNetwork) -> InferenceNetwork:
         ConfigError: not a `SegmentationNetwork`, or an α, β or γ of NaN or Inf.
     """
     use_threads()
-    narrow = isinstance(model, SegmentationNetwork) and model.config.channels < _FEWEST_CHANNELS
-    network = rewrite(model, replace(FUSED, mix_before_upsample=NOT_MIXED) if narrow else FUSED)
+    return rewrite(model, fused_plan(model.config) if isinstance(model, SegmentationNetwork) else FUSED)
+
+
+def fused_plan(model: ModelConfig) -> Plan:
+    """`FUSED`, but that conv5 of narrow maps is not mixed."""
+    return replace(FUSED, mix_before_upsample=NOT_MIXED) if model.channels < _FEWEST_CHANNELS else FUSED
+
+
+@torch.no_grad()
+def kernels(network: InferenceNetwork) -> InferenceNetwork:
+    """Ops in the place of the attention's steps and resizes, and of convolutions with what follows them.
+
+    The last rewrite: no other one takes what it leaves. Exact because each op computes what it stands for, which its
+    tests prove, and because a sum of biases may be taken beforehand, and filters of zeros give nothing.
+    """
+    network = network.copy()
     network.attend("kernels")
     for _, aggregation in network.aggregations():
         if aggregation.theta is None:  # a mean is attention to all pixels alike
@@ -181,7 +192,7 @@ class ResidualBlock(nn.Module):
             convolution = cast(nn.Conv2d, shortcut[0])
             assert self.last.bias is not None
             assert convolution.bias is not None
-            self.last.bias.add_(convolution.bias)
+            self.last.bias = nn.Parameter(self.last.bias + convolution.bias, requires_grad=False)
             convolution.bias = None
             self.shortcut = FusedConv2d(convolution, relu=False)
 

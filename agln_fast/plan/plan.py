@@ -26,11 +26,12 @@ NOT_MIXED: tuple[MixForm, ...] = ("none", "none", "none")
 class Rewrite:
     """A row of the table: what a plan may say of a rewrite, which is on or off.
 
-    turns: when `tune` decides on it, those with the largest effect first; as often as its value has parts. Empty for
-        what only leaves work out, on any machine.
+    turns: when `tune` decides on it, those with the largest effect first; as often as its value has parts. Empty where
+        there is nothing to decide.
     needs: another rewrite, which must be on with it.
     on_host: it moves work to the host, which a cost model of the network does not see; for engines that give labels.
     guessed: what a cost model knows least about; the lowest number first.
+    everywhere: it only leaves work out, on any machine.
     module: where its function stands.
     """
 
@@ -38,6 +39,7 @@ class Rewrite:
     needs: str = ""
     on_host: bool = False
     guessed: int | None = None
+    everywhere: bool = False
     module: str = "agln_fast.plan.rewrites"
 
     off: ClassVar[Any] = False
@@ -116,14 +118,15 @@ class Plan:
     winograd: how many stages, from 1/4 of the image to coarser ones, have their 3x3 convolutions done so.
     low_resolution_labels: the engine returns logits at a quarter of the size, the host makes labels of them; without
         effect where logits are asked for.
+    kernels: the attention, resizes and labels are ops of `agln_fast.kernels`; for what can run them.
     """
 
-    fold_batchnorm: bool = Rewrite().field()
-    drop_attention_bias: bool = Rewrite().field()
-    drop_dead_branches: bool = Rewrite().field()
-    pool_before_projection: bool = Rewrite().field()
-    project_descriptors: bool = Rewrite().field()
-    negate_energy: bool = Rewrite().field()
+    fold_batchnorm: bool = Rewrite(everywhere=True).field()
+    drop_attention_bias: bool = Rewrite(everywhere=True).field()
+    drop_dead_branches: bool = Rewrite(everywhere=True).field()
+    pool_before_projection: bool = Rewrite(everywhere=True).field()
+    project_descriptors: bool = Rewrite(everywhere=True).field()
+    negate_energy: bool = Rewrite(everywhere=True).field()
     distribute_before_upsample: bool = Rewrite(turns=(6,)).field()
     energy_before_upsample: bool = Rewrite(turns=(7,)).field()
     pixel_major_attention: bool = Rewrite(turns=(5,)).field()
@@ -133,6 +136,7 @@ class Plan:
     ).field()
     winograd: int = _Stages(turns=(2,), guessed=0, module="agln_fast.plan.winograd").field()
     low_resolution_labels: bool = Rewrite(turns=(4,), on_host=True).field()
+    kernels: bool = Rewrite(needs="fold_batchnorm", module="agln_fast.plan.fuse").field()
 
     def __post_init__(self) -> None:
         for name, rewrite in self.table().items():
@@ -196,10 +200,10 @@ class Plan:
 
 
 NO_PLAN = Plan()
-ALGEBRA = Plan.from_dict({name: True for name, rewrite in Plan.table().items() if not rewrite.turns})
+ALGEBRA = Plan.from_dict({name: True for name, rewrite in Plan.table().items() if rewrite.everywhere})
 """What only leaves work out, on any machine; the rest trades one kind of work for another: `tune` decides."""
-FUSED = replace(ALGEBRA, mix_before_upsample=("full", "full", "full"))
-"""What `fuse` starts from."""
+FUSED = replace(ALGEBRA, mix_before_upsample=("full", "full", "full"), kernels=True)
+"""The fused network's; see `agln_fast.plan.fuse.fused_plan`."""
 
 PlanChoice = Literal["auto", "none"] | Plan
 """What a user may ask for: the fastest plan for each engine, no rewrites, or one plan for all engines."""

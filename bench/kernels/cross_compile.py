@@ -15,32 +15,23 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from agln_fast.bench.kernels.calls import CALLS, Case
 from agln_fast.bench.kernels.page import replace_section
 from agln_fast.errors import ConfigError
+from agln_fast.export.records import recording
+from agln_fast.kernels.devices import DEVICES
 from agln_fast.kernels.registration import OPS
 
-__all__ = ["CAPABILITIES", "DTYPES", "Compiled", "compile_op"]
+__all__ = ["DTYPES", "Compiled", "compile_op"]
 
-# Compute capability -> multiprocessors of its best-known GPU (A100, RTX 3090, L4, H200, B200, RTX 5090), and the shared
-# memory that one block may use there, KiB (CUDA C++ Programming Guide, table "Technical Specifications").
-CAPABILITIES = {
-    "sm80": (108, 163),
-    "sm86": (82, 99),
-    "sm89": (58, 99),
-    "sm90": (132, 227),
-    "sm100": (148, 227),
-    "sm120": (170, 99),
-}
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MMA = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync"}
 
@@ -77,47 +68,11 @@ _ODD: dict[str, Any] = {
 }
 
 
-class _Device:
-    """Stands in for Triton's driver: a device that is compiled for, and never run on."""
-
-    def __init__(self, capability: str) -> None:
-        self._number = int(capability.removeprefix("sm"))
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self._number, 32)
-
-    def get_current_device(self) -> int:
-        return self._number  # Triton keeps what it has compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def _compiling(capability: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
-    """Kernels are compiled instead of launched; yields the list of them, each with its keyword arguments."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    found: list[tuple[Any, dict[str, Any]]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append((compiled, kwargs))
-        return compiled
-
-    with patch.object(driver, "_active", _Device(capability)), patch.object(JITFunction, "run", compile_only):
-        yield found
-
-
 def compile_op(op: str, dtype: torch.dtype, capability: str, *, odd: bool = False) -> list[Compiled]:
     """Compile every kernel that `op` launches, in its shipped configuration.
 
     Args:
-        op: of OPS; dtype: of DTYPES; capability: of CAPABILITIES.
+        op: of OPS; dtype: of DTYPES; capability: of DEVICES.
         odd: for sizes that suit no tile, in the place of AGLN's.
 
     Raises:
@@ -128,13 +83,13 @@ def compile_op(op: str, dtype: torch.dtype, capability: str, *, odd: bool = Fals
     if knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so nothing is compiled: unset it")
     call, case = CALLS[op], Case(1, 128, dtype, draws=False)
-    device = capability, CAPABILITIES[capability][0]
-    with _compiling(capability) as found:
+    device = capability, DEVICES[capability].processors
+    with recording(capability) as found:
         for changes in [{**_ODD, **change} for change in call.odd] if odd else [{}]:
             size = replace(case, **changes)
             OPS[op].launch(call.arguments(size), call.keywords(size), device)
     rows = []
-    for compiled, kwargs in found:
+    for compiled, kwargs in ((each.compiled, each.keywords) for each in found):
         registers, spill_bytes = _resources(compiled.asm["cubin"])
         settings = {key: value for key, value in kwargs.items() if key.isupper() and key != "PRECISION"}
         rows.append(
@@ -207,8 +162,8 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
 def _capabilities(names: Iterable[str]) -> str:
     """ "all", or their numbers."""
     present = set(names)
-    numbers = [name.removeprefix("sm") for name in CAPABILITIES if name in present]
-    return "all" if len(numbers) == len(CAPABILITIES) else ", ".join(numbers)
+    numbers = [name.removeprefix("sm") for name in DEVICES if name in present]
+    return "all" if len(numbers) == len(DEVICES) else ", ".join(numbers)
 
 
 def _ends(values: Iterable[int]) -> str:
@@ -220,9 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compile for every dtype and capability, and print what came out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default all")
-    parser.add_argument(
-        "--capability", action="append", choices=list(CAPABILITIES), help="may be repeated; default all"
-    )
+    parser.add_argument("--capability", action="append", choices=list(DEVICES), help="may be repeated; default all")
     parser.add_argument("--dtype", action="append", choices=[_name(dtype) for dtype in DTYPES], help="the same")
     parser.add_argument("--odd", action="store_true", help="compile for sizes that suit no tile, instead of AGLN's")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -234,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Compiled] = []
     for op in options.ops or OPS:
         for dtype in [dtype for dtype in DTYPES if _name(dtype) in (options.dtype or [_name(dtype)])]:
-            for capability in options.capability or CAPABILITIES:
+            for capability in options.capability or DEVICES:
                 compiled = compile_op(op, dtype, capability, odd=options.odd)
                 rows += compiled
                 if not options.json:

@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 import agln_fast
+from agln_fast.artefact import LAYERS_FILE
 from agln_fast.builder import build as build_module
 from agln_fast.builder import tune as tune_module
 from agln_fast.builder import workshop as workshop_module
 from agln_fast.builder.options import BuildOptions
+from agln_fast.builder.rebuild import read_recipe
 from agln_fast.contract import parse_size
 from agln_fast.data.scenes import Scenes
 from agln_fast.engines import KINDS
@@ -36,7 +38,9 @@ from agln_fast.errors import (
     ImageError,
     VerificationError,
 )
+from agln_fast.export.plugins import obstacle
 from agln_fast.manifest import Verification
+from agln_fast.plan.fuse import fused_plan
 from agln_fast.runtime.verify import make_reference, sample_images, verify_engine
 
 # A plan that takes no time to choose or to export.
@@ -74,7 +78,13 @@ def test_a_cpu_build_has_three_verified_engines(bundle):
 def test_tensorrt_rtx_engines_of_every_network(name, precisions, small_network, tmp_path):
     """For four compute capabilities, without a GPU; labelled as not verified on this machine."""
     built = agln_fast.build(
-        small_network(name), tmp_path / name, size=(64, 64), precision=precisions, targets="tensorrt-rtx", plan=FOLDED
+        small_network(name),
+        tmp_path / name,
+        size=(64, 64),
+        precision=precisions,
+        targets="tensorrt-rtx",
+        plan=FOLDED,
+        kernels="none",
     )
     engines = {engine.name: engine for engine in built.manifest.engines}
     assert set(engines) == {*(f"tensorrt-rtx-{precision}" for precision in precisions), "fused-fp32", "torch-fp32"}
@@ -92,10 +102,56 @@ def test_tensorrt_rtx_engines_of_every_network(name, precisions, small_network, 
 
 
 @pytest.mark.tensorrt_rtx
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_engines_with_and_without_our_kernels(small_network, tmp_path):
+    """Both are in the bundle, and the library of the layers beside them; `rebuild` makes the same ones."""
+    network = small_network("fpn_resnet18")
+    options = {"size": (64, 64), "targets": "tensorrt-rtx", "plan": FOLDED, "compute_capabilities": ["sm89"]}
+    built = agln_fast.build(network, tmp_path / "x", **options)
+    engines = {engine.name: engine for engine in built.manifest.engines}
+    assert list(engines)[:2] == ["tensorrt-rtx-fp16", "tensorrt-rtx-fp16-kernels"]
+    ours, plain = engines["tensorrt-rtx-fp16-kernels"], engines["tensorrt-rtx-fp16"]
+    assert ours.files == ("model.fp16.kernels.rtx.engine", LAYERS_FILE)
+    assert plain.files == ("model.fp16.rtx.engine",)
+    assert (ours.plan.kernels, plain.plan.kernels) == (True, False)
+    assert ours.plan == fused_plan(network.config)
+    assert ours.plan_chosen_by == "fixed"
+    assert {*ours.files, *plain.files} <= set(built.manifest.files)
+    assert read_recipe(built.path).options["kernels"] == "both"
+    artefact = built.artefact(ours.name)
+    assert artefact.read(artefact.files[1])[:4] == b"\x7fELF"
+
+
+def test_which_engines_have_our_kernels(tmp_path, monkeypatch, caplog):
+    def wanted(kernels, targets="tensorrt-rtx"):
+        options = BuildOptions("x.pth", tmp_path / "x", targets=targets, precision="fp16", kernels=kernels)
+        return [engine.name for engine in options.wanted if engine.target == targets]
+
+    monkeypatch.setattr(TensorRTRTX, "check_make", lambda *_: None)
+    monkeypatch.setattr("agln_fast.export.plugins.obstacle", lambda: None)
+    plain, ours = "tensorrt-rtx-fp16", "tensorrt-rtx-fp16-kernels"
+    assert [wanted(each) for each in ("auto", "both", "only", "none")] == [
+        [plain, ours],
+        [plain, ours],
+        [ours],
+        [plain],
+    ]
+    monkeypatch.setattr("agln_fast.export.plugins.obstacle", lambda: "install g++")
+    assert wanted("auto") == [plain]
+    assert "engines without kernels of ours: install g++" in caplog.text
+    for refused, message in (
+        ("some", "unknown kernels 'some'"),
+        ("only", "only target tensorrt and tensorrt-rtx take"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            wanted(refused, "cpu" if refused == "only" else "tensorrt-rtx")
+
+
+@pytest.mark.tensorrt_rtx
 def test_tensorrt_rtx_with_a_batch_range_in_bf16(small_network, tmp_path):
     built = agln_fast.build(
         small_network(), tmp_path / "x", size=(64, 64), precision="bf16", targets=["tensorrt-rtx"], batch=(1, 4),
-        compute_capabilities=["sm86"], plan=FOLDED,
+        compute_capabilities=["sm86"], plan=FOLDED, kernels="none",
     )  # fmt: skip
     engine = built.engine("tensorrt-rtx-bf16")
     assert (engine.precision, engine.compute_capabilities) == ("bf16", ("sm86",))
@@ -134,11 +190,12 @@ def test_logits_and_batches_are_verified_too(small_network, tmp_path):
 
 def test_precision_auto_is_fp32_and_bf16_where_the_cpu_has_it(tmp_path, monkeypatch):
     def wanted(targets):
-        options = BuildOptions("x.pth", tmp_path / "x", targets=targets)
+        options = BuildOptions("x.pth", tmp_path / "x", targets=targets, kernels="auto")
         return [(engine.kind.name, engine.precision) for engine in options.wanted]
 
     monkeypatch.setattr(TensorRTRTX, "check_make", lambda *_: None)
     monkeypatch.setattr(OpenVino, "_obstacle", lambda *_: None)
+    monkeypatch.setattr("agln_fast.export.plugins.obstacle", lambda: "no compiler")
     weights = [("fused", "fp32"), ("torch", "fp32")]
     assert wanted("tensorrt-rtx") == [("tensorrt-rtx", "fp16"), *weights]
     cpu = [("openvino", "fp32"), ("onnxruntime", "fp32")]
@@ -389,7 +446,14 @@ def test_every_compute_capability_reaches_the_library(small_network, tmp_path, m
         return real(self, capability, index)
 
     monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "set_compute_capability", spy)
-    agln_fast.build(small_network("fpn_resnet18"), tmp_path / "x", size=(64, 64), targets="tensorrt-rtx", plan=FOLDED)
+    agln_fast.build(
+        small_network("fpn_resnet18"),
+        tmp_path / "x",
+        size=(64, 64),
+        targets="tensorrt-rtx",
+        plan=FOLDED,
+        kernels="none",
+    )
     assert seen == {0: "SM80", 1: "SM86", 2: "SM89", 3: "SM120"}
 
 

@@ -20,6 +20,7 @@ from agln_fast.bench.race.cases import choose_entries
 from agln_fast.bench.race.measure import Measured
 from agln_fast.cli import main
 from agln_fast.cli.app import app
+from agln_fast.export.plugins import obstacle
 from agln_fast.plan.plan import Plan
 
 FOLDED = Plan(fold_batchnorm=True)  # takes no time to choose
@@ -37,7 +38,20 @@ def images(tmp_path):
 def test_every_verb_has_help(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    verbs = ("build", "rebuild", "run", "bench", "verify", "eval", "train", "scenes", "visualize", "inspect", "doctor")
+    verbs = (
+        "build",
+        "rebuild",
+        "run",
+        "bench",
+        "verify",
+        "eval",
+        "train",
+        "scenes",
+        "visualize",
+        "inspect",
+        "plugins",
+        "doctor",
+    )
     for verb in verbs:
         assert verb in out
         code, text, _ = cli(verb, "--help")
@@ -324,3 +338,16 @@ def test_bench_hands_its_options_on(cli, tmp_path, monkeypatch):
     cli("bench", "agln_nano")
     assert 0.9 * BUDGET_S < seen[-1][2].budget_s <= BUDGET_S
     assert (seen[-1][2].tune_s, seen[-1][2].plan) == (0, "auto")
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_plugins_writes_the_library(cli, tmp_path, monkeypatch):
+    file = tmp_path / "layers.so"
+    code, out, _ = cli("plugins", "-o", file)
+    assert (code, out) == (0, f"wrote {file}\n")
+    assert file.read_bytes()[:4] == b"\x7fELF"
+    monkeypatch.setenv("AGLN_FAST_TENSORRT_INCLUDE", str(tmp_path))
+    code, out, error = cli("plugins", "-o", tmp_path / "other.so")
+    assert code == 7
+    assert "has no NvInfer.h: pip install kernel-lens" in " ".join(error.split())
+    assert [each.name for each in tmp_path.iterdir()] == ["layers.so"]

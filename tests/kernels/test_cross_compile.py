@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from agln_fast.bench.kernels.cross_compile import CAPABILITIES, DTYPES, Compiled, compile_op, to_markdown
+from agln_fast.bench.kernels.cross_compile import DTYPES, Compiled, compile_op, to_markdown
 from agln_fast.errors import ConfigError
+from agln_fast.kernels.devices import DEVICES
 from agln_fast.kernels.registration import OPS
 
 # Kernels without a matrix product: they add, sum, look up, or interpolate.
@@ -30,7 +31,7 @@ def compiled(*arguments):
     rows = [Compiled(**row) for row in json.loads(answer.stdout)]
     for row in rows:
         assert row.spill_bytes <= SPILLS.get((row.op, row.capability), 0), row
-        assert row.shared_bytes <= 1024 * CAPABILITIES[row.capability][1], row
+        assert row.shared_bytes <= 1024 * DEVICES[row.capability].shared_kib, row
         product = row.kernel not in NO_PRODUCT and not (row.op == "channel_apply" and "HAS_R=0" in row.tile)
         assert bool(row.tensor_cores) == (product and row.dtype != "float32"), row
     return rows
@@ -46,7 +47,7 @@ def test_every_op_compiles_for_one_capability():
 def test_op_compiles_everywhere(op):
     rows = compiled(op)
     assert {(row.dtype, row.capability) for row in rows} == {
-        (str(dtype).removeprefix("torch."), capability) for dtype in DTYPES for capability in CAPABILITIES
+        (str(dtype).removeprefix("torch."), capability) for dtype in DTYPES for capability in DEVICES
     }
     documented = DOCS.read_text()
     for line in to_markdown(rows).splitlines()[2:]:

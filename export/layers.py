@@ -1,0 +1,172 @@
+"""From a graph with nodes of our ops to one that TensorRT's parser takes: each becomes a layer of the plugin library.
+
+A node gets the record of what it launches as an attribute, in base64: ONNX's strings are UTF-8. Maps are in TensorRT's
+channels-last formats.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from agln_fast.errors import BuildError
+from agln_fast.export.nodes import DOMAIN, operators
+from agln_fast.export.records import Port, Record, record
+
+__all__ = ["RECORD", "make_layers"]
+
+RECORD = "record"
+"""The attribute of a layer, and the field of a plugin, that holds a `Record`."""
+_VERSION = {"plugin_version": "1", "plugin_namespace": ""}
+
+
+def make_layers(model: ir.Model, batches: Sequence[int], capabilities: Sequence[str]) -> dict[str, Record]:
+    """Change every node of ours in place; name of the node -> its record.
+
+    Args:
+        batches: all sizes that the engine shall run; the first side of activations is the batch.
+        capabilities: of `agln_fast.kernels.devices.DEVICES`.
+
+    Raises:
+        BuildError: a node has a shape that is not known, or that TensorRT has no format for.
+    """
+    records = {}
+    for node in list(model.graph):
+        if node.domain == DOMAIN:
+            records[str(node.name)] = _make_layer(model.graph, node, batches, capabilities)
+    return records
+
+
+def _make_layer(graph: ir.Graph, node: ir.Node, batches: Sequence[int], capabilities: Sequence[str]) -> Record:
+    operator = operators()[node.op_type]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    if "dtype" in attributes:
+        attributes["dtype"] = _torch_type(ir.DataType(attributes["dtype"]))
+    given = list(node.inputs)
+    present = [value for value in given if value is not None]
+    ports = [_port(value) for value in present]
+
+    def arguments(tensors: Sequence[Tensor]) -> dict[str, Any]:
+        left = iter(zip(ports, tensors, strict=True))
+        views = [None if value is None else _as_given(*next(left)) for value in given]
+        return operator.bind(views, attributes)
+
+    found = record(operator.name, operator.op, ports, arguments, batches, capabilities)
+    layer = ir.Node(
+        "",
+        node.op_type,
+        [_arranged(graph, value, port) for value, port in zip(present, ports, strict=True)],
+        [
+            *(ir.AttrString(name, text) for name, text in _VERSION.items()),
+            ir.AttrString(RECORD, b64encode(found.to_bytes()).decode()),
+        ],
+        num_outputs=len(found.outputs),
+        name=node.name,
+    )
+    new = _Nodes([layer])
+    results = []
+    for old, raw, port in zip(node.outputs, layer.outputs, found.outputs, strict=True):
+        raw.dtype, raw.shape = _onnx_type(port.dtype), _shape(port)
+        result = new.as_promised(raw, port)
+        assert old.dtype is not None
+        result.name, result.dtype, result.shape = old.name, old.dtype, old.shape
+        results.append(result)
+    graph.insert_before(node, new.nodes)
+    ir.convenience.replace_all_uses_with(node.outputs, results, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return found
+
+
+class _Nodes:
+    """A layer, and what makes of its outputs what the op gives."""
+
+    def __init__(self, nodes: list[ir.Node]) -> None:
+        self.nodes = nodes
+
+    def _add(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        given = [ir.convenience.convert_attribute(name, value) for name, value in attributes.items()]
+        self.nodes.append(ir.Node("", op_type, inputs, given))
+        return self.nodes[-1].outputs[0]
+
+    def _constant(self, value: float) -> ir.Value:
+        return self._add("Constant", value=ir.tensor(np.float32(value)))
+
+    def as_promised(self, raw: ir.Value, port: Port) -> ir.Value:
+        """What the op gives: dimensions in its order, bytes as uint8, which no layer of TensorRT may give itself."""
+        value = raw
+        if port.dtype == torch.uint8:
+            value = self._add("DequantizeLinear", value, self._constant(1.0))
+            negative = self._add("Less", value, self._constant(0.0))
+            value = self._add("Where", negative, self._add("Add", value, self._constant(256.0)), value)
+            value = self._add("Cast", value, to=int(ir.DataType.UINT8))
+        if port.order:
+            value = self._add("Transpose", value, perm=_inverse(port.order))
+        return value if value is not raw else self._add("Identity", value)
+
+
+def _port(value: ir.Value) -> Port:
+    """How a layer takes `value`: maps with the channels last, filters of one input channel each likewise.
+
+    Raises:
+        BuildError: its shape is not known.
+    """
+    shape = value.shape
+    if shape is None or value.dtype is None or not all(isinstance(side, int) for side in shape[1:]):
+        raise BuildError(f"{value.name}: its shape {shape} is not fixed, so no layer can be made that takes it")
+    sides = tuple(side if isinstance(side, int) else -1 for side in shape)
+    dtype = _torch_type(value.dtype)
+    if value.is_initializer():
+        if len(sides) == 4 and sides[1] == 1:
+            order = 1, 2, 3, 0
+            return Port(tuple(sides[side] for side in order), dtype, order=order)
+        return Port(sides, dtype)
+    return Port((-1, *sides[1:]), dtype, channels_last=len(sides) == 4)
+
+
+def _as_given(port: Port, tensor: Tensor) -> Tensor:
+    """As the op is called with it."""
+    return tensor.permute(_inverse(port.order)) if port.order else tensor
+
+
+def _arranged(graph: ir.Graph, value: ir.Value, port: Port) -> ir.Value:
+    """`value`, an initializer in the order of `port`."""
+    if not port.order:
+        return value
+    name = f"{value.name}_as_it_lies"
+    if name not in graph.initializers:
+        assert value.const_value is not None
+        array = np.ascontiguousarray(value.const_value.numpy().transpose(port.order))
+        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _shape(port: Port) -> ir.Shape:
+    return ir.Shape(["batch" if side < 0 else side for side in port.shape])
+
+
+def _torch_type(kind: ir.DataType) -> torch.dtype:
+    return _TYPES[kind]
+
+
+def _onnx_type(dtype: torch.dtype) -> ir.DataType:
+    if dtype == torch.uint8:
+        return ir.DataType.INT8
+    return next(kind for kind, known in _TYPES.items() if known == dtype)
+
+
+_TYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT32: torch.int32,
+}

@@ -1,0 +1,116 @@
+"""Graphs with nodes of our ops: ONNX's own evaluator, with the references behind them, gives what the network gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+import agln_fast
+from agln_fast.contract import IOContract
+from agln_fast.deployment import DeployedNetwork
+from agln_fast.export.nodes import DOMAIN, evaluators, operators
+from agln_fast.export.onnx import export_onnx
+from agln_fast.kernels.registration import OPS
+from agln_fast.plan import fuse as fuse_module
+from agln_fast.plan.fuse import fused_plan
+
+CASES = {
+    "fpn": ("fpn_resnet18", {}),
+    "agln, paper": ("agln_resnet18", {"formulation": "paper"}),
+    "agln, release": ("agln_resnet18", {"formulation": "release"}),
+    "agln-minus": ("agln_minus_resnet18", {"formulation": "release"}),
+    "agln-lite": ("agln_lite_resnet18", {"formulation": "release"}),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(params=CASES)
+def network(request, small_network, monkeypatch):
+    monkeypatch.setattr(fuse_module, "_FEWEST_CHANNELS", 16)  # as wide ones are: conv5 is mixed
+    name, overrides = CASES[request.param]
+    return small_network(name, **overrides)
+
+
+def _exported(network, tmp_path, contract, precision="fp32"):
+    file = tmp_path / "model.onnx"
+    export_onnx(network, file, contract, precision, plan=fused_plan(network.config))
+    return file
+
+
+def _run(file, image):
+    return ReferenceEvaluator(str(file), new_ops=evaluators()).run(None, {"image": image})[0]
+
+
+def _image(contract, batch):
+    return np.random.default_rng(0).integers(0, 256, (batch, contract.height, contract.width, 3), np.uint8)
+
+
+@torch.inference_mode()
+def _exact(network, contract, image):
+    """Logits in float64, of the reference network."""
+    deployed = DeployedNetwork(network.double(), contract, network.config.num_classes)
+    logits = deployed.network(deployed.normalise(torch.from_numpy(image)))
+    network.float()
+    return logits.numpy()
+
+
+def test_fp32_gives_the_reference_networks_logits(network, tmp_path):
+    contract = IOContract(43, 37, 1, 3, output="logits")
+    file = _exported(network, tmp_path, contract)
+    nodes = Counter(node.op_type for node in onnx.load(file).graph.node if node.domain == DOMAIN)
+    assert nodes["UpsampleBilinear"] > 0
+    assert ("AttentionPool" in nodes) == (network.config.architecture != "fpn")
+    for batch in (1, 3):
+        image = _image(contract, batch)
+        exact = _exact(network, contract, image)
+        assert np.abs(_run(file, image) - exact).max() <= 2e-5 * np.abs(exact).max()
+
+
+def test_labels_are_the_reference_networks(network, tmp_path):
+    contract = IOContract(37, 43, 1, 3)
+    image = _image(contract, 3)
+    labels = _run(_exported(network, tmp_path, contract), image)
+    exact = _exact(network, contract, image)
+    first, second = -np.sort(-exact, 1)[:, :2].swapaxes(0, 1)
+    clear = first - second > 4e-5 * np.abs(exact).max()  # as far as the logits may be off, either way
+    assert clear.mean() > 0.99
+    assert labels.dtype == np.uint8
+    assert (labels == exact.argmax(1))[clear].all()
+
+
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_half_precision_is_that_of_the_fused_network(network, tmp_path, precision):
+    """As far off as the fused network itself in PyTorch, twice at most; both round at other places."""
+    contract = IOContract(43, 37, 2, 2, output="logits")
+    image = _image(contract, 2)
+    exact = _exact(network, contract, image)
+    found = _run(_exported(network, tmp_path, contract, precision), image)
+    fused = agln_fast.fuse(network).to(DTYPES[precision])
+    with torch.inference_mode():
+        fused = DeployedNetwork(fused, contract, network.config.num_classes)(torch.from_numpy(image)).numpy()
+    errors = [np.abs(each - exact).max() / np.abs(exact).max() for each in (found, fused)]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_every_op_is_an_operator():
+    assert {each.op for each in operators().values()} == set(OPS)
+    assert "AttentionPool" in operators()
+
+
+@pytest.mark.parametrize("name", list(operators()))
+def test_arguments_come_back(name):
+    """What an op was called with, of a node's inputs and attributes; lists of tensors come last there."""
+    operator = operators()[name]
+    given = [
+        {"List[Tensor]": [f"t{number}", f"u{number}"], "bool": True}.get(parameter.type, f"t{number}")
+        for number, parameter in enumerate(operator.parameters)
+    ]
+    inputs, attributes = operator.split(given)
+    bound = operator.bind(inputs, attributes)
+    assert [bound[parameter.name] for parameter in operator.parameters] == given
+    assert len(operator.input_names(len(inputs))) == len(inputs)
