@@ -137,7 +137,7 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
     ops: dict[str, dict[tuple[str, ...], list[Compiled]]] = {}
     for row in rows:
         bits = "32" if row.dtype == "float32" else "16"
-        key = row.kernel.strip("_").removesuffix("_kernel"), bits, row.tile, f"{row.num_warps}, {row.num_stages}"
+        key = row.kernel.strip("_").removesuffix("_kernel"), bits, _tile(row.tile), f"{row.num_warps}, {row.num_stages}"
         ops.setdefault(row.op, {}).setdefault(key, []).append(row)
     lines = []
     for op, kernels in ops.items():
@@ -157,6 +157,17 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
             lines.append(f"| {' | '.join([*names, *cells])} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _tile(settings: str) -> str:
+    """As "N64 P32 WHOLE": sizes, then the switches that are on, but for those that say what the call has."""
+    words = []
+    for name, _, value in (setting.partition("=") for setting in settings.split()):
+        if name.startswith("B") or value not in ("0", "1"):
+            words.append(f"{name.removeprefix('B')}{value}")
+        elif value == "1" and name not in ("HAS_R", "GATES"):
+            words.append(name)
+    return " ".join(words)
 
 
 def _capabilities(names: Iterable[str]) -> str:
