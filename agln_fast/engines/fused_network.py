@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from agln_fast import memory
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.engines.fused import gpu_obstacle
 from agln_fast.engines.torch_network import NetworkEngine, dtype_of, exact_float32
 from agln_fast.errors import BackendError
 from agln_fast.models.networks import SegmentationNetwork
-from agln_fast.plan.convolution import choose_convolutions
+from agln_fast.plan.convolution import WAYS, choose_convolutions
 from agln_fast.plan.fuse import fuse
 from agln_fast.plan.network import InferenceNetwork
 
@@ -65,7 +67,7 @@ class _Graph:
         self._host_image = _pinned(image).copy_(image)
         with _capturing, exact_float32(benchmark=True):
             on_device = self._host_image.to(network.mean.device)
-            choose_convolutions(network, on_device)
+            _choose_convolutions(network, on_device)
             for _ in range(_WARM_UP):
                 result = network(on_device)
             self._host_result = _pinned(result)
@@ -81,6 +83,38 @@ class _Graph:
         self._graph.replay()
         self._stream.synchronize()
         return self._host_result.clone()
+
+
+def _choose_convolutions(network: FusedDeployment, image: Tensor) -> None:
+    """As `choose_convolutions`, which takes half a minute for a new shape: what it chose is remembered by GPU, driver
+    and versions."""
+    facts = _facts(image.device)
+    if facts is None:
+        choose_convolutions(network, image)
+        return
+    file = memory.place("convolutions", facts, ("agln-fast", "torch", "triton"))
+    known = _remembered(file)
+    before = len(known)
+    choose_convolutions(network, image, known=known)
+    if len(known) > before:
+        memory.remember(file, _remembered(file) | known)  # others may have chosen for other shapes meanwhile
+
+
+def _facts(device: torch.device) -> dict[str, Any] | None:
+    """What a choice of convolutions depends on beside versions of packages; None where there is none to make."""
+    if device.type != "cuda":
+        return None
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "capability": torch.cuda.get_device_capability(device),
+        "driver": torch._C._cuda_getDriverVersion(),
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _remembered(file: Path) -> dict[str, str]:
+    found = memory.recall(file)
+    return {job: way for job, way in found.items() if way in WAYS} if isinstance(found, dict) else {}
 
 
 def _pinned(like: Tensor) -> Tensor:

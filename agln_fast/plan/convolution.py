@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,9 @@ class FusedConv2d(nn.Module):
 
 
 @torch.no_grad()
-def choose_convolutions(network: nn.Module, x: Tensor, race: Race | None = None) -> None:
+def choose_convolutions(
+    network: nn.Module, x: Tensor, race: Race | None = None, known: dict[str, str] | None = None
+) -> None:
     """Set `way` of every `FusedConv2d` with a ReLU in `network` to what is fastest for the input `x`, in place.
 
     Runs the network once to see what reaches each layer, then times all ways on random data. Layers that do the same
@@ -101,6 +103,7 @@ def choose_convolutions(network: nn.Module, x: Tensor, race: Race | None = None)
         network: takes `x`.
         race: takes calls that ran before, and returns their times; None to time them on CUDA if `x` is there. On other
             devices there is nothing to choose then, and nothing is done.
+        known: what was chosen before for some jobs on such a device, by such versions: looked into, and filled.
 
     Raises:
         RuntimeError: a layer cannot be computed at all.
@@ -109,20 +112,21 @@ def choose_convolutions(network: nn.Module, x: Tensor, race: Race | None = None)
         if not x.is_cuda:
             return
         race = _race
-    fastest: dict[tuple[Any, ...], Way] = {}
+    known = {} if known is None else known
     for layer, (features, residual) in _traffic(network, x).items():
-        job = features, residual, layer.weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups
-        if job not in fastest:
-            fastest[job] = _fastest(layer, features, residual, race)
-        layer.way = fastest[job]
+        geometry = tuple(layer.weight.shape), layer.stride, layer.padding, layer.dilation, layer.groups
+        job = f"{features}, {residual}, {geometry}"
+        if known.get(job) not in WAYS:
+            known[job] = _fastest(layer, features, residual, race)
+        layer.way = cast(Way, known[job])
 
 
 # Shape, strides and dtype of a tensor.
-_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def _layout(x: Tensor) -> _Layout:
-    return x.shape, x.stride(), x.dtype
+    return tuple(x.shape), x.stride(), x.dtype
 
 
 def _traffic(network: nn.Module, x: Tensor) -> dict[FusedConv2d, tuple[_Layout, _Layout | None]]:

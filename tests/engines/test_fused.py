@@ -28,7 +28,7 @@ from agln_fast.errors import BackendError, ConfigError
 from agln_fast.kernels.registration import OPS
 from agln_fast.models.blocks import resize
 from agln_fast.plan import fuse
-from agln_fast.plan.convolution import choose_convolutions
+from agln_fast.plan.convolution import FusedConv2d, choose_convolutions
 from agln_fast.runtime.networks import load_network
 from agln_fast.runtime.segmenter import runnable_engines
 
@@ -230,6 +230,39 @@ def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_netwo
     assert len(recorded_graphs) == 1
     assert sizes
     assert (64, 96) not in sizes
+
+
+def test_choices_of_convolutions_are_remembered(recorded_graphs, small_network, monkeypatch, tmp_path):
+    """By GPU and driver: the next process captures without a race, another GPU's choices and damaged ones are none."""
+    races = []
+
+    def race(calls):
+        races.append(calls)
+        return [3.0, *range(1, len(calls))]
+
+    gpu = {"gpu": "H100", "driver": 13000}
+    monkeypatch.setenv("AGLN_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(fused_network, "choose_convolutions", partial(choose_convolutions, race=race))
+    monkeypatch.setattr(fused_network, "_facts", lambda device: gpu)
+
+    def start():
+        races.clear()
+        with FusedEngine(small_network("fpn_resnet18"), LABELS, device="cpu") as backend:
+            fused_network._Graph(backend._network, torch.from_numpy(images()), None)
+            return len(races), {m.way for m in backend._network.modules() if isinstance(m, FusedConv2d) and m.relu}
+
+    first, ways = start()
+    assert first > 5
+    assert ways == {"in_two_kernels"}
+    assert start() == (0, ways)
+    (file,) = (tmp_path / "convolutions").iterdir()
+    gpu["driver"] = 13010
+    assert start()[0] == first
+    gpu["driver"] = 13000
+    for damaged in ('{"a": 1', "[1, 2]", '{"job": ["in_steps"]}', '{"job": 3}'):
+        file.write_text(damaged)
+        assert start()[0] == first
+    assert start()[0] == 0
 
 
 # In the names of what cuBLAS computes on CUDA: mm, addmm, baddbmm, mv, dot, addr, matmul, linear, ...

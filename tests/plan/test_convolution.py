@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -92,6 +93,27 @@ def test_the_fastest_way_is_chosen_and_equal_layers_are_timed_once(cudnn):
     assert network.choices() == {**UNCHANGED, "first": WAYS[2], "twin": WAYS[2], "residual": WAYS[1]}
     choose_convolutions(network, image(), lambda calls: [1.0] * len(calls))
     assert network.choices() == UNCHANGED
+
+
+def test_what_is_known_does_not_race(cudnn):
+    """What a race chose is known to the next one, as plain text; another shape, and nonsense, is not."""
+    known = {}
+    choose_convolutions(Small(), image(), lambda calls: [3.0, 2.0, 1.0], known)
+    assert json.loads(json.dumps(known)) == known
+    assert list(known.values()) == 3 * [WAYS[2]]
+    network = Small()
+    choose_convolutions(network, image(), lambda calls: pytest.fail("it is known"), known)
+    assert network.choices() == {**dict.fromkeys(UNCHANGED, WAYS[2]), "linear": "in_steps"}
+    races = []
+
+    def race(calls):
+        races.append(calls)
+        return [1.0, 2.0, 3.0]
+
+    choose_convolutions(Small(), image(), race, {**known, next(iter(known)): "by hand"})
+    assert len(races) == 1
+    choose_convolutions(Small(), image()[..., :5], race, known)
+    assert len(races) > 3
 
 
 def test_all_ways_that_race_compute_the_same(cudnn):
