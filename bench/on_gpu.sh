@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Test and measure on a machine with a GPU and without a network, beside the PyTorch that is there:
 #
-#     bash bench/on_gpu.sh [tests] [kernels] [models] [compile] [-- ARGUMENTS]        # default: all but compile
+#     bash bench/on_gpu.sh [tests] [kernels] [models] [compile] [tensorrt] [-- ARGUMENTS]     # default: the first three
 #
 # tests: those marked gpu. kernels: each op. models: the large networks, ours and eager PyTorch. compile: AGLN beside
-# torch.compile in its modes, which takes minutes. ARGUMENTS are those of `agln-fast bench` for the last two, in place
-# of fp16 at 512x512.
+# torch.compile in its modes, which takes minutes. ARGUMENTS are those of `agln-fast bench` for these two, in place
+# of fp16 at 512x512. tensorrt: engines of TensorRT and TensorRT-RTX with and without our kernels are built, compared with
+# the reference and timed, as far as these libraries are there; what is not is said.
 #
-# OUT     folder for gpu-tests.xml, kernels.json, models.json and compile.json, default bench/results/; JSON is written
+# OUT     folder for gpu-tests.xml, kernels.json, models.json, compile.json and tensorrt*.json, default bench/results/; JSON is written
 #         after each case
 # BUDGET  seconds for everything, default 500; the stages share them, and what finds no time is noted as left out
 # WHEELS  folder of wheels with what the machine lacks: jsonschema with what it needs for bundles, lightning-fabric for
@@ -30,8 +31,8 @@ arguments=("$@")
 [ "${#stages[@]}" -gt 0 ] || stages=(tests kernels models)
 for stage in "${stages[@]}"; do
     case $stage in
-        tests | kernels | models | compile) ;;
-        *) echo "unknown stage $stage: tests, kernels, models or compile" >&2 && exit 2 ;;
+        tests | kernels | models | compile | tensorrt) ;;
+        *) echo "unknown stage $stage: tests, kernels, models, compile or tensorrt" >&2 && exit 2 ;;
     esac
 done
 deadline=$((SECONDS + ${BUDGET:-500}))
@@ -96,6 +97,21 @@ for stage in "${stages[@]}"; do
                 [ "$stage" = models ] || run+=(--full)
             fi
             persistent "$python" -m agln_fast.cli bench "${run[@]}" --save "$out/$stage.json" --resume || status=1
+            ;;
+        tensorrt)
+            for target in tensorrt tensorrt-rtx; do
+                bundle=$out/$target.agln
+                if ! reason=$("$python" -c "import ${target//-/_}" 2>&1 | tail -n 1) || [ -n "$reason" ]; then
+                    echo "left out: $target: $reason; pip install \"agln-fast[$target]\""
+                elif limited "$python" -m agln_fast.cli build agln_nano -o "$bundle" --target "$target" --size 128x128 \
+                    --precision fp16 --force; then
+                    limited "$python" -m agln_fast.cli verify "$bundle" || status=1
+                    limited "$python" -m agln_fast.cli verify "$bundle" --json > "$out/$target.json" || status=1
+                else
+                    status=1
+                fi
+            done
+            "$python" -m agln_fast.cli doctor
             ;;
     esac
 done

@@ -37,20 +37,32 @@ def make_layers(model: ir.Model, batches: Sequence[int], capabilities: Sequence[
         BuildError: a node has a shape that is not known, or that TensorRT has no format for.
     """
     records = {}
+    moving = _activations(model.graph)
     for node in list(model.graph):
         if node.domain == DOMAIN:
-            records[str(node.name)] = _make_layer(model.graph, node, batches, capabilities)
+            records[str(node.name)] = _make_layer(model.graph, node, moving, batches, capabilities)
     return records
 
 
-def _make_layer(graph: ir.Graph, node: ir.Node, batches: Sequence[int], capabilities: Sequence[str]) -> Record:
+def _activations(graph: ir.Graph) -> set[ir.Value]:
+    """What depends on the graph's input, in whose first side the batch is; all else is made of weights."""
+    found = set(graph.inputs)
+    for node in graph:
+        if not found.isdisjoint(filter(None, node.inputs)):
+            found.update(node.outputs)
+    return found
+
+
+def _make_layer(
+    graph: ir.Graph, node: ir.Node, moving: set[ir.Value], batches: Sequence[int], capabilities: Sequence[str]
+) -> Record:
     operator = operators()[node.op_type]
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     if "dtype" in attributes:
         attributes["dtype"] = _torch_type(ir.DataType(attributes["dtype"]))
     given = list(node.inputs)
     present = [value for value in given if value is not None]
-    ports = [_port(value) for value in present]
+    ports = [_port(value, value in moving) for value in present]
 
     def arguments(tensors: Sequence[Tensor]) -> dict[str, Any]:
         left = iter(zip(ports, tensors, strict=True))
@@ -76,6 +88,7 @@ def _make_layer(graph: ir.Graph, node: ir.Node, batches: Sequence[int], capabili
         result = new.as_promised(raw, port)
         assert old.dtype is not None
         result.name, result.dtype, result.shape = old.name, old.dtype, old.shape
+        moving.add(result)
         results.append(result)
     graph.insert_before(node, new.nodes)
     ir.convenience.replace_all_uses_with(node.outputs, results, replace_graph_outputs=True)
@@ -110,8 +123,9 @@ class _Nodes:
         return value if value is not raw else self._add("Identity", value)
 
 
-def _port(value: ir.Value) -> Port:
-    """How a layer takes `value`: maps with the channels last, filters of one input channel each likewise.
+def _port(value: ir.Value, moves: bool) -> Port:
+    """How a layer takes `value`: maps with the channels last, filters of one input channel each likewise. `moves`: it
+    is an activation.
 
     Raises:
         BuildError: its shape is not known.
@@ -121,8 +135,8 @@ def _port(value: ir.Value) -> Port:
         raise BuildError(f"{value.name}: its shape {shape} is not fixed, so no layer can be made that takes it")
     sides = tuple(side if isinstance(side, int) else -1 for side in shape)
     dtype = _torch_type(value.dtype)
-    if value.is_initializer():
-        if len(sides) == 4 and sides[1] == 1:
+    if not moves:
+        if value.is_initializer() and len(sides) == 4 and sides[1] == 1:
             order = 1, 2, 3, 0
             return Port(tuple(sides[side] for side in order), dtype, order=order)
         return Port(sides, dtype)

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def export_onnx(
             )
         assert program is not None
         if plan != NO_PLAN:
-            _fold_constants(program.model)
+            _fold_constants(program.model, whatever_size=plan.kernels)  # a layer wants its weights as they are
         program.model.metadata_props.update({"agln_fast.contract": json.dumps(contract.to_dict()), **(metadata or {})})
         with replacing(path, BuildError) as part:
             program.save(part, external_data=False)
@@ -109,9 +110,10 @@ def export_onnx(
         raise BuildError(f"ONNX export failed: {_reason(error)}") from error
 
 
-def _fold_constants(model: ir.Model) -> None:
-    """What the exporter's optimizer does, without its patterns."""
-    optimizer.fold_constants(model)
+def _fold_constants(model: ir.Model, *, whatever_size: bool) -> None:
+    """What the exporter's optimizer does, without its patterns, which by itself leaves large constants alone."""
+    limits = ("input_size_limit", "output_size_limit") if whatever_size else ()
+    optimizer.fold_constants(model, **dict.fromkeys(limits, sys.maxsize))
     for step in (
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),

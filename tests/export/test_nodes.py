@@ -114,3 +114,14 @@ def test_arguments_come_back(name):
     bound = operator.bind(inputs, attributes)
     assert [bound[parameter.name] for parameter in operator.parameters] == given
     assert len(operator.input_names(len(inputs))) == len(inputs)
+
+
+def test_weights_of_large_networks_are_constants(tmp_path):
+    """Of a view of weights the exporter makes a node, which is folded whatever their size: a layer reads them."""
+    network = agln_fast.create_model("agln_release_resnet18", 5).eval()
+    graph = onnx.load(_exported(network, tmp_path, IOContract(64, 64))).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    pools = [node for node in graph.node if node.op_type == "AttentionPool"]
+    assert len(pools) == 3
+    for node in pools:
+        assert set(node.input[1:]) <= constants

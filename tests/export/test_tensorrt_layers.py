@@ -8,6 +8,7 @@ from collections import Counter
 import onnx
 import pytest
 
+import agln_fast
 from agln_fast.artefact import LAYERS_FILE
 from agln_fast.contract import IOContract
 from agln_fast.errors import BuildError, ConfigError
@@ -106,6 +107,21 @@ def test_a_range_of_batches(exported, tmp_path):
     assert built.compute_capabilities == ("sm89",)
     layers, _ = _read(engine.read_bytes())
     assert len(layers) == sum(node.domain == DOMAIN for node in onnx.load(file).graph.node)
+
+
+def test_one_image_is_no_weight(tmp_path):
+    """A batch of one looks like any side of one: what is an activation is known by where it comes from."""
+    network = agln_fast.create_model("agln_release_resnet18", 5).eval()
+    export_onnx(network, tmp_path / "x.onnx", IOContract(64, 64), "fp16", plan=fused_plan(network.config))
+    built = build_engine_with_layers(
+        tmp_path / "x.onnx",
+        tmp_path / "x.engine",
+        flavour="tensorrt-rtx",
+        precision="fp16",
+        batch=(1, 1),
+        compute_capabilities=("sm89",),
+    )
+    assert built.convolutions > 20
 
 
 def test_what_fails_in_the_child_is_one_line_here(exported, tmp_path, monkeypatch):
