@@ -29,7 +29,7 @@ from agln_fast.export.records import recording
 from agln_fast.kernels.devices import DEVICES
 from agln_fast.kernels.registration import OPS
 
-__all__ = ["DTYPES", "Compiled", "compile_op"]
+__all__ = ["DTYPES", "Compiled", "compared", "compile_op"]
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,6 +43,8 @@ class Compiled:
     tile: the tile sizes and switches it was compiled with.
     registers: of each thread; spill_bytes: of each thread, in local memory; shared_bytes: of each block.
     tensor_cores: the family of instructions, or "" for none.
+    blocks: that a multiprocessor runs at once. load_bytes, store_bytes: of the widest access to global memory.
+    moved: bytes of all tensors that it is given.
     """
 
     op: str
@@ -56,6 +58,10 @@ class Compiled:
     spill_bytes: int
     shared_bytes: int
     tensor_cores: str
+    blocks: int
+    load_bytes: int
+    store_bytes: int
+    moved: int
 
 
 # Where nothing is a multiple of 16, and more channels are than fit a tile.
@@ -89,8 +95,12 @@ def compile_op(op: str, dtype: torch.dtype, capability: str, *, odd: bool = Fals
             size = replace(case, **changes)
             OPS[op].launch(call.arguments(size), call.keywords(size), device)
     rows = []
-    for compiled, kwargs in ((each.compiled, each.keywords) for each in found):
+    for noted in found:
+        compiled, kwargs = noted.compiled, noted.keywords
         registers, spill_bytes = _resources(compiled.asm["cubin"])
+        tensors = {x.data_ptr(): x for _, x in noted.arguments if isinstance(x, torch.Tensor)}
+        load_bytes, store_bytes = _widths(compiled.asm["ptx"])
+        threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
         settings = {key: value for key, value in kwargs.items() if key.isupper() and key != "PRECISION"}
         rows.append(
             Compiled(
@@ -105,6 +115,10 @@ def compile_op(op: str, dtype: torch.dtype, capability: str, *, odd: bool = Fals
                 spill_bytes,
                 compiled.metadata.shared,
                 next((name for mark, name in _MMA.items() if mark in compiled.asm["ptx"]), ""),
+                DEVICES[capability].blocks_at_once(threads, registers, shared),
+                load_bytes,
+                store_bytes,
+                sum(x.nbytes for x in tensors.values()),
             )
         )
     return rows
@@ -112,6 +126,16 @@ def compile_op(op: str, dtype: torch.dtype, capability: str, *, odd: bool = Fals
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _widths(ptx: str) -> tuple[int, int]:
+    """Bytes of the widest load from global memory, and of the widest store, of one thread."""
+    widest = {"ld": 0, "st": 0}
+    for kind, count, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
+        widest[kind] = max(widest[kind], int(count or 1) * int(bits) // 8)
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)[,;]", ptx):
+        widest["ld"] = max(widest["ld"], int(size, 0))
+    return widest["ld"], widest["st"]
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -159,6 +183,32 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def compared(before: Sequence[Compiled], after: Sequence[Compiled]) -> str:
+    """A line for each kernel of an op that changed, or came: what it was on sm90 in half precision, and what it is."""
+
+    def of(rows: Sequence[Compiled]) -> dict[str, list[Compiled]]:
+        found: dict[str, list[Compiled]] = {}
+        for row in rows:
+            if (row.capability, row.dtype) == ("sm90", "float16"):
+                found.setdefault(row.op, []).append(row)
+        return found
+
+    lines = [
+        "| op | kernel | registers | KiB | blocks | bytes a load | MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    old = of(before)
+    for op, rows in of(after).items():
+        if old.get(op) == rows:
+            continue
+        for when, kernels in (("before", old.get(op, [])), ("now", rows)):
+            for row in kernels:
+                name = row.kernel.strip("_").removesuffix("_kernel")
+                numbers = row.registers, round(row.shared_bytes / 1024), row.blocks, row.load_bytes
+                lines.append(f"| {op}, {when} | {name} | {' | '.join(map(str, numbers))} | {row.moved / 1e6:.1f} |")
+    return "\n".join(lines)
+
+
 def _tile(settings: str) -> str:
     """As "N64 P32 WHOLE": sizes, then the switches that are on, but for those that say what the call has."""
     words = []
@@ -191,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--odd", action="store_true", help="compile for sizes that suit no tile, instead of AGLN's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write", type=Path, help="page of the docs whose table is replaced")
+    parser.add_argument("--before", type=Path, help="JSON of older kernels: a table of what changed is written, too")
     options = parser.parse_args(arguments)
     unknown = [op for op in options.ops if op not in OPS]
     if unknown:
@@ -208,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=1)
     if options.write:
         replace_section(options.write, "compiled", to_markdown(rows))
+        if options.before:
+            before = [Compiled(**row) for row in json.loads(options.before.read_text("utf-8"))]
+            replace_section(options.write, "compared", compared(before, rows))
 
 
 if __name__ == "__main__":

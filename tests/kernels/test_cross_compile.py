@@ -19,6 +19,8 @@ from agln_fast.kernels.registration import OPS
 NO_PRODUCT = {"_bias_relu_kernel", "_label_kernel", "_resize_kernel", "_softmax_kernel", "_upsample_kernel"}
 # Bytes of a thread: measured on an H100, these tiles are a fifth to a quarter faster than the best without spills.
 SPILLS = {("semantic_distribution", "sm90"): 128}
+# Bytes of the widest load, where a thread has no more channels: with eight of them it spills.
+NARROW = {"_upsample_kernel": 8}
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 
@@ -32,9 +34,22 @@ def compiled(*arguments):
     for row in rows:
         assert row.spill_bytes <= SPILLS.get((row.op, row.capability), 0), row
         assert row.shared_bytes <= 1024 * DEVICES[row.capability].shared_kib, row
+        if row.dtype == "float16":
+            assert row.load_bytes == NARROW.get(row.kernel, 16), row
         product = row.kernel not in NO_PRODUCT and not (row.op == "channel_apply" and "HAS_R=0" in row.tile)
         assert bool(row.tensor_cores) == (product and row.dtype != "float32"), row
     return rows
+
+
+def test_blocks_at_once():
+    """By threads, by registers, by shared memory, and at most so many (CUDA occupancy calculator)."""
+    a100, l4, h200 = (DEVICES[name] for name in ("sm80", "sm89", "sm90"))
+    assert a100.blocks_at_once(256, 32, 0) == 8
+    assert a100.blocks_at_once(256, 255, 0) == 1
+    assert a100.blocks_at_once(128, 168, 0) == 3
+    assert l4.blocks_at_once(256, 32, 0) == 6
+    assert (a100.blocks_at_once(32, 16, 0), l4.blocks_at_once(32, 16, 0)) == (32, 24)
+    assert [h200.blocks_at_once(128, 32, kib << 10) for kib in (227, 113, 112, 75)] == [1, 2, 2, 3]
 
 
 def test_every_op_compiles_for_one_capability():
