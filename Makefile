@@ -1,18 +1,20 @@
 # `make demo`: build engines from checkpoints and segment pictures.  `make test`: all tests but the slow ones, which
-# `make test TESTS="slow or not slow"` runs, too.  `make lint`: all checks.
+# `make test TESTS="slow or not slow"` runs, too.  `make test-lowest`: with the oldest versions.  `make lint`: all checks.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 RUNS ?= runs
 TESTS ?= not slow
 BIN = $(VENV)/bin
+LOWEST ?= .venv-lowest
+PYTHON_LOWEST ?= python3.12
 # setuptools warns of itself, and of bytecode where the user wants none.
 QUIET = PYTHONWARNINGS=ignore PYTHONDONTWRITEBYTECODE=
 PIP = $(QUIET) $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY = $(VENV)/.ready
 SOURCES = agln_fast kernels export bench tests setup.py
 
-.PHONY: demo checkpoints test lint format clean
+.PHONY: demo checkpoints test test-lowest lint format clean
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "installing into $(VENV): about a minute, once"
@@ -39,6 +41,17 @@ checkpoints: $(READY)
 # A core for each process: PyTorch's threads of two would wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "$(TESTS)"
+
+# The same with the oldest versions that the metadata allows, among them PyTorch's CUDA build: gigabytes, once.
+test-lowest: $(LOWEST)/.ready
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "$(TESTS)"
+
+$(LOWEST)/.ready: pyproject.toml setup.py constraints-lowest.txt
+	@echo "installing into $(LOWEST): some minutes, once"
+	@$(PYTHON_LOWEST) -m venv $(LOWEST)
+	@$(QUIET) $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check \
+		--constraint constraints-lowest.txt --editable ".[dev]"
+	@touch $@
 
 # Types and layers are checked on a build tree, where the mapped folders lie inside the package.
 lint: $(READY)

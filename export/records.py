@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import chain
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from agln_fast.errors import BuildError
 from agln_fast.kernels.devices import DEVICES
 from agln_fast.kernels.registration import OPS
 
-__all__ = ["PTX", "Argument", "Launch", "Noted", "Port", "Program", "Record", "record", "recording"]
+__all__ = ["PTX", "Argument", "Launch", "Noted", "Place", "Port", "Program", "Record", "record", "recording"]
 
 PTX = "ptx"
 """In the place of a capability: what the driver compiles itself, for all GPUs that have no binary of their own."""
@@ -31,7 +32,6 @@ _MAGIC, _FORMAT = b"AGLN", 1
 _ALIGNMENT = 256  # of what lies in the workspace, bytes
 _TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int32]
 _SCALARS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "fp64": "<d"}
-_INPUT, _OUTPUT, _WORKSPACE, _VALUE = range(4)
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,25 @@ class Port:
         return torch.empty(count, height, width, padded, dtype=self.dtype)[..., :channels].permute(0, 3, 1, 2)
 
 
+class Place(IntEnum):
+    """Where a kernel finds an argument."""
+
+    INPUT = 0
+    OUTPUT = 1
+    WORKSPACE = 2
+    VALUE = 3
+
+
 @dataclass(frozen=True)
 class Argument:
-    """Of a kernel: a place in an input, an output or the workspace, `number` bytes from the start, or a value.
+    """Of a kernel: `offset` bytes behind the start of an input, an output or the workspace, or a value.
 
-    kind: "input", "output", "workspace" or "value". index: of the input or output. value: the bytes of a number.
+    index: of the input or output. value: the bytes of a number.
     """
 
-    kind: int
+    place: Place
     index: int = 0
-    number: int = 0
+    offset: int = 0
     value: bytes = b""
 
 
@@ -119,7 +128,7 @@ class Record:
                 parts += [_number(launch.binary), _text(launch.kernel.encode())]
                 parts += map(_number, (*launch.grid, launch.threads, launch.shared, len(launch.arguments)))
                 for each in launch.arguments:
-                    parts += [_number(each.kind), _number(each.index), struct.pack("<Q", each.number)]
+                    parts += [_number(each.place), _number(each.index), struct.pack("<Q", each.offset)]
                     parts.append(_text(each.value))
         return b"".join(parts)
 
@@ -253,18 +262,18 @@ class _Places:
 
     def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         self.workspace = 0
-        self._known = {_storage(x): Argument(_INPUT, index) for index, x in enumerate(inputs)}
-        self._known |= {_storage(x): Argument(_OUTPUT, index) for index, x in enumerate(outputs)}
+        self._known = {_storage(x): Argument(Place.INPUT, index) for index, x in enumerate(inputs)}
+        self._known |= {_storage(x): Argument(Place.OUTPUT, index) for index, x in enumerate(outputs)}
 
     def of(self, tensor: Tensor) -> Argument:
         """The place of its first element."""
         storage = _storage(tensor)
         if storage not in self._known:
-            self._known[storage] = Argument(_WORKSPACE, number=self.workspace)
+            self._known[storage] = Argument(Place.WORKSPACE, offset=self.workspace)
             self.workspace += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
         place = self._known[storage]
         offset = int(tensor.storage_offset()) * tensor.element_size()
-        return Argument(place.kind, place.index, place.number + offset)
+        return Argument(place.place, place.index, place.offset + offset)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -282,7 +291,7 @@ def _launch(op: str, noted: Noted, places: _Places, binaries: dict[bytes, int], 
         raise BuildError(f"{op}: kernel {metadata.name} needs {' and '.join(wanted)}, which a plugin does not give")
     binary = compiled.asm["ptx"].encode() + b"\0" if capability == PTX else compiled.asm["cubin"]
     arguments = [_argument(kind, value, places) for kind, value in noted.arguments]
-    arguments += 2 * [Argument(_VALUE, value=bytes(8))]  # scratch memory, for all devices and for profiles: none
+    arguments += 2 * [Argument(Place.VALUE, value=bytes(8))]  # scratch memory, for all devices and for profiles: none
     x, y, z = (*noted.grid, 1, 1)[:3]
     return Launch(
         binaries.setdefault(binary, len(binaries)),
@@ -296,5 +305,5 @@ def _launch(op: str, noted: Noted, places: _Places, binaries: dict[bytes, int], 
 
 def _argument(kind: str, value: Any, places: _Places) -> Argument:
     if not kind.startswith("*"):
-        return Argument(_VALUE, value=struct.pack(_SCALARS[kind], value))
-    return Argument(_VALUE, value=bytes(8)) if value is None else places.of(value)
+        return Argument(Place.VALUE, value=struct.pack(_SCALARS[kind], value))
+    return Argument(Place.VALUE, value=bytes(8)) if value is None else places.of(value)

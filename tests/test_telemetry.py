@@ -29,6 +29,7 @@ _LINES = [
     "visualize agln_nano {photo} -o {folder}/features.png",
     "inspect {bundle}",
     "doctor",
+    "plugins -o {folder}/layers.so",
     "scenes --write {folder}/scenes -n 2",
 ]
 _HOLDING = """

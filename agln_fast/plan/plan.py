@@ -28,7 +28,7 @@ class Rewrite:
 
     turns: when `tune` decides on it, those with the largest effect first; as often as its value has parts. Empty where
         there is nothing to decide.
-    needs: another rewrite, which must be on with it.
+    needs: another rewrite, which must be on with it. excludes: one that must be off.
     on_host: it moves work to the host, which a cost model of the network does not see; for engines that give labels.
     guessed: what a cost model knows least about; the lowest number first.
     everywhere: it only leaves work out, on any machine.
@@ -37,6 +37,7 @@ class Rewrite:
 
     turns: tuple[float, ...] = ()
     needs: str = ""
+    excludes: str = ""
     on_host: bool = False
     guessed: int | None = None
     everywhere: bool = False
@@ -136,7 +137,7 @@ class Plan:
     ).field()
     winograd: int = _Stages(turns=(2,), guessed=0, module="agln_fast.plan.winograd").field()
     low_resolution_labels: bool = Rewrite(turns=(4,), on_host=True).field()
-    kernels: bool = Rewrite(needs="fold_batchnorm", module="agln_fast.plan.fuse").field()
+    kernels: bool = Rewrite(needs="fold_batchnorm", excludes="winograd", module="agln_fast.plan.fuse").field()
 
     def __post_init__(self) -> None:
         for name, rewrite in self.table().items():
@@ -144,6 +145,8 @@ class Plan:
         for name, rewrite, _ in self.steps():
             if rewrite.needs and not getattr(self, rewrite.needs):
                 raise ConfigError(f"{name} needs {rewrite.needs}")
+            if rewrite.excludes and getattr(self, rewrite.excludes) != self.table()[rewrite.excludes].off:
+                raise ConfigError(f"{name} and {rewrite.excludes} exclude each other")
 
     def __str__(self) -> str:
         return ", ".join(rewrite.words(name, value) for name, rewrite, value in self.steps()) or "none"

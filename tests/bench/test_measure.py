@@ -82,7 +82,7 @@ def fakes(clock, monkeypatch):
 
     def put(name, sleeps, *, ours=False, **kwargs):
         recipe = Fake(tuple(sleeps), **kwargs)
-        entry = Contestant(name, ours, ("fp32", "bf16"), ("cpu",), "", lambda workshop, precision: (recipe, 2.0))
+        entry = Contestant(name, ours, ("fp32", "bf16"), ("cpu",), "", lambda workshop, precision, plan: (recipe, 2.0))
         monkeypatch.setitem(PYTORCH, name, entry)
 
     return put

@@ -16,13 +16,12 @@ import torch
 
 from agln_fast.bench.kernels.calls import CALLS
 from agln_fast.export.plugins import compiler, headers, library, obstacle
-from agln_fast.export.records import Argument, Launch, Port, Program, Record
+from agln_fast.export.records import Argument, Launch, Place, Port, Program, Record
 from agln_fast.kernels.devices import DEVICES
 
 HERE = Path(__file__).parent / "layers"
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 SIDES = 16, 64
-INPUT, OUTPUT, WORKSPACE, VALUE = range(4)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +79,7 @@ def same_launches(found):
         for one, other, (kind, count) in zip(triton[4:], layer[4:], kinds, strict=True):
             if not len(one) == len(other) == 2 * count:
                 return False
-            if kind != WORKSPACE:
+            if kind != Place.WORKSPACE:
                 if one != other:
                     return False
             elif (
@@ -96,6 +95,8 @@ def _compare(built, cases):
     script = HERE / "launched.py"
     found = on_stand_in(built, script, stdin=json.dumps(cases))
     assert len(found) == len(cases)
+    for each in found:  # number, sizes and order: what the driver reads of each argument
+        assert each["entries"] == [[size for _, size in launch] for launch in each["record"]]
     wrong = [case for case, each in zip(cases, found, strict=True) if not same_launches(each)]
     assert not wrong
     return found
@@ -127,8 +128,12 @@ PORT = Port((-1, 4), torch.float16)
 
 
 def _program(name, batch, *arguments):
-    places = arguments or (Argument(INPUT), Argument(OUTPUT, number=8), Argument(WORKSPACE, number=512))
-    value = Argument(VALUE, value=(7 * batch).to_bytes(4, "little"))
+    places = arguments or (
+        Argument(Place.INPUT),
+        Argument(Place.OUTPUT, offset=8),
+        Argument(Place.WORKSPACE, offset=512),
+    )
+    value = Argument(Place.VALUE, value=(7 * batch).to_bytes(4, "little"))
     return Program((Launch(0, name, (batch, 2, 3), 64, 50_000, (*places, value)),), 1024)
 
 

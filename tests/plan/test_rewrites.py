@@ -24,7 +24,9 @@ from agln_fast.plan.plan import ALGEBRA, NO_PLAN, MixForm, Plan
 from agln_fast.plan.rewrites import fold_batchnorm, pool_before_projection, rewrite
 from agln_fast.plan.winograd import WinogradConv2d, winograd
 
-SWITCHES = [field.name for field in fields(Plan) if field.type == "bool" and field.name != "low_resolution_labels"]
+# What comes after a plan's `kernels` has tests of its own (test_fuse.py).
+OTHERS = "low_resolution_labels", "kernels"
+SWITCHES = [field.name for field in fields(Plan) if field.type == "bool" and field.name not in OTHERS]
 EVERYTHING = Plan(**dict.fromkeys(SWITCHES, True), mix_before_upsample=("full", "rows", "full"), winograd=4)  # type: ignore[arg-type]
 VARIANTS = {
     "fcn8s": ("fcn8s_resnet18", {}),

@@ -63,7 +63,8 @@ def test_every_row_has_a_function_that_says_why_it_is_exact():
 
 def test_what_only_leaves_work_out_is_not_decided_on():
     assert {name for name, _, _ in ALGEBRA.steps()} == {name for name, row in Plan.table().items() if row.everywhere}
-    assert len(list(FUSED.steps())) == len(list(ALGEBRA.steps())) + 1
+    more = {name for name, _, _ in FUSED.steps()} - {name for name, _, _ in ALGEBRA.steps()}
+    assert more == {"mix_before_upsample", "kernels"}
 
 
 def test_a_plan_knows_it():
@@ -120,4 +121,12 @@ def test_an_old_plan_is_read():
             low_resolution_labels=True,
         )
     )
-    assert old.keys() == NO_PLAN.to_dict().keys()
+    assert NO_PLAN.to_dict().keys() - old.keys() == {"kernels"}, "what came since"
+
+
+def test_kernels_come_after_folding_and_without_winograd():
+    assert Plan(fold_batchnorm=True, kernels=True).kernels
+    with pytest.raises(ConfigError, match="kernels needs fold_batchnorm"):
+        Plan(kernels=True)
+    with pytest.raises(ConfigError, match="kernels and winograd exclude each other"):
+        Plan(fold_batchnorm=True, kernels=True, winograd=1)

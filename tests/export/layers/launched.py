@@ -4,7 +4,8 @@ the driver for a call of an op, and what a layer of our library asks of it for t
     python launched.py HARNESS LIBRARY < CASES
 
 CASES is a JSON list of [op, dtype, capability, side, batch]. Printed is a list of objects: "triton" and "layer",
-a list of launches each; "record", kind and bytes of their arguments; "workspace", address and bytes of the layer's.
+a list of launches each; "record", kind and bytes of their arguments; "workspace", address and bytes of the layer's;
+"entries", bytes of the parameters of each kernel in its binary.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import NamedTemporaryFile, mkdtemp
 from unittest.mock import patch
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.runtime import driver
@@ -57,6 +61,19 @@ def port(name: str, tensor: torch.Tensor) -> Port:
     return Port((-1, *tensor.shape[1:]), tensor.dtype, channels_last=tensor.ndim == 4)
 
 
+def parameters(binary: bytes, kernel: str) -> list[int]:
+    """Bytes of each parameter of a kernel's entry, in order, as cuobjdump reads them in the binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [tool, "--dump-elf", "--function", kernel, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"KPARAM_INFO.*?Ordinal\s*:\s*(\w+)\s+Offset\s*:\s*\w+\s+Size\s*:\s*(\w+)", text, re.DOTALL)
+    sizes = {int(ordinal, 0): int(size, 0) for ordinal, size in found}
+    return [sizes[ordinal] for ordinal in range(len(sizes))]
+
+
 def logged(act) -> list[str]:
     file = Path(mkdtemp()) / "launches.txt"
     os.environ["FAKE_CUDA_LOG"] = str(file)
@@ -92,7 +109,7 @@ def compare(native: ctypes.CDLL, library: str, op: str, dtype: str, capability: 
             result = OPS[op].launch((), arguments(given), (capability, DEVICES[capability].processors))
         results.extend(result if isinstance(result, tuple) else (result,))
 
-    triton = logged(by_triton)
+    by_hand = logged(by_triton)
     data = found.to_bytes()
     layer = native.attach(ctypes.c_void_p(native.create(library.encode(), operator.name.encode(), data, len(data), 0)))
     workspace = torch.empty(max(1, program.workspace), dtype=torch.uint8)
@@ -106,10 +123,11 @@ def compare(native: ctypes.CDLL, library: str, op: str, dtype: str, capability: 
         assert status == 0, ctypes.string_at(native.messages())
 
     return {
-        "triton": triton,
+        "triton": by_hand,
         "layer": logged(by_layer),
-        "record": [[[each.kind, len(each.value) or 8] for each in launch.arguments] for launch in program.launches],
+        "record": [[[each.place, len(each.value) or 8] for each in launch.arguments] for launch in program.launches],
         "workspace": [workspace.data_ptr(), program.workspace],
+        "entries": [parameters(found.binaries[launch.binary], launch.kernel) for launch in program.launches],
     }
 
 
