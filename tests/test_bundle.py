@@ -52,7 +52,7 @@ def test_every_byte_of_the_small_files_counts(stretch, tmp_path):
     assert open_bundle(small)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "report.md"])
+@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "reference.npz", "report.md"])
 def test_bytes_of_all_other_files_count(name, copy):
     whole = bytearray((copy / name).read_bytes())
     for i in [*np.random.default_rng(0).integers(0, len(whole), 10).tolist(), 0, len(whole) - 1]:

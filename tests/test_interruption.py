@@ -238,16 +238,16 @@ with interruption.listening():
 
 _BUILD = """
 from agln_fast.cli import main
-from agln_fast.runtime import verify
+from agln_fast.runtime import references
 
-pack = verify.pack
+pack = references.pack
 
 def lose_a_signal_and_pack(*arguments):
     if interruption.noted() is None:
         in_a_callback()
     return pack(*arguments)
 
-verify.pack = lose_a_signal_and_pack
+references.pack = lose_a_signal_and_pack
 checkpoint, bundle = sys.argv[2:]
 sys.argv[1:] = ["build", checkpoint, "-o", bundle, "--size", "64x64", "--precision", "fp32", "--target", "cuda"]
 main()

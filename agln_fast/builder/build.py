@@ -33,7 +33,9 @@ from agln_fast.models.complexity import complexity
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.fuse import fused_plan
 from agln_fast.plan.plan import Plan
-from agln_fast.runtime.verify import Reference, make_reference, sample_frames
+from agln_fast.runtime.reference_file import REFERENCE_FILE, REFERENCE_IMAGES, write_reference
+from agln_fast.runtime.references import make_reference, sample_frames, sample_images
+from agln_fast.runtime.verify import LEAST_ROUNDS, Reference
 
 __all__ = ["build", "make_bundle"]
 
@@ -82,7 +84,7 @@ def make_bundle(options: BuildOptions) -> Bundle:
     steps.start(_READ)
     network, classes = _read(options)
     with whole_folder(options.destination, is_bundle if options.overwrite else None) as folder:
-        references, seconds = _refer(network, options, steps)
+        references, seconds = _refer(network, options, steps, folder / REFERENCE_FILE)
         drafts = folder / ".drafts"
         drafts.mkdir()
         created_with = _created_with()
@@ -153,15 +155,23 @@ def _read(options: BuildOptions) -> tuple[SegmentationNetwork, ClassSet]:
     return network, known
 
 
-def _refer(network: SegmentationNetwork, options: BuildOptions, steps: Steps) -> tuple[list[Reference], float]:
-    """What the network makes of the samples, and the seconds that it took for an image."""
+def _refer(
+    network: SegmentationNetwork, options: BuildOptions, steps: Steps, file: Path
+) -> tuple[list[Reference], float]:
+    """What the network makes of the samples, and the seconds that it took for an image; `file` is the bundle's own."""
     contract = options.contract
     frames = sample_frames(options.samples, contract)
     cost = complexity(network.config, contract.height, contract.width)[-1]
     steps.start(_REFERENCE, about(len(frames) * (cost.convolution + cost.matmul) / _CPU_MACS))
     began = time.perf_counter()
     references = make_reference(network, contract, frames)
-    return references, (time.perf_counter() - began) / sum(len(reference.labels) for reference in references)
+    seconds = (time.perf_counter() - began) / sum(len(reference.labels) for reference in references)
+    kept = references
+    if options.samples is not None:  # which are the user's, and none of what is given away
+        frames = sample_images(REFERENCE_IMAGES, contract.height, contract.width)
+        kept = make_reference(network, contract, frames)
+    write_reference(file, frames, kept, contract, network.config.num_classes, options.min_agreement)
+    return references, seconds
 
 
 def _created_with() -> dict[str, str]:
@@ -236,7 +246,7 @@ class _Work:
         """The records with their verification, but for engines that disagree: name -> how."""
         engines, left_out = [], {}
         reference = next(artefact for artefact in artefacts if artefact.kind == REFERENCE)
-        count = 1 + sum(len(each.labels) for each in references)
+        count = LEAST_ROUNDS * sum(len(each.labels) for each in references)
         for artefact, record in zip(artefacts, records, strict=True):
             images = count + 2 * scenes_to_judge(artefact, classes.classes)
             self.steps.start(_COMPARE.format(artefact.name), about(1 + images * self.seconds))

@@ -107,8 +107,8 @@ def _facts(device: torch.device) -> dict[str, Any] | None:
     return {
         "gpu": torch.cuda.get_device_name(device),
         "capability": torch.cuda.get_device_capability(device),
-        "driver": torch._C._cuda_getDriverVersion(),
-        "cudnn": torch.backends.cudnn.version(),
+        "driver": torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 

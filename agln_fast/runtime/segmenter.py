@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -29,6 +30,7 @@ from agln_fast.engines.gate import Gate
 from agln_fast.errors import BackendError, BundleChangedError, ConfigError
 from agln_fast.manifest import EngineRecord
 from agln_fast.precision import check_precision
+from agln_fast.runtime.arrival import Arrivals, device_kind
 from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
 from agln_fast.runtime.multiscale import multiscale
@@ -53,7 +55,8 @@ def load(
 
     Args:
         bundle: the folder, or an opened bundle.
-        backend: a backend's name, or "auto": GPU engines first, then by the latency measured at the build.
+        backend: a backend's name, or "auto": GPU engines first, then by the latency measured at the build. What has
+            never run on such a device is checked against the reference first, and timed, once on each machine.
         precision: "fp32", "fp16", "bf16", "int8"; None for any.
         device: "cpu", "cuda", "cuda:1"; None for each engine's own.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, and without it the library's own choice.
@@ -64,7 +67,7 @@ def load(
     Raises:
         BundleError: it is damaged, or has no such engine.
         BundleChangedError: an opened bundle is not the one any more that lies there.
-        BackendError: no engine that fits can run here; the message says why, for each.
+        BackendError: no engine that fits can run here, or agreed with the reference; the message says why, for each.
         ConfigError: an unknown backend or precision.
     """
     if backend != "auto":
@@ -81,22 +84,35 @@ def load(
 
 def _open(bundle: Bundle, backend: str, precision: str | None, device: str | None, threads: int | None) -> Segmenter:
     """The preferred engine of those that fit and can run."""
-    engines = sorted(bundle.matching(backend, precision), key=partial(_preference, device=device))
+    arrivals, preference = Arrivals(bundle, device, threads), partial(_preference, device=device)
+    engines = sorted(bundle.matching(backend, precision), key=preference)
     reasons = []
-    for engine in engines:
-        try:
-            opened = open_engine(bundle.artefact(engine.name), device=device, threads=threads)
-            names = ClassSet("bundle", bundle.path.stem, bundle.manifest.classes, bundle.manifest.palette)
-            return Segmenter(engine, opened, bundle.manifest.contract, names)
-        except BackendError as error:
-            reasons.append(str(error))
+    # Where a GPU serves, nothing is checked on the CPU.
+    for _, alike in groupby(engines, key=lambda engine: preference(engine)[0]):
+        known = [arrivals.look_up(engine, check=backend == "auto") for engine in alike]
+        for engine in sorted(known, key=preference):
+            try:
+                if refusal := _refusal(engine):
+                    raise BackendError(f"engine {engine.name} is refused here: {refusal}")
+                opened = open_engine(bundle.artefact(engine.name), device=device, threads=threads)
+                names = ClassSet("bundle", bundle.path.stem, bundle.manifest.classes, bundle.manifest.palette)
+                return Segmenter(engine, opened, bundle.manifest.contract, names)
+            except BackendError as error:
+                reasons.append(str(error))
     raise BackendError(f"{bundle.path}: {'; '.join(reasons)}")
+
+
+def _refusal(engine: EngineRecord) -> str | None:
+    """How it disagreed with the reference on this machine, if it did."""
+    check = engine.verification
+    return check.reason if check is not None and check.status == "failed" else None
 
 
 def runnable_engines(bundle: Bundle) -> list[tuple[EngineRecord, str | None]]:
     """Every engine of the bundle, the preferred ones first, with why it cannot run here (None if it can)."""
-    engines = sorted(bundle.manifest.engines, key=_preference)
-    return [(engine, obstacle_to(bundle.artefact(engine.name))) for engine in engines]
+    arrivals = Arrivals(bundle)
+    engines = sorted(map(arrivals.look_up, bundle.manifest.engines), key=_preference)
+    return [(engine, _refusal(engine) or obstacle_to(bundle.artefact(engine.name))) for engine in engines]
 
 
 def _preference(engine: EngineRecord, device: str | None = None) -> tuple[bool, float, int]:
@@ -106,7 +122,7 @@ def _preference(engine: EngineRecord, device: str | None = None) -> tuple[bool, 
     """
     if engine.backend not in KINDS:
         return True, float("inf"), len(KINDS)
-    where = (device or KINDS[engine.backend].default_device()).partition(":")[0]
+    where = device_kind(engine, device)
     check, latency = engine.verification, float("inf")
     if check and check.latency_ms is not None and (check.device or "cpu").partition(":")[0] == where:
         latency = check.latency_ms

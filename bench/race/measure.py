@@ -37,8 +37,9 @@ from agln_fast.models.complexity import complexity
 from agln_fast.models.shipped import list_checkpoints
 from agln_fast.plan.plan import NO_PLAN, PlanChoice
 from agln_fast.precision import Precision
+from agln_fast.runtime.references import make_reference, sample_frames
 from agln_fast.runtime.turns import rounds
-from agln_fast.runtime.verify import Reference, make_reference, sample_frames
+from agln_fast.runtime.verify import Reference
 
 __all__ = ["FEWEST_ROUNDS", "Case", "DeviceLostError", "Entry", "Measured", "Options", "measure", "open_workshop"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from agln_fast.contract import IOContract
 from agln_fast.models.networks import SegmentationNetwork, create_model
 from agln_fast.runtime.images import pack
-from agln_fast.runtime.verify import sample_images
+from agln_fast.runtime.references import sample_images
 
 __all__ = ["random_network", "released_state_dict"]
 

@@ -27,7 +27,7 @@ from agln_fast.engines.openvino import OpenVino
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.plan.network import InferenceNetwork
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
-from agln_fast.runtime.verify import make_reference, sample_frames
+from agln_fast.runtime.references import make_reference, sample_frames
 
 HERE = [
     (name, precision)

@@ -7,7 +7,7 @@ import torch
 from agln_fast.bench.race.weights import random_network
 from agln_fast.contract import IOContract
 from agln_fast.runtime.images import pack
-from agln_fast.runtime.verify import sample_images
+from agln_fast.runtime.references import sample_images
 
 
 @torch.inference_mode()

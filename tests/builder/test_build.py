@@ -41,7 +41,8 @@ from agln_fast.errors import (
 from agln_fast.export.plugins import obstacle
 from agln_fast.manifest import Verification
 from agln_fast.plan.fuse import fused_plan
-from agln_fast.runtime.verify import make_reference, sample_images, verify_engine
+from agln_fast.runtime.references import make_reference, sample_images
+from agln_fast.runtime.verify import verify_engine
 
 # A plan that takes no time to choose or to export.
 FOLDED = agln_fast.Plan(fold_batchnorm=True)
@@ -60,7 +61,7 @@ def test_a_cpu_build_has_three_verified_engines(bundle):
         assert check.agreement >= 0.999
         assert check.images == 4
         assert check.latency_ms > 0
-    assert set(bundle.manifest.files) == {"model.onnx", "weights.safetensors", "report.md"}
+    assert set(bundle.manifest.files) == {"model.onnx", "weights.safetensors", "reference.npz", "report.md"}
     report = (bundle.path / "report.md").read_text()
     assert all(engine.name in report for engine in bundle.manifest.engines)
 
@@ -324,7 +325,7 @@ def test_files_that_only_a_left_out_engine_has_are_not_delivered(one_disagrees, 
         plan=FOLDED,
     )
     assert set(built.manifest.left_out) == {"openvino-fp32", "openvino-int8"}
-    assert set(built.manifest.files) == {"model.onnx", "weights.safetensors", "report.md"}
+    assert set(built.manifest.files) == {"model.onnx", "weights.safetensors", "reference.npz", "report.md"}
 
 
 def test_each_step_is_announced_with_its_number_and_time(small_network, tmp_path, capsys):

@@ -23,7 +23,7 @@ from agln_fast.plan.cost import CostModel
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.plan.rates import Rates
 from agln_fast.runtime.images import pack
-from agln_fast.runtime.verify import sample_frames
+from agln_fast.runtime.references import sample_frames
 
 EVERYTHING = replace(
     ALGEBRA,
@@ -516,7 +516,7 @@ def test_each_plan_has_a_graph_of_its_own(small_network, tmp_path, monkeypatch):
     assert files["onnxruntime"] == "model.onnxruntime-fp32.onnx"
     assert files["torch"] == files["fused"] == "weights.safetensors"
     assert {engine.plan_chosen_by for engine in built.manifest.engines} == {"timing", "fixed"}
-    assert set(built.manifest.files) == {*files.values(), "report.md"}
+    assert set(built.manifest.files) == {*files.values(), "reference.npz", "report.md"}
     assert len(exports) == len(set(exports)) == 3
     assert "agln_fast.model" in {p.key for p in onnx.load(built.path / "model.onnx").metadata_props}
 

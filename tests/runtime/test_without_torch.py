@@ -77,7 +77,7 @@ def test_labels_are_those_of_a_machine_with_pytorch(resize, tta, backend, bundle
 VERB = "from agln_fast.cli import main\nmain()\n"
 
 
-def test_run_inspect_and_doctor(bundles, picture, tmp_path):
+def test_run_inspect_verify_and_doctor(bundles, picture, tmp_path):
     bundle = bundles["stretch"].path
     answer = without(VERB, "run", bundle, picture, "-o", tmp_path / "out", "--json")
     assert answer.returncode == 0, answer.stderr
@@ -85,6 +85,11 @@ def test_run_inspect_and_doctor(bundles, picture, tmp_path):
     answer = without(VERB, "inspect", bundle, "--json")
     assert answer.returncode == 0, answer.stderr
     assert len(json.loads(answer.stdout)["engines"]) == len(bundles["stretch"].manifest.engines)
+    answer = without(VERB, "verify", bundle, "--json")
+    assert answer.returncode == 0, answer.stderr
+    engines = json.loads(answer.stdout)["engines"]
+    assert engines["onnxruntime-fp32"]["status"] == "passed"
+    assert engines["torch-fp32"]["status"] == "not verified on this machine"
     answer = without(VERB, "doctor", "--json")
     assert answer.returncode == 0, answer.stderr
     (torch,) = [row for row in json.loads(answer.stdout) if row["what"] == "torch"]
