@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
@@ -30,7 +31,8 @@ RTX_CAPABILITIES = ("sm80", "sm86", "sm89", "sm120")
 _RTX_SUPPORTED = ("sm75", *RTX_CAPABILITIES, "sm121")
 _DATA_CENTRE = ("sm90", "sm100", "sm103")
 
-_LAYER = "AttentionPool"  # one of ours
+_LAYER = "AttentionPool", "1", "agln"  # one of ours: name, version, namespace
+_loading = threading.Lock()
 
 _HINTS: dict[Flavour, str] = {
     "tensorrt": "its full libraries come only from NVIDIA's own package index: where that is out of reach, "
@@ -71,17 +73,21 @@ def load_layers(library: Any, data: bytes) -> None:
         BackendError: it cannot be loaded.
     """
     registry = library.get_plugin_registry()
-    if any(creator.name == _LAYER for creator in registry.all_creators):
-        return
-    # What is loaded are the bytes that were checked, not what lies under a name by now.
-    with tempfile.NamedTemporaryFile(prefix="agln_layers_", suffix=".so") as file:
-        file.write(data)
-        file.flush()
-        registry.load_library(file.name)
-    if not any(creator.name == _LAYER for creator in registry.all_creators):
-        raise BackendError(
-            f"{library.__name__} cannot load the library of our layers: {shared_logger(library).last_error}"
-        )
+
+    def are_there() -> bool:
+        return registry.get_creator(*_LAYER) is not None
+
+    with _loading:
+        if are_there():
+            return
+        # What is loaded are the bytes that were checked, not what lies under a name by now.
+        with tempfile.NamedTemporaryFile(prefix="agln_layers_", suffix=".so") as file:
+            file.write(data)
+            file.flush()
+            registry.load_library(file.name)
+        if not are_there():
+            reason = shared_logger(library).last_error
+            raise BackendError(f"{library.__name__} cannot load the library of our layers: {reason}")
 
 
 def shared_logger(library: Any) -> Any:

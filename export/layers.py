@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ __all__ = ["RECORD", "make_layers"]
 
 RECORD = "record"
 """The attribute of a layer, and the field of a plugin, that holds a `Record`."""
-_VERSION = {"plugin_version": "1", "plugin_namespace": ""}
+_VERSION = {"plugin_version": "1", "plugin_namespace": "agln"}
 
 
 def make_layers(model: ir.Model, batches: Sequence[int], capabilities: Sequence[str]) -> dict[str, Record]:
@@ -60,20 +61,28 @@ def _make_layer(
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     if "dtype" in attributes:
         attributes["dtype"] = _torch_type(ir.DataType(attributes["dtype"]))
-    given = list(node.inputs)
-    present = [value for value in given if value is not None]
-    ports = [_port(value, value in moving) for value in present]
+    present = [(place, *_whole(value)) for place, value in enumerate(node.inputs) if value is not None]
 
-    def arguments(tensors: Sequence[Tensor]) -> dict[str, Any]:
-        left = iter(zip(ports, tensors, strict=True))
-        views = [None if value is None else _as_given(*next(left)) for value in given]
-        return operator.bind(views, attributes)
+    def recorded(ports: Sequence[Port]) -> Record:
+        def arguments(tensors: Sequence[Tensor]) -> dict[str, Any]:
+            views: list[Tensor | None] = [None] * len(node.inputs)
+            for (place, _, channels), port, tensor in zip(present, ports, tensors, strict=True):
+                view = _as_given(port, tensor)
+                views[place] = view if channels is None else view.narrow(1, 0, channels)
+            return operator.bind(views, attributes)
 
-    found = record(operator.name, operator.op, ports, arguments, batches, capabilities)
+        return record(operator.name, operator.op, ports, arguments, batches, capabilities)
+
+    ports = [_port(value, value in moving) for _, value, _ in present]
+    try:
+        found = recorded(ports)
+    except BuildError:  # a result whose channels no channels-last format has, such as logits
+        ports = [replace(port, channels_last=False) for port in ports]
+        found = recorded(ports)
     layer = ir.Node(
         "",
         node.op_type,
-        [_arranged(graph, value, port) for value, port in zip(present, ports, strict=True)],
+        [_arranged(graph, value, port) for (_, value, _), port in zip(present, ports, strict=True)],
         [
             *(ir.AttrString(name, text) for name, text in _VERSION.items()),
             ir.AttrString(RECORD, b64encode(found.to_bytes()).decode()),
@@ -121,6 +130,20 @@ class _Nodes:
         if port.order:
             value = self._add("Transpose", value, perm=_inverse(port.order))
         return value if value is not raw else self._add("Identity", value)
+
+
+def _whole(value: ir.Value) -> tuple[ir.Value, int | None]:
+    """Where `value` is the first channels of a map, that map, whose rows are as the op wants them, and their number."""
+    slicing = value.producer()
+    if slicing is None or slicing.op_type != "Slice" or len(slicing.inputs) != 5 or value.shape is None:
+        return value, None
+    whole, *numbers = slicing.inputs
+    constants = [None if each is None else ir.convenience.get_const_tensor(each) for each in numbers]
+    start, _, axis, step = [None if each is None else each.numpy().tolist() for each in constants]
+    channels = value.shape[1] if len(value.shape) == 4 else None
+    if whole is None or (start, axis, step) != ([0], [1], [1]) or not isinstance(channels, int):
+        return value, None
+    return whole, channels
 
 
 def _port(value: ir.Value, moves: bool) -> Port:

@@ -159,7 +159,7 @@ def _evaluator(operator: Operator) -> type[OpRun]:
     def run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
         given = {name: value for name, value in attributes.items() if value is not None}
         if "dtype" in given:
-            given["dtype"] = getattr(torch, ir.DataType(given["dtype"]).name.lower().replace("float", "float"))
+            given["dtype"] = getattr(torch, ir.DataType(given["dtype"]).name.lower())
         results = reference(**operator.bind([_tensor(each) for each in inputs], given))
         return tuple(map(_array, results if operator.outputs > 1 else (results,)))
 

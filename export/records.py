@@ -8,6 +8,7 @@ The plugin library (`plugins/plugin.cpp`) reads what `Record.to_bytes` writes, a
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agln_fast.errors import BuildError
 from agln_fast.kernels.devices import DEVICES
@@ -28,9 +30,11 @@ __all__ = ["PTX", "Argument", "Launch", "Noted", "Place", "Port", "Program", "Re
 PTX = "ptx"
 """In the place of a capability: what the driver compiles itself, for all GPUs that have no binary of their own."""
 _PTX_OF = "sm80"  # and later: that of others may have instructions that no other GPU has
+_SMALL = "sm86"  # whose tiles fit the shared memory of all
 _MAGIC, _FORMAT = b"AGLN", 1
 _ALIGNMENT = 256  # of what lies in the workspace, bytes
 _TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int32]
+_MEMORY = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}
 _SCALARS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "fp64": "<d"}
 
 
@@ -111,8 +115,8 @@ class Record:
     programs: dict[tuple[str, int], Program]
 
     def to_bytes(self) -> bytes:
-        """For the plugin library; little-endian, strings and lists after their length of 32 bits. A capability is its
-        number, and PTX that of the first one that can run it, negative."""
+        """For the plugin library; little-endian, strings and lists after their length of 32 bits, a CRC-32 last. A
+        capability is its number, and PTX that of the first one that can run it, negative."""
         parts = [_MAGIC, _number(_FORMAT), _text(self.layer.encode())]
         for ports in (self.inputs, self.outputs):
             parts.append(_number(len(ports)))
@@ -130,7 +134,8 @@ class Record:
                 for each in launch.arguments:
                     parts += [_number(each.place), _number(each.index), struct.pack("<Q", each.offset)]
                     parts.append(_text(each.value))
-        return b"".join(parts)
+        data = b"".join(parts)
+        return data + struct.pack("<I", zlib.crc32(data))
 
 
 def _digits(capability: str) -> int:
@@ -225,17 +230,33 @@ def record(
     programs: dict[tuple[str, int], Program] = {}
     outputs: tuple[Port, ...] = ()
     for capability in (*capabilities, PTX):
-        device = _PTX_OF if capability == PTX else capability
+        device, tiles_of = (_PTX_OF, _SMALL) if capability == PTX else (capability, capability)
         for batch in batches:
             given = [port.empty(batch) for port in inputs]
-            with recording(device) as found:
-                results = OPS[op].launch((), arguments(given), (device, DEVICES[device].processors))
+            with recording(device) as found, _Nothing(op):
+                results = OPS[op].launch((), arguments(given), (tiles_of, DEVICES[tiles_of].processors))
             results = results if isinstance(results, tuple) else (results,)
-            outputs = tuple(_port_of(op, result, batch) for result in results)
+            ports = tuple(_port_of(op, result, batch) for result in results)
+            if outputs not in ((), ports):
+                raise BuildError(f"{op} gives {outputs} for one batch or GPU, and {ports} for another")
+            outputs = ports
             places = _Places(given, results)
             launches = tuple(_launch(op, noted, places, binaries, capability) for noted in found)
             programs[capability, batch] = Program(launches, places.workspace)
     return Record(layer, tuple(inputs), outputs, tuple(binaries), programs)
+
+
+class _Nothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what a launcher does beside launching: it would not be in the record."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._op = op
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func._schema.name not in _MEMORY:
+            raise BuildError(f"{self._op}: its launcher calls {func._schema.name}, which a layer would not do")
+        return func(*args, **(kwargs or {}))
 
 
 def _port_of(op: str, result: Tensor, batch: int) -> Port:
@@ -285,6 +306,7 @@ def _launch(op: str, noted: Noted, places: _Places, binaries: dict[bytes, int], 
     needs = {
         "clusters": metadata.num_ctas != 1,
         "a cooperative grid": metadata.launch_cooperative_grid,
+        "a programmatic launch": metadata.launch_pdl,
         "scratch memory": metadata.global_scratch_size or metadata.profile_scratch_size,
     }
     if wanted := [what for what, needed in needs.items() if needed]:

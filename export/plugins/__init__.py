@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from importlib import resources
 from importlib.util import find_spec
@@ -52,15 +51,14 @@ def library() -> Path:
     folders = headers()
     names = ",".join(f'"{name}"' for name in operators())
     command = [compiler(), *_FLAGS, f"-DAGLN_LAYERS={names}", *(f"-I{folder}" for folder in folders)]
-    facts = "\n".join([source, *command, _tensorrt_version(folders[0])])
+    facts = "\n".join([source, *command, str(_tensorrt_version(folders[0]))])
     name = hashlib.sha256(facts.encode()).hexdigest()[:32]
-    for place in (environment.cache_folder() / "layers", _own_folder()):
-        file = place / name / LAYERS_FILE
-        if file.is_file():
-            return file
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            break
+    file = environment.cache_folder() / "layers" / name / LAYERS_FILE
+    if not file.is_file() and environment.obstacle_to_writing(file.parent):
+        file = _own_folder() / LAYERS_FILE
+    if file.is_file():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file, BuildError) as part:
         _compile([*command, "-xc++", "-", "-o", str(part), "-ldl"], source)
     return file
@@ -121,7 +119,7 @@ def headers() -> tuple[Path, Path]:
         "NvInfer.h", [given] if given else [*map(Path, _SYSTEM), *_of_package("kernel_lens", "include/tensorrt")]
     )
     if tensorrt is None:
-        where = f"{given} has no NvInfer.h" if given else "NvInfer.h is not there"
+        where = f"{given} has no NvInfer.h of 10 or later" if given else "NvInfer.h of 10 or later is not there"
         raise BuildError(
             f"our layers need TensorRT's headers, and {where}: pip install kernel-lens, which carries them, install "
             "libnvinfer-headers-dev, or set AGLN_FAST_TENSORRT_INCLUDE to their folder"
@@ -133,7 +131,13 @@ def headers() -> tuple[Path, Path]:
 
 
 def _with(name: str, folders: list[Path]) -> Path | None:
-    return next((folder for folder in folders if (folder / name).is_file()), None)
+    return next((folder for folder in folders if (folder / name).is_file() and _is_new(folder)), None)
+
+
+def _is_new(folder: Path) -> bool:
+    """Not headers of a TensorRT that has no layers of this kind; true of all other folders."""
+    version = _tensorrt_version(folder) if (folder / "NvInferVersion.h").is_file() else ()
+    return not version or version >= (10,)
 
 
 def _of_package(package: str, inside: str) -> Iterator[Path]:
@@ -143,7 +147,7 @@ def _of_package(package: str, inside: str) -> Iterator[Path]:
         yield Path(spec.origin).parent / inside
 
 
-def _tensorrt_version(folder: Path) -> str:
-    """Of the headers, e.g. "10.14"; they may be replaced by others in the same folder."""
+def _tensorrt_version(folder: Path) -> tuple[int, ...]:
+    """Of the headers, e.g. (10, 14)."""
     found = dict(_VERSION.findall((folder / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")))
-    return f"{found.get('MAJOR', '?')}.{found.get('MINOR', '?')}"
+    return tuple(int(found.get(part, 0)) for part in ("MAJOR", "MINOR"))

@@ -15,7 +15,6 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -30,9 +29,10 @@ namespace {
 using namespace nvinfer1;
 
 constexpr char kVERSION[] = "1";
-constexpr char kNAMESPACE[] = "";
+constexpr char kNAMESPACE[] = "agln";
 constexpr char kRECORD[] = "record";
 constexpr size_t kMOST_ARGUMENTS = 64;
+constexpr uint64_t kALIGNMENT = 16;  // bytes
 constexpr unsigned kSHARED_WITHOUT_ASKING = 48U << 10;
 
 ILoggerFinder* gLoggerFinder = nullptr;
@@ -115,6 +115,18 @@ private:
         }
     }
 };
+
+Driver const& driver();
+
+// Whether there is a driver, and a CUDA context in this thread.
+bool hasDevice() noexcept {
+    try {
+        CUcontext context{};
+        return driver().ctxGetCurrent(&context) == CUDA_SUCCESS && context != nullptr;
+    } catch (std::exception const&) {
+        return false;
+    }
+}
 
 Driver const& driver() {
     static Driver const found;  // if it throws, the next call tries again
@@ -200,6 +212,7 @@ public:
         bytes(&found[0], found.size());
         return found;
     }
+    size_t left() const { return mLeft; }
     void end() const {
         if (mLeft != 0) {
             fail();
@@ -225,6 +238,18 @@ private:
     size_t mLeft;
 };
 
+// CRC-32 of IEEE 802.3, as in zlib.
+uint32_t checksum(char const* data, size_t size) {
+    uint32_t crc = ~0U;
+    for (size_t i = 0; i < size; ++i) {
+        crc ^= static_cast<unsigned char>(data[i]);
+        for (int bit = 0; bit < 8; ++bit) {
+            crc = crc >> 1 ^ (crc & 1U ? 0xedb88320U : 0U);
+        }
+    }
+    return ~crc;
+}
+
 struct Record {
     std::string data;  // all of it, as it was read
     std::vector<Port> inputs;
@@ -235,7 +260,16 @@ struct Record {
     std::map<int, std::map<int, Program>> programs;
 
     Record(std::string const& op, std::string source) : data(std::move(source)) {
-        Reader reader(data.data(), data.size());
+        uint32_t sum{};
+        if (data.size() < sizeof(sum)) {
+            Reader::fail();
+        }
+        size_t const length = data.size() - sizeof(sum);
+        std::memcpy(&sum, data.data() + length, sizeof(sum));
+        if (sum != checksum(data.data(), length)) {
+            Reader::fail();
+        }
+        Reader reader(data.data(), length);
         char magic[4];
         reader.bytes(magic, sizeof(magic));
         if (std::memcmp(magic, "AGLN", sizeof(magic)) != 0 || reader.number() != 1 || reader.text() != op) {
@@ -249,6 +283,9 @@ struct Record {
         }
         for (size_t left = reader.count(); left > 0; --left) {
             int const capability = reader.number();
+            if (capability == 0 || capability < -1000 || capability > 1000) {
+                Reader::fail();
+            }
             int const batch = static_cast<int>(reader.positive());
             readProgram(reader, programs[capability][batch]);
         }
@@ -372,7 +409,12 @@ public:
             uint64_t values[kMOST_ARGUMENTS];
             void* addresses[kMOST_ARGUMENTS];
             for (size_t i = 0; i < launch.arguments.size(); ++i) {
-                values[i] = value(launch.arguments[i], inputs, outputs, workspace);
+                Argument const& argument = launch.arguments[i];
+                values[i] = value(argument, inputs, outputs, workspace);
+                // The kernels were compiled for such addresses; others would be a fault that ends the context.
+                if (argument.place != Place::kVALUE && argument.offset % kALIGNMENT == 0 && values[i] % kALIGNMENT != 0) {
+                    throw std::runtime_error("a tensor begins at no multiple of 16 bytes");
+                }
                 addresses[i] = &values[i];
             }
             cuda.check(cuda.launchKernel(mFunctions[launch.function], launch.grid[0], launch.grid[1], launch.grid[2],
@@ -504,9 +546,11 @@ public:
     int32_t setTactic(int32_t) noexcept override { return 0; }
     int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t inputCount, PluginTensorDesc const* outputs, int32_t outputCount) noexcept override {
         return guarded([&] {
-            if (mKernels == nullptr) {
-                return 0;  // while building
+            // An engine's builder attaches nothing, and may time layers all the same, where there is a GPU.
+            if (mKernels == nullptr && !hasDevice()) {
+                return 0;
             }
+            prepare();
             check(mRecord->inputs, inputs, inputCount);
             check(mRecord->outputs, outputs, outputCount);
             mKernels->program(inputs[0].dims.d[0]);
@@ -516,9 +560,7 @@ public:
     int32_t enqueue(PluginTensorDesc const* inputs, PluginTensorDesc const*, void const* const* from, void* const* to, void* workspace,
         cudaStream_t stream) noexcept override {
         return guarded([&] {
-            if (mKernels == nullptr) {
-                throw std::runtime_error(std::string(mName) + " was not attached to a context");
-            }
+            prepare();
             mKernels->run(mKernels->program(inputs[0].dims.d[0]), from, to, workspace, reinterpret_cast<CUstream>(stream));
             return 0;
         }, -1);
@@ -533,6 +575,13 @@ public:
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &mFields; }
 
 private:
+    // Loaded once; an attached layer comes with them.
+    void prepare() {
+        if (mKernels == nullptr) {
+            mKernels = std::make_shared<Kernels>(mRecord);
+        }
+    }
+
     void check(std::vector<Port> const& ports, PluginTensorDesc const* tensors, int32_t count) const {
         bool fits = static_cast<size_t>(count) == ports.size();
         for (size_t i = 0; fits && i < ports.size(); ++i) {

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from agln_fast.bench.kernels.calls import CALLS
+from agln_fast.errors import BuildError
 from agln_fast.export.plugins import compiler, headers, library, obstacle
-from agln_fast.export.records import Argument, Launch, Place, Port, Program, Record
+from agln_fast.export.records import Argument, Launch, Place, Port, Program, Record, _Nothing
 from agln_fast.kernels.devices import DEVICES
 
 HERE = Path(__file__).parent / "layers"
@@ -66,17 +67,17 @@ def on_stand_in(built, script, *arguments, stdin="", **environment):
 
 
 def same_launches(found):
-    """Whether both asked for the same: names, grids, blocks, memory, numbers, places in inputs and outputs, and for
-    each place in Triton's workspace one in the layer's."""
+    """Whether both asked for the same: names, binaries, grids, blocks, memory, numbers, places in inputs and outputs,
+    and for each place in Triton's workspace one in the layer's."""
     if not len(found["triton"]) == len(found["layer"]) == len(found["record"]) > 0:
         return False
     start, size = found["workspace"]
     places, taken = {}, {}
     for triton, layer, kinds in zip(found["triton"], found["layer"], found["record"], strict=True):
         triton, layer = triton.split(), layer.split()
-        if triton[:4] != layer[:4] or not len(triton) == len(layer) == 4 + len(kinds):
+        if triton[:5] != layer[:5] or not len(triton) == len(layer) == 5 + len(kinds):
             return False
-        for one, other, (kind, count) in zip(triton[4:], layer[4:], kinds, strict=True):
+        for one, other, (kind, count) in zip(triton[5:], layer[5:], kinds, strict=True):
             if not len(one) == len(other) == 2 * count:
                 return False
             if kind != Place.WORKSPACE:
@@ -106,13 +107,11 @@ def test_layers_launch_what_triton_launches(built):
     """Every op at two levels of the pyramid, with several batches in one record."""
     cases = [[op, "float16", "sm90", side, 2] for op in CALLS for side in SIDES]
     found = _compare(built, cases)
-    # The comparison sees one bit that differs: in a number, in a grid, in a place.
-    for word, change in ((-3, "0"), (1, "1"), (4, "0")):
+    # The comparison sees a digit that differs: in a number, in a grid, in a place, in a binary.
+    for word in (-3, 2, 5, 1):
         spoilt = json.loads(json.dumps(found[0]))
         words = spoilt["layer"][0].split()
-        words[word] = (
-            f"{words[word][:-1]}{(int(words[word][-1], 16) + 1) % 16:x}" if change == "0" else words[word] + "1"
-        )
+        words[word] = f"{words[word][:-1]}{(int(words[word][-1], 16) + 1) % 16:x}"
         spoilt["layer"][0] = " ".join(words)
         assert not same_launches(spoilt)
 
@@ -134,7 +133,7 @@ def _program(name, batch, *arguments):
         Argument(Place.WORKSPACE, offset=512),
     )
     value = Argument(Place.VALUE, value=(7 * batch).to_bytes(4, "little"))
-    return Program((Launch(0, name, (batch, 2, 3), 64, 50_000, (*places, value)),), 1024)
+    return Program((Launch(int(name == "other"), name, (batch, 2, 3), 64, 50_000, (*places, value)),), 1024)
 
 
 RECORD = Record(
@@ -149,6 +148,14 @@ RECORD = Record(
         ("ptx", 2): _program("other", 2),
     },
 )
+
+
+def _hash(image):
+    """As the stand-in has it: FNV-1a of 64 bits."""
+    value = 0xCBF29CE484222325
+    for byte in image:
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value
 
 
 def _attach(built, tmp_path, data=None, batch=2, threads=1, name="ChannelApply", **environment):
@@ -172,7 +179,8 @@ def _attach(built, tmp_path, data=None, batch=2, threads=1, name="ChannelApply",
 def test_the_program_of_the_gpu_and_the_batch_runs(built, tmp_path, capability, batch, launched):
     found = _attach(built, tmp_path, batch=batch, FAKE_CUDA_CAPABILITY=capability)
     numbers = f"{0x1000:016x} {0x2008:016x} {0x3200:016x} {7 * batch:08x}"
-    assert found["launches"] == [f"{launched} grid={batch},2,3 block=64,1,1 shared=50000 {numbers}"]
+    image = _hash(b"text" if launched == "other" else b"binary")
+    assert found["launches"] == [f"{launched} image={image:016x} grid={batch},2,3 block=64,1,1 shared=50000 {numbers}"]
     assert (found["shape"], found["enqueue"], found["messages"]) == (0, [0], "")
 
 
@@ -250,13 +258,13 @@ def test_a_damaged_record_is_refused(native):
     assert native.made(data) is not None
 
 
-def test_no_flipped_byte_ends_the_process(native):
+def test_a_flipped_bit_is_seen(native):
     data = RECORD.to_bytes()
     for place in range(len(data)):
         for bit in (0, 3, 7):
             flipped = bytearray(data)
             flipped[place] ^= 1 << bit
-            native.made(bytes(flipped))
+            assert native.made(bytes(flipped)) is None
 
 
 @pytest.mark.parametrize(
@@ -296,3 +304,39 @@ def test_what_is_missing_to_compile_is_named(name, message, monkeypatch, tmp_pat
         monkeypatch.setenv("AGLN_FAST_TENSORRT_INCLUDE", str(tmp_path))
         assert f"{tmp_path} has no NvInfer.h" in obstacle()
         assert "pip install kernel-lens" in obstacle()
+
+
+def test_a_builder_on_a_gpu_may_run_what_nobody_attached(built, tmp_path):
+    """And says what cannot be done there, as an attached one does."""
+    found = _attach(built, tmp_path, threads=0, FAKE_CUDA_CAPABILITY="90")
+    assert (found["shape"], found["enqueue"]) == (0, [0])
+    assert len(found["launches"]) == 1
+    found = _attach(built, tmp_path, threads=0, FAKE_CUDA_CAPABILITY="75")
+    assert (found["shape"], found["enqueue"]) == (-1, [-1])
+
+
+def test_a_tensor_that_begins_amid_sixteen_bytes_is_refused(built, tmp_path):
+    found = _attach(built, tmp_path, FAKE_CUDA_CAPABILITY="90", INPUT_AT="0x1008")
+    assert (found["enqueue"], found["launches"]) == ([-1], [])
+    assert "a tensor begins at no multiple of 16 bytes" in found["messages"]
+
+
+def test_modules_are_unloaded_where_they_were_loaded(built, tmp_path):
+    found = _attach(built, tmp_path, threads=3, FAKE_CUDA_CAPABILITY="90")
+    assert found["modules"] == [3, 3]
+
+
+def test_what_a_launcher_does_beside_launching_is_refused():
+    """A copy that a launcher makes would be missing in the layer."""
+    with pytest.raises(BuildError, match="its launcher calls aten::clone, which a layer would not do"), _Nothing("op"):
+        torch.empty(4, 4).t().contiguous()
+    with _Nothing("op"):
+        torch.empty(2, 2).view(4)
+
+
+def test_old_headers_are_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "NvInfer.h").touch()
+    for text, good in (("#define NV_TENSORRT_MAJOR 8\n", False), ("#define TRT_MAJOR_ENTERPRISE 10\n", True)):
+        (tmp_path / "NvInferVersion.h").write_text(text)
+        monkeypatch.setenv("AGLN_FAST_TENSORRT_INCLUDE", str(tmp_path))
+        assert (obstacle() is None) == good

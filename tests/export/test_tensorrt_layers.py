@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
+import torch
 
 import agln_fast
 from agln_fast.artefact import LAYERS_FILE
 from agln_fast.contract import IOContract
 from agln_fast.errors import BuildError, ConfigError
 from agln_fast.export import tensorrt_layers as module
+from agln_fast.export.layers import _Nodes
 from agln_fast.export.nodes import DOMAIN
 from agln_fast.export.onnx import export_onnx
 from agln_fast.export.plugins import library, obstacle
+from agln_fast.export.records import Port
 from agln_fast.export.tensorrt_layers import build_engine_with_layers
 from agln_fast.plan.fuse import fused_plan
 from agln_fast.tensorrt_library import RTX_CAPABILITIES
@@ -109,6 +115,17 @@ def test_a_range_of_batches(exported, tmp_path):
     assert len(layers) == sum(node.domain == DOMAIN for node in onnx.load(file).graph.node)
 
 
+@pytest.mark.parametrize("precision", TYPES)
+def test_logits_of_any_number_of_classes(precision, exported, tmp_path):
+    """Five channels: no format of TensorRT has them last, so this layer takes and gives them in order."""
+    file = exported("fpn_resnet18", precision, IOContract(SIDE, SIDE, 2, 2, output="logits"))
+    engine = tmp_path / "x.engine"
+    options = {"flavour": "tensorrt-rtx", "precision": precision, "compute_capabilities": ("sm89",)}
+    build_engine_with_layers(file, engine, batch=(2, 2), **options)
+    layers, _ = _read(engine.read_bytes())
+    assert len(layers) == sum(node.domain == DOMAIN for node in onnx.load(file).graph.node)
+
+
 def test_one_image_is_no_weight(tmp_path):
     """A batch of one looks like any side of one: what is an activation is known by where it comes from."""
     network = agln_fast.create_model("agln_release_resnet18", 5).eval()
@@ -148,3 +165,18 @@ def test_the_library_is_kept(tmp_path, monkeypatch):
     before = first.stat().st_mtime_ns
     assert library() == first
     assert first.stat().st_mtime_ns == before
+
+
+def test_bytes_come_back_as_they_were(tmp_path):
+    """A layer gives int8: its bits are those of uint8, for 256 classes as for 12; dimensions come back in order."""
+    raw = ir.Value(name="raw", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([1, 2, 256]))
+    nodes = _Nodes([])
+    result = nodes.as_promised(raw, Port((-1, 2, 256), torch.uint8, order=(0, 2, 1)))
+    result.name, result.dtype, result.shape = "labels", ir.DataType.UINT8, ir.Shape([1, 256, 2])
+    graph = ir.Graph([raw], [result], nodes=nodes.nodes, opset_imports={"": 22})
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "x.onnx")
+    labels = np.arange(512).reshape(1, 2, 256).astype(np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"raw": labels.view(np.int8)})
+    assert found.dtype == np.uint8
+    assert (found == labels.transpose(0, 2, 1)).all()

@@ -25,11 +25,12 @@ def main(harness: str, library: str, name: str, record: str, batch: str, threads
     native.messages.restype = ctypes.c_char_p
     data = Path(record).read_bytes()
     layer = native.create(library.encode(), name.encode(), data, len(data), 0)
-    attached = [native.attach(ctypes.c_void_p(layer)) for _ in range(int(threads))] if layer else [None]
+    # Without threads the layer itself runs, as where an engine is built.
+    attached = [native.attach(ctypes.c_void_p(layer)) for _ in range(int(threads))] or [layer] if layer else [None]
     answer = {"created": layer is not None, "attached": all(attached)}
     if all(attached):
         shapes = (ctypes.c_int * 6)(2, int(batch), 4, 2, int(batch), 4)  # an input (B, 4) and an output (B, 4)
-        places = [(ctypes.c_void_p * 1)(place) for place in (0x1000, 0x2000)]
+        places = [(ctypes.c_void_p * 1)(place) for place in (int(os.environ.get("INPUT_AT", "0x1000"), 0), 0x2000)]
         answer["shape"] = native.shape(ctypes.c_void_p(attached[0]), shapes, 1, 1)
         statuses = []
 
@@ -47,6 +48,8 @@ def main(harness: str, library: str, name: str, record: str, batch: str, threads
         for each in attached:
             native.destroy(ctypes.c_void_p(each))
     answer["messages"] = native.messages().decode()
+    driver = ctypes.CDLL("libcuda.so.1")
+    answer["modules"] = [driver.fake_loaded(), driver.fake_unloaded()]
     answer["launches"] = log.read_text().splitlines() if log.exists() else []
     print(json.dumps(answer))
 

@@ -1,6 +1,6 @@
 /* A stand-in for libcuda.so.1 on a machine without a GPU, for Triton's launchers and for our layers: it accepts what they
-   ask of a driver, and notes each launch as a line of the file that FAKE_CUDA_LOG names: kernel, grid, block, shared
-   memory, and for each argument its bytes in hexadecimal, as many as FAKE_CUDA_SIZES says for the kernel ("name:884...").
+   ask of a driver, and notes each launch as a line of the file that FAKE_CUDA_LOG names: kernel, its binary (a hash of
+   what was loaded), grid, block, shared memory, and for each argument its bytes in hexadecimal, as many as FAKE_CUDA_SIZES says for the kernel ("name:884...").
    FAKE_CUDA_CAPABILITY: of its one GPU, e.g. 89. FAKE_CUDA_FAILS: a function that returns an error. Nothing is computed.
 */
 #include "cuda.h"
@@ -10,7 +10,31 @@
 
 #define MOST 4096
 static char name_of[MOST][128];
-static size_t names;
+static unsigned long long image_of[MOST], modules[MOST];
+static size_t names, module_count;
+
+/* FNV-1a of an image: of an ELF file, whose section headers end it, or of text. */
+static unsigned long long hash(const void *image) {
+  const unsigned char *bytes = image;
+  size_t size = strlen(image);
+  if (!memcmp(bytes, "\177ELF", 4)) {
+    unsigned long long offset;
+    unsigned short entry, count;
+    memcpy(&offset, bytes + 40, 8);
+    memcpy(&entry, bytes + 58, 2);
+    memcpy(&count, bytes + 60, 2);
+    size = offset + (size_t)entry * count;
+  }
+  unsigned long long value = 0xcbf29ce484222325ULL;
+  for (size_t i = 0; i < size; i++)
+    value = (value ^ bytes[i]) * 0x100000001b3ULL;
+  return value;
+}
+static CUmodule load(const void *image) {
+  if (module_count < MOST)
+    modules[module_count++] = hash(image);
+  return (CUmodule)module_count;
+}
 
 static CUresult result(const char *function) {
   const char *fails = getenv("FAKE_CUDA_FAILS");
@@ -23,7 +47,8 @@ static void note(CUfunction f, const unsigned *g, const unsigned *b, unsigned sh
   if (!log)
     return;
   const char *name = id && id <= names ? name_of[id - 1] : "?";
-  fprintf(log, "%s grid=%u,%u,%u block=%u,%u,%u shared=%u", name, g[0], g[1], g[2], b[0], b[1], b[2], shared);
+  unsigned long long image = id && id <= names ? image_of[id - 1] : 0;
+  fprintf(log, "%s image=%016llx grid=%u,%u,%u block=%u,%u,%u shared=%u", name, image, g[0], g[1], g[2], b[0], b[1], b[2], shared);
   const char *sizes = getenv("FAKE_CUDA_SIZES");
   for (size_t length = strlen(name); sizes && *sizes; sizes = strchr(sizes, ' ') ? strchr(sizes, ' ') + 1 : "") {
     if (strncmp(sizes, name, length) || sizes[length] != ':')
@@ -52,8 +77,10 @@ CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, uns
   return result("cuLaunchKernel");
 }
 CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
-  if (names < MOST)
+  if (names < MOST) {
+    image_of[names] = (size_t)m && (size_t)m <= module_count ? modules[(size_t)m - 1] : 0;
     strncpy(name_of[names++], name, sizeof(name_of[0]) - 1);
+  }
   *f = (CUfunction)names;
   return result("cuModuleGetFunction");
 }
@@ -81,14 +108,20 @@ CUresult cuFuncGetModule(CUmodule *m, CUfunction f) {
   return CUDA_SUCCESS;
 }
 CUresult cuModuleLoadData(CUmodule *m, const void *image) {
-  *m = (CUmodule)1;
+  *m = load(image);
   return result("cuModuleLoadData");
 }
 CUresult cuModuleLoadDataEx(CUmodule *m, const void *image, unsigned n, CUjit_option *o, void **v) {
-  *m = (CUmodule)1;
+  *m = load(image);
   return CUDA_SUCCESS;
 }
-CUresult cuModuleUnload(CUmodule m) { return CUDA_SUCCESS; }
+static int unloaded;
+CUresult cuModuleUnload(CUmodule m) {
+  unloaded++;
+  return CUDA_SUCCESS;
+}
+int fake_loaded(void) { return (int)module_count; }
+int fake_unloaded(void) { return unloaded; }
 CUresult cuCtxGetCurrent(CUcontext *c) {
   *c = (CUcontext)1;
   return CUDA_SUCCESS;
