@@ -101,12 +101,11 @@ for stage in "${stages[@]}"; do
         tensorrt)
             for target in tensorrt tensorrt-rtx; do
                 bundle=$out/$target.agln
-                if ! reason=$("$python" -c "import ${target//-/_}" 2>&1 | tail -n 1) || [ -n "$reason" ]; then
-                    echo "left out: $target: $reason; pip install \"agln-fast[$target]\""
+                if ! reason=$("$python" -c "import ${target//-/_}" 2>&1); then
+                    echo "left out: $target: $(tail -n 1 <<< "$reason"); pip install \"agln-fast[$target]\""
                 elif limited "$python" -m agln_fast.cli build agln_nano -o "$bundle" --target "$target" --size 128x128 \
                     --precision fp16 --force; then
-                    limited "$python" -m agln_fast.cli verify "$bundle" || status=1
-                    limited "$python" -m agln_fast.cli verify "$bundle" --json > "$out/$target.json" || status=1
+                    limited "$python" -m agln_fast.cli verify "$bundle" --json | tee "$out/$target.json" || status=1
                 else
                     status=1
                 fi

@@ -77,6 +77,11 @@ def test_lines_are_short(page):
 
 
 @every_page
+def test_no_merge_is_left_open(page):
+    assert not re.search(r"^(<<<<<<<|=======$|>>>>>>>)", page.read_text("utf-8"), re.MULTILINE)
+
+
+@every_page
 def test_tables_have_no_empty_and_no_crowded_cell(page):
     for row in tables(page):
         assert all(cell and cell != "–" for cell in row), row

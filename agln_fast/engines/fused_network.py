@@ -17,6 +17,7 @@ from agln_fast.deployment import DeployedNetwork
 from agln_fast.engines.fused import gpu_obstacle
 from agln_fast.engines.torch_network import NetworkEngine, dtype_of, exact_float32
 from agln_fast.errors import BackendError
+from agln_fast.machine import gpus
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.convolution import WAYS, choose_convolutions
 from agln_fast.plan.fuse import fuse
@@ -107,7 +108,7 @@ def _facts(device: torch.device) -> dict[str, Any] | None:
     return {
         "gpu": torch.cuda.get_device_name(device),
         "capability": torch.cuda.get_device_capability(device),
-        "driver": torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]
+        "driver": [gpu.driver for gpu in gpus()],
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 

@@ -160,8 +160,8 @@ def _fastest(layer: FusedConv2d, features: _Layout, residual: _Layout | None, ra
         call = partial(getattr(layer, way), x, z)
         try:
             call()
-        except RuntimeError:
-            if way != "in_one_call":
+        except RuntimeError as error:
+            if way != "in_one_call" or isinstance(error, torch.OutOfMemoryError):
                 raise
         else:
             calls[way] = call

@@ -195,10 +195,14 @@ class Fusion(nn.Module):
         self, a: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]], coarse: Tensor | None = None
     ) -> Tensor:
         """`descriptors` of each aggregation; `coarse` is what A was resized from, None where A is no resized map."""
+        terms = self.terms
+        is_joint = self.attention == "kernels" and self.enhance is None and terms.distributes and terms.refines
+        base = self.joint(a, b, descriptors) if is_joint else self.in_steps(a, b, descriptors, coarse)
+        return base if self.fuse is None else cast(Tensor, self.fuse(base))
+
+    def in_steps(self, a: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]], coarse: Tensor | None) -> Tensor:
+        """What Φ takes: the distribution, Ψ, and the sum of `FusionTerms`."""
         terms, m, base, query = self.terms, None, a, a
-        if self.attention == "kernels" and self.enhance is None and terms.distributes and terms.refines:
-            base = self.joint(a, b, descriptors)
-            return base if self.fuse is None else cast(Tensor, self.fuse(base))
         if terms.distributes:
             aggregation, place = self.source
             m, base = self.distribution(a, descriptors[aggregation][place], terms.alpha, coarse)
@@ -215,7 +219,7 @@ class Fusion(nn.Module):
                 base = torch.add(base, g if m is None else g * m.sigmoid(), alpha=terms.gate_scale)
             if terms.skip_scale != 0:
                 base = torch.add(base, b, alpha=terms.skip_scale)
-        return base if self.fuse is None else cast(Tensor, self.fuse(base))
+        return base
 
     def joint(self, a: Tensor, b: Tensor, descriptors: list[tuple[Tensor, ...]]) -> Tensor:
         """What Φ takes, by one op: where Q = A, R needs no M, and goes first."""

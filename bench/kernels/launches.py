@@ -4,8 +4,9 @@
 
 The network runs on the device "meta", which computes nothing. What reaches PyTorch's dispatcher is counted: an op of
 ours by calling its own launcher with launches stood in for, any other operation as one kernel, unless it only gives a
-view or takes memory. A convolution is what cuDNN does in one call, bias, residual and ReLU included, as it was on an
-H100 for all of them; kernels that it launches before, to pad or to reorder, are not seen.
+view or takes memory. A convolution with a ReLU is what cuDNN does in one call, bias and residual included, as it was on
+an H100 for all of them; kernels that it launches before, to pad or to reorder, are not seen, nor is what our launchers
+do beside launching, which is nothing for maps of these sizes.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 y = forward(layer, x, residual)
             maps = [each for each in (x, residual, y) if each is not None]
             self.note(self._part, "convolution", 1, [*maps, layer.weight])
+            if layer.bias is not None and not layer.relu:  # no call of cuDNN's adds it
+                self.note(self._part, "bias", 1, [y, y])
             return y
 
         try:

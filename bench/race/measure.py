@@ -260,7 +260,11 @@ class _Bench:
         recipe, seconds = contestant(entry.contestant).make(self._workshop, entry.precision, entry.plan)
         before = time.perf_counter()
         opened = recipe.open()
-        labels = opened.run(image)  # torch.compile does all its work here
+        try:
+            labels = opened.run(image)  # torch.compile does all its work here
+        except BaseException:
+            opened.close()
+            raise
         seconds += time.perf_counter() - before
         equal = [np.mean(labels == each.labels) for each in references[:1]]
         equal += [np.mean(opened.run(each.image) == each.labels) for each in references[1:]]

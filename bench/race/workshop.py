@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -203,30 +204,32 @@ class _OpenedTorch:
             )
 
     def run(self, image: Array) -> Array:
+        if self._network is None:
+            raise BackendError("torch: this contestant is closed; open it again")
         return self._thread.submit(self._run, image).result()
 
     @torch.inference_mode()
     def _run(self, image: Array) -> Array:
-        if self._network is None:
-            raise BackendError("torch: this contestant is closed; open it again")
-        recipe = self._recipe
+        network, recipe = self._network, self._recipe
+        assert network is not None
         kind = torch.device(recipe.device).type
         half = PRECISIONS[recipe.precision].half
         autocast = torch.autocast(kind, dtype_of(recipe.precision) if half else None, enabled=half)
         with exact_float32(benchmark=True), autocast, _compiling(kind):
-            return cast(Array, self._network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
+            return cast(Array, network(torch.from_numpy(image).to(recipe.device)).cpu().numpy())
 
     engine = run
 
     def close(self) -> None:
         self._network = None
+        self._thread.shutdown()
         _compiled.discard(self)
         if self._recipe.compile_mode and not _compiled:
             # What it has compiled for networks that are gone counts towards a limit, behind which it compiles no more.
             torch._dynamo.reset()
 
 
-_compiled: set[_OpenedTorch] = set()
+_compiled: WeakSet[_OpenedTorch] = WeakSet()
 
 
 def _start_thread(threads: int) -> None:

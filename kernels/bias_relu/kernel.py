@@ -49,7 +49,7 @@ def _bias_relu_kernel(
         b_r = tl.load(residual + i_b * stride_rb + o_p * stride_rp + o_c * stride_rc, mask=mask, other=0.0)
         b_y += b_r.to(tl.float32)
     p_y = y + i_b * stride_yb + o_p * stride_yp + o_c * stride_yc
-    tl.store(p_y, tl.maximum(b_y, 0.0).to(y.dtype.element_ty), mask=mask)
+    tl.store(p_y, tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y.dtype.element_ty), mask=mask)
 
 
 def bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None = None, *, config: LaunchConfig) -> Tensor:

@@ -139,7 +139,8 @@ def _separable_kernel(
                 m_w = (c + o_c < C)[:, None] & m_o[None, :]
                 b_w = tl.load(p_w + c * stride_pc + o_o[None, :] * stride_po, mask=m_w, other=0.0)  # [BC, BO]
                 b_acc = tl.dot(b_f.to(b_w.dtype), b_w, b_acc, input_precision=PRECISION)
-        b_y = tl.maximum(b_acc + tl.load(bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :], 0.0)
+        b_y = b_acc + tl.load(bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
+        b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         p_yo = p_y + o_o[None, :].to(tl.int64) * stride_yo
         tl.store(p_yo, b_y.to(y.dtype.element_ty), mask=m_p[:, None] & m_o[None, :])
 

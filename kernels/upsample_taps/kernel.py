@@ -114,7 +114,7 @@ def _upsample_kernel(
         if t > first:
             o_target = ((t - 1).to(tl.int64) * W + o_x)[:, None]
             b_x = tl.load(p_x + o_target * stride_xp, mask=m_y, other=0.0).to(tl.float32)
-            b_y = tl.maximum(b_last + b_x + b_bias, 0.0)
+            b_y = tl.maximum(b_last + b_x + b_bias, 0.0, propagate_nan=tl.PropagateNan.ALL)
             tl.store(p_y + o_target * stride_yp, b_y.to(y.dtype.element_ty), mask=m_y)
         b_last, b_row = b_row, b_next
 

@@ -128,6 +128,13 @@ def test_op(adds, memory_format, dtype):
 
 
 @pytest.mark.gpu
+def test_nan_stays_nan_on_the_gpu():
+    """As in PyTorch: an instruction for the larger of two numbers would take the zero. The interpreter has another."""
+    x = torch.full((1, 16, 4, 4), float("nan"), device="cuda", dtype=torch.float16)
+    assert bias_relu(x, torch.zeros(16, device="cuda", dtype=torch.float16), None).isnan().all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @LAYOUTS
 @RESIDUAL
