@@ -11,6 +11,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 import agln_fast
+from agln_fast.bench.race.weights import random_network
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.export.nodes import DOMAIN, evaluators, operators
@@ -118,7 +119,7 @@ def test_arguments_come_back(name):
 
 def test_weights_of_large_networks_are_constants(tmp_path):
     """Of a view of weights the exporter makes a node, which is folded whatever their size: a layer reads them."""
-    network = agln_fast.create_model("agln_release_resnet18", 5).eval()
+    network = random_network("agln_release_resnet18", 5)
     graph = onnx.load(_exported(network, tmp_path, IOContract(64, 64))).graph
     constants = {tensor.name for tensor in graph.initializer}
     pools = [node for node in graph.node if node.op_type == "AttentionPool"]

@@ -12,8 +12,8 @@ import onnxruntime
 import pytest
 import torch
 
-import agln_fast
 from agln_fast.artefact import LAYERS_FILE
+from agln_fast.bench.race.weights import random_network
 from agln_fast.contract import IOContract
 from agln_fast.errors import BuildError, ConfigError
 from agln_fast.export import tensorrt_layers as module
@@ -128,7 +128,7 @@ def test_logits_of_any_number_of_classes(precision, exported, tmp_path):
 
 def test_one_image_is_no_weight(tmp_path):
     """A batch of one looks like any side of one: what is an activation is known by where it comes from."""
-    network = agln_fast.create_model("agln_release_resnet18", 5).eval()
+    network = random_network("agln_release_resnet18", 5)
     export_onnx(network, tmp_path / "x.onnx", IOContract(64, 64), "fp16", plan=fused_plan(network.config))
     built = build_engine_with_layers(
         tmp_path / "x.onnx",
