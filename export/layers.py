@@ -90,46 +90,39 @@ def _make_layer(
         num_outputs=len(found.outputs),
         name=node.name,
     )
-    new = _Nodes([layer])
-    results = []
+    nodes, results = [layer], []
     for old, raw, port in zip(node.outputs, layer.outputs, found.outputs, strict=True):
         raw.dtype, raw.shape = _onnx_type(port.dtype), _shape(port)
-        result = new.as_promised(raw, port)
+        result = raw
+        if port.dtype == torch.uint8:
+            raw.name = f"{old.name}_as_int8"
+            result = _as_bytes(raw, nodes)
         assert old.dtype is not None
         result.name, result.dtype, result.shape = old.name, old.dtype, old.shape
         moving.add(result)
         results.append(result)
-    graph.insert_before(node, new.nodes)
+    graph.insert_before(node, nodes)
     ir.convenience.replace_all_uses_with(node.outputs, results, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     return found
 
 
-class _Nodes:
-    """A layer, and what makes of its outputs what the op gives."""
+def _as_bytes(raw: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+    """uint8 of the same bits as the int8 `raw`, by what is appended to `nodes`: no layer of TensorRT may give uint8,
+    which is cast of floating point alone."""
 
-    def __init__(self, nodes: list[ir.Node]) -> None:
-        self.nodes = nodes
-
-    def _add(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+    def add(op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         given = [ir.convenience.convert_attribute(name, value) for name, value in attributes.items()]
-        self.nodes.append(ir.Node("", op_type, inputs, given))
-        return self.nodes[-1].outputs[0]
+        nodes.append(ir.Node("", op_type, inputs, given))
+        return nodes[-1].outputs[0]
 
-    def _constant(self, value: float) -> ir.Value:
-        return self._add("Constant", value=ir.tensor(np.float32(value)))
+    def constant(value: float) -> ir.Value:
+        return add("Constant", value=ir.tensor(np.float32(value)))
 
-    def as_promised(self, raw: ir.Value, port: Port) -> ir.Value:
-        """What the op gives: dimensions in its order, bytes as uint8, which no layer of TensorRT may give itself."""
-        value = raw
-        if port.dtype == torch.uint8:
-            value = self._add("DequantizeLinear", value, self._constant(1.0))
-            negative = self._add("Less", value, self._constant(0.0))
-            value = self._add("Where", negative, self._add("Add", value, self._constant(256.0)), value)
-            value = self._add("Cast", value, to=int(ir.DataType.UINT8))
-        if port.order:
-            value = self._add("Transpose", value, perm=_inverse(port.order))
-        return value if value is not raw else self._add("Identity", value)
+    number = add("DequantizeLinear", raw, constant(1.0))
+    negative = add("Less", number, constant(0.0))
+    number = add("Where", negative, add("Add", number, constant(256.0)), number)
+    return add("Cast", number, to=int(ir.DataType.UINT8))
 
 
 def _whole(value: ir.Value) -> tuple[ir.Value, int | None]:

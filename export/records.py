@@ -44,7 +44,7 @@ class Port:
 
     shape: -1 for the batch. channels_last: the channels of a pixel lie side by side, those of half precision padded to
     a multiple of 8 (TensorRT's kHWC8, and kHWC for float32); otherwise it is contiguous (kLINEAR).
-    order: of an output whose dimensions lie otherwise in memory than the op has them: those of the op, as they lie.
+    order: of weights whose dimensions lie otherwise in memory than the op has them: those of the op, as they lie.
     """
 
     shape: tuple[int, ...]
@@ -233,7 +233,7 @@ def record(
         device, tiles_of = (_PTX_OF, _SMALL) if capability == PTX else (capability, capability)
         for batch in batches:
             given = [port.empty(batch) for port in inputs]
-            with recording(device) as found, _Nothing(op):
+            with recording(device) as found, _OnlyLaunches(op):
                 results = OPS[op].launch((), arguments(given), (tiles_of, DEVICES[tiles_of].processors))
             results = results if isinstance(results, tuple) else (results,)
             ports = tuple(_port_of(op, result, batch) for result in results)
@@ -246,7 +246,7 @@ def record(
     return Record(layer, tuple(inputs), outputs, tuple(binaries), programs)
 
 
-class _Nothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OnlyLaunches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what a launcher does beside launching: it would not be in the record."""
 
     def __init__(self, op: str) -> None:
@@ -270,9 +270,6 @@ def _port_of(op: str, result: Tensor, batch: int) -> Port:
         port = Port(shape, result.dtype, channels_last)
         if channels_last <= (result.ndim == 4) and port.empty(batch).stride() == result.stride():
             return port
-    order = tuple(sorted(range(result.ndim), key=result.stride, reverse=True))
-    if result.permute(order).is_contiguous() and order[0] == 0:
-        return Port(tuple(shape[side] for side in order), result.dtype, order=order)
     raise BuildError(
         f"{op} gives {tuple(result.shape)} with strides {result.stride()}, which TensorRT has no format for"
     )

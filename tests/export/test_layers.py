@@ -17,7 +17,7 @@ import torch
 from agln_fast.bench.kernels.calls import CALLS
 from agln_fast.errors import BuildError
 from agln_fast.export.plugins import compiler, headers, library, obstacle
-from agln_fast.export.records import Argument, Launch, Place, Port, Program, Record, _Nothing
+from agln_fast.export.records import Argument, Launch, Place, Port, Program, Record, _OnlyLaunches
 from agln_fast.kernels.devices import DEVICES
 
 HERE = Path(__file__).parent / "layers"
@@ -328,9 +328,12 @@ def test_modules_are_unloaded_where_they_were_loaded(built, tmp_path):
 
 def test_what_a_launcher_does_beside_launching_is_refused():
     """A copy that a launcher makes would be missing in the layer."""
-    with pytest.raises(BuildError, match="its launcher calls aten::clone, which a layer would not do"), _Nothing("op"):
+    with (
+        pytest.raises(BuildError, match="its launcher calls aten::clone, which a layer would not do"),
+        _OnlyLaunches("op"),
+    ):
         torch.empty(4, 4).t().contiguous()
-    with _Nothing("op"):
+    with _OnlyLaunches("op"):
         torch.empty(2, 2).view(4)
 
 

@@ -6,16 +6,23 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from torch.utils._pytree import tree_map_only
 
 import agln_fast
 from agln_fast.bench.race.weights import random_network
 from agln_fast.contract import IOContract
 from agln_fast.deployment import DeployedNetwork
-from agln_fast.export.nodes import DOMAIN, evaluators, operators
+from agln_fast.export import layers as layers_module
+from agln_fast.export import records
+from agln_fast.export.layers import make_layers
+from agln_fast.export.nodes import DOMAIN, _array, _tensor, evaluators, operators
 from agln_fast.export.onnx import export_onnx
+from agln_fast.export.records import Record
 from agln_fast.kernels.registration import OPS
 from agln_fast.plan import fuse as fuse_module
 from agln_fast.plan.fuse import fused_plan
@@ -126,3 +133,75 @@ def test_weights_of_large_networks_are_constants(tmp_path):
     assert len(pools) == 3
     for node in pools:
         assert set(node.input[1:]) <= constants
+
+
+class _Layers:
+    """In the place of records, which need a compiler: what each layer would be called with, and the reference for it.
+
+    Types and strides of results are those that the op's fake promises of its kernel.
+    """
+
+    def __init__(self):
+        self._calls = {}
+
+    def record(self, layer, op, inputs, arguments, batches, capabilities):
+        given = arguments([port.empty(batches[-1]) for port in inputs])
+        meta = tree_map_only(torch.Tensor, lambda x: x.to("meta"), given)
+        results = getattr(torch.ops.agln, op).default(**meta)
+        results = results if isinstance(results, tuple) else (results,)
+        ports = tuple(records._port_of(op, result, batches[-1]) for result in results)
+        name = f"{layer} {len(self._calls)}"
+        self._calls[name] = OPS[op].reference, arguments, inputs
+        return Record(name, tuple(inputs), ports, (), {})
+
+    def evaluators(self, names):
+        """`names`: of a layer's node that of its record."""
+        layers = self
+
+        def run(self, *arrays, **attributes):
+            reference, arguments, inputs = layers._calls[names[self.onnx_node.name]]
+            tensors = [_tensor(array) for array in arrays]
+            assert [x.dtype for x in tensors] == [port.dtype for port in inputs]
+            results = reference(**arguments(tensors))
+            results = results if isinstance(results, tuple) else (results,)
+            return tuple(_array(x.view(torch.int8) if x.dtype == torch.uint8 else x) for x in results)
+
+        return [type(name, (OpRun,), {"op_domain": "", "_run": run}) for name in operators()]
+
+
+def _run_layered(file, image, monkeypatch):
+    """As `_run`, of the graph that TensorRT is given."""
+    layers = _Layers()
+    monkeypatch.setattr(layers_module, "record", layers.record)
+    model = ir.load(file)
+    names = {node: record.layer for node, record in make_layers(model, [len(image)], ["sm90"]).items()}
+    assert names
+    assert not any(node.domain == DOMAIN for node in model.graph)
+    layered = file.with_name("layered.onnx")
+    ir.save(model, layered)
+    return ReferenceEvaluator(str(layered), new_ops=layers.evaluators(names)).run(None, {"image": image})[0]
+
+
+@pytest.mark.parametrize("output", ["labels", "logits"])
+def test_the_graph_that_tensorrt_is_given_computes_the_same(network, output, tmp_path, monkeypatch):
+    """Its layers take what the ops took, in order, and what they give comes back as the ops gave it."""
+    contract = IOContract(37, 43, 2, 2, output=output)
+    file, image = _exported(network, tmp_path, contract), _image(contract, 2)
+    wanted, found = _run(file, image), _run_layered(file, image, monkeypatch)
+    assert found.dtype == wanted.dtype
+    if output == "labels":
+        assert (found == wanted).all()
+        assert len(np.unique(found)) > 2
+    else:
+        assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("classes", [200, 300])
+def test_labels_of_many_classes_come_through_layers(classes, small_network, tmp_path, monkeypatch):
+    """200 need all bits of the bytes that a layer gives; 300 are int32."""
+    contract = IOContract(64, 96)
+    file, image = _exported(small_network("fpn_resnet18", classes), tmp_path, contract), _image(contract, 1)
+    wanted, found = _run(file, image), _run_layered(file, image, monkeypatch)
+    assert found.dtype == wanted.dtype == ("uint8" if classes == 200 else "int32")
+    assert found.max() > 128
+    assert (found == wanted).all()
