@@ -34,7 +34,7 @@ def compiled(*arguments):
     for row in rows:
         assert row.spill_bytes <= SPILLS.get((row.op, row.capability), 0), row
         assert row.shared_bytes <= 1024 * DEVICES[row.capability].shared_kib, row
-        if row.dtype == "float16":
+        if row.dtype == "float16" and "--odd" not in arguments:
             assert row.load_bytes == NARROW.get(row.kernel, 16), row
         product = row.kernel not in NO_PRODUCT and not (row.op == "channel_apply" and "HAS_R=0" in row.tile)
         assert bool(row.tensor_cores) == (product and row.dtype != "float32"), row
@@ -71,9 +71,10 @@ def test_op_compiles_everywhere(op):
 
 @pytest.mark.slow
 def test_sizes_that_suit_no_tile():
-    """C = 300, N = 150, K = 59, 127x127 pixels, contiguous: no wide loads, several tiles of channels."""
+    """C = 300, N = 150, K = 59, 127x127 pixels, contiguous: wide loads of padded classes alone, several tiles."""
     rows = compiled(*OPS, "--odd", "--capability", "sm86", "--capability", "sm90")
     assert {row.op for row in rows} == set(OPS)
+    assert {row.op for row in rows if row.load_bytes == 16} == {"label_upsample"}
     assert {row.tile.partition("HAS")[2] for row in rows if row.op == "channel_apply"} == {
         "_R=1 HAS_M=1",
         "_R=1 HAS_M=0",
