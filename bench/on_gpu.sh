@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Test and measure on a machine with a GPU and without a network, beside the PyTorch that is there:
 #
-#     bash bench/on_gpu.sh [tests] [kernels] [models] [compile] [tensorrt] [-- ARGUMENTS]     # default: the first three
+#     bash bench/on_gpu.sh [STAGE ...] [-- ARGUMENTS]     # default: tests kernels models
 #
 # tests: those marked gpu. kernels: each op. models: the large networks, ours and eager PyTorch. compile: AGLN beside
 # torch.compile in its modes, which takes minutes. ARGUMENTS are those of `agln-fast bench` for these two, in place
-# of fp16 at 512x512. tensorrt: engines of TensorRT and TensorRT-RTX with and without our kernels are built, compared with
-# the reference and timed, as far as these libraries are there; what is not is said.
+# of fp16 at 512x512. profile: kernel by kernel, what a replay of the fused AGLN takes. sanitize: the kernels' tests in
+# fp16 under compute-sanitizer's memcheck, each tensor an allocation of its own. tensorrt: engines of TensorRT and
+# TensorRT-RTX with and without our kernels are built, compared with the reference and timed, as far as these libraries
+# are there; what is not is said.
 #
-# OUT     folder for gpu-tests.xml, kernels.json, models.json, compile.json and tensorrt*.json, default bench/results/; JSON is written
-#         after each case
+# OUT     folder for gpu-tests.xml, sanitize.log and a JSON file of each other stage, default bench/results/; JSON is
+#         written after each case
 # BUDGET  seconds for everything, default 500; the stages share them, and what finds no time is noted as left out
 # WHEELS  folder of wheels with what the machine lacks: jsonschema with what it needs for bundles, lightning-fabric for
 #         training; kernels and models need neither
@@ -31,8 +33,8 @@ arguments=("$@")
 [ "${#stages[@]}" -gt 0 ] || stages=(tests kernels models)
 for stage in "${stages[@]}"; do
     case $stage in
-        tests | kernels | models | compile | tensorrt) ;;
-        *) echo "unknown stage $stage: tests, kernels, models, compile or tensorrt" >&2 && exit 2 ;;
+        tests | kernels | models | compile | profile | sanitize | tensorrt) ;;
+        *) echo "unknown stage $stage: tests, kernels, models, compile, profile, sanitize or tensorrt" >&2 && exit 2 ;;
     esac
 done
 deadline=$((SECONDS + ${BUDGET:-500}))
@@ -97,6 +99,24 @@ for stage in "${stages[@]}"; do
                 [ "$stage" = models ] || run+=(--full)
             fi
             persistent "$python" -m agln_fast.cli bench "${run[@]}" --save "$out/$stage.json" --resume || status=1
+            ;;
+        profile)
+            run=(--network agln_nano)
+            if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+                run=()
+            fi
+            limited "$python" -m agln_fast.bench.kernels.profile "${run[@]}" --save "$out/profile.json" || status=1
+            ;;
+        sanitize)
+            if ! command -v compute-sanitizer > /dev/null; then
+                echo "left out: sanitize: compute-sanitizer is not on the PATH; it is part of the CUDA toolkit"
+            else
+                # PyTorch's allocator would put tensors side by side into one allocation, where nothing is out of bounds.
+                PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited compute-sanitizer --tool memcheck --error-exitcode 9 \
+                    --log-file "$out/sanitize.log" "$python" -m pytest -m gpu tests/kernels -k "float16 and channels_last" \
+                    --quiet --tb=short || status=1
+                [ ! -f "$out/sanitize.log" ] || tail -n 3 "$out/sanitize.log"
+            fi
             ;;
         tensorrt)
             for target in tensorrt tensorrt-rtx; do
