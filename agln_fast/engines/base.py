@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -305,6 +305,14 @@ class Engine(ABC):
         with self._gate.turn():
             return self._run(image)
 
+    def run_in_place(self, image: Array) -> Any:
+        """As `run_graph`, but what the graph gives stays on the engine's device, if its library has arrays there.
+
+        It is NumPy's, or a `torch.Tensor` on a GPU, and belongs to the caller.
+        """
+        with self._gate.turn():
+            return self._run_in_place(image)
+
     def close(self) -> None:
         """Release the engine, after the run that goes on. Closing twice is allowed; running after closing is not."""
         self._gate.close(self._release)
@@ -312,6 +320,9 @@ class Engine(ABC):
     @abstractmethod
     def _run(self, image: Array) -> Array:
         """What the graph gives for one batch; in one thread at a time and never after `_release`."""
+
+    def _run_in_place(self, image: Array) -> Any:
+        return self._run(image)
 
     def _finish(self, output: Array) -> Array:
         """What the contract promises of what the graph gives."""

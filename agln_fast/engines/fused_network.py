@@ -55,15 +55,18 @@ class FusedDeployment(DeployedNetwork):
 class _Graph:
     """The network for one shape of input as a CUDA graph between static buffers, pinned on the host's side.
 
+    With `in_place` the result is not copied to the host: what each call gives lies on the device.
+
     Nothing of cuBLAS may lie inside: its workspace belongs to the stream, and PyTorch frees it when any graph of that
     stream goes.
     """
 
-    def __init__(self, network: FusedDeployment, image: Tensor, pool: Any) -> None:
+    def __init__(self, network: FusedDeployment, image: Tensor, pool: Any, *, in_place: bool = False) -> None:
         """`image` is a first input, on the host; the current stream captures and replays.
 
         `pool` is the memory of all graphs of a backend: only one of them runs at a time, and leaves nothing there.
         """
+        self._in_place = in_place
         self._stream = torch.cuda.current_stream()
         self._host_image = _pinned(image).copy_(image)
         with _capturing, exact_float32(benchmark=True):
@@ -71,19 +74,26 @@ class _Graph:
             _choose_convolutions(network, on_device)
             for _ in range(_WARM_UP):
                 result = network(on_device)
-            self._host_result = _pinned(result)
+            self._result = result if in_place else _pinned(result)
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": work of other threads, on streams of their own, goes on meanwhile.
             with torch.cuda.graph(self._graph, pool, stream=self._stream, capture_error_mode="thread_local"):
                 on_device.copy_(self._host_image, non_blocking=True)
-                self._host_result.copy_(network(on_device), non_blocking=True)
+                if in_place:
+                    self._result = network(on_device)  # as long as it is held, no other graph writes there
+                else:
+                    self._result.copy_(network(on_device), non_blocking=True)
         self._device_image = on_device  # the graph reads its memory
 
     def __call__(self, image: Tensor) -> Tensor:
         self._host_image.copy_(image)
         self._graph.replay()
-        self._stream.synchronize()
-        return self._host_result.clone()
+        if not self._in_place:
+            self._stream.synchronize()
+        result = self._result.clone()  # on the device, the stream does that, too
+        if self._in_place:
+            self._stream.synchronize()
+        return result
 
 
 def _choose_convolutions(network: FusedDeployment, image: Tensor) -> None:
@@ -137,7 +147,7 @@ class FusedEngine(NetworkEngine):
     name = "fused"
 
     def _deploy(self, network: SegmentationNetwork, contract: IOContract) -> FusedDeployment:
-        self._programs: OrderedDict[tuple[torch.Size, torch.dtype], Callable[[Tensor], Tensor]] = OrderedDict()
+        self._programs: OrderedDict[tuple[torch.Size, torch.dtype, bool], Callable[[Tensor], Tensor]] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             if obstacle := gpu_obstacle(self.device):
@@ -150,14 +160,18 @@ class FusedEngine(NetworkEngine):
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return deployed
 
-    def _forward(self, image: Tensor) -> Tensor:
+    def _forward(self, image: Tensor, *, in_place: bool) -> Tensor:
+        reader = None if self._stream is None else torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            key = image.shape, image.dtype
-            program = self._programs.pop(key, None) or self._prepare(image)
+            key = image.shape, image.dtype, in_place
+            program = self._programs.pop(key, None) or self._prepare(image, in_place)
             self._programs[key] = program
-            return program(image)
+            result = program(image)
+        if result.is_cuda and reader is not None:
+            result.record_stream(reader)  # its memory is this stream's, and the caller reads it on another one
+        return result
 
-    def _prepare(self, image: Tensor) -> Callable[[Tensor], Tensor]:
+    def _prepare(self, image: Tensor, in_place: bool) -> Callable[[Tensor], Tensor]:
         """The program for images of one shape; the one used least recently goes first, so that its memory is free."""
         network = cast(FusedDeployment, self._network)
         wanted = network.contract.input_shape
@@ -166,7 +180,9 @@ class FusedEngine(NetworkEngine):
             raise BackendError(f"image of {image.dtype} {tuple(image.shape)}: the engine takes {wanted} of {dtype}")
         while len(self._programs) >= _PROGRAMS:
             self._programs.popitem(last=False)
-        return exact_float32()(network) if self._stream is None else _Graph(network, image, self._pool)
+        if self._stream is None:
+            return exact_float32()(network)
+        return _Graph(network, image, self._pool, in_place=in_place)
 
     def _release(self) -> None:
         self._programs.clear()

@@ -144,24 +144,32 @@ class NetworkEngine(Engine):
     def _deploy(self, network: SegmentationNetwork, contract: IOContract) -> DeployedNetwork:
         return DeployedNetwork(network.to(self._device).eval(), contract, network.config.num_classes)
 
-    @torch.inference_mode()
     def _run(self, image: Array) -> Array:
+        return cast(Array, self._checked(image, in_place=False).contiguous().numpy())
+
+    def _run_in_place(self, image: Array) -> Any:
+        return self._run(image) if self._device.type == "cpu" else self._checked(image, in_place=True)
+
+    @torch.inference_mode()
+    def _checked(self, image: Array, *, in_place: bool) -> Tensor:
+        """`_forward`, whose errors become ours."""
         use_threads()  # perhaps another thread than the one that loaded
         try:
-            return cast(Array, self._forward(torch.from_numpy(image)).contiguous().numpy())
+            return self._forward(torch.from_numpy(image), in_place=in_place)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise BackendError(
                 f"{self.name} failed on {self.device} with an image of {image.shape}: {reason}"
             ) from error
 
-    def _forward(self, image: Tensor) -> Tensor:
-        """From host to host."""
+    def _forward(self, image: Tensor, *, in_place: bool) -> Tensor:
+        """From the host to the host, or with `in_place` to the device."""
         half = PRECISIONS[self.precision].half
         dtype = dtype_of(self.precision) if half else None
         autocast = torch.autocast(self._device.type, dtype, enabled=half, cache_enabled=False)
         with exact_float32(), autocast:
-            return cast(Tensor, self._network(image.to(self._device)).cpu())
+            result = cast(Tensor, self._network(image.to(self._device)))
+        return result if in_place else result.cpu()
 
     def _release(self) -> None:
         del self._network

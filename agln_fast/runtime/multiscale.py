@@ -8,7 +8,7 @@ from PIL import Image
 from agln_fast.contract import IOContract
 from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray
-from agln_fast.runtime.scores import Scores, resized, softmax
+from agln_fast.runtime.scores import Scores, joined, resized, softmax, zeros
 from agln_fast.runtime.sliding import Run, slide
 
 __all__ = ["multiscale"]
@@ -23,15 +23,15 @@ def multiscale(run: Run, image: ImageArray, contract: IOContract, tta: TestTimeA
     are averaged, as mmsegmentation does; PyTorch-Encoding sums exp(logits + mirrored logits), in which one confident
     scale outweighs all others.
 
-    One array (K, H, W) and the logits of one scale are held at a time.
+    One array (K, H, W) and the logits of one scale are held at a time, where the engine's logits lie.
     """
     height, width = image.shape[:2]
-    total: Scores | None = None
+    total: Scores = None
     for size in tta.sizes(height, width, contract):
         scaled = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-        for logits in np.concatenate(list(slide(run, scaled, contract, flip=tta.flip)), 2):
+        for logits in joined(list(slide(run, scaled, contract, flip=tta.flip)), 2):
             if total is None:
-                total = np.zeros((len(logits), height, width), np.float32)
+                total = zeros((len(logits), height, width), logits)
             top = 0
             for strip in resized(logits, (height, width)):
                 total[:, top : top + strip.shape[1]] += softmax(strip)

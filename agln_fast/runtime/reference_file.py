@@ -66,7 +66,8 @@ def write_reference(
         kept = [logits[row] for batch, row in rows if (logits := references[batch].logits) is not None]
         arrays["logits"] = np.stack([logits.reshape(num_classes, -1)[:, pixels] for logits in kept])
     types = {name: dtype for name, (dtype, _) in _layout(contract, num_classes).items()}
-    np.savez_compressed(file, **{name: arrays[name].astype(types[name]) for name in types})
+    typed: dict[str, Any] = {name: arrays[name].astype(types[name]) for name in types}
+    np.savez_compressed(file, **typed)  # NumPy 2.0 would take `allow_pickle` for the name of an array
 
 
 def read_reference(data: bytes, contract: IOContract, num_classes: int) -> tuple[list[Reference], float | None]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from agln_fast.bundle import Bundle, open_bundle
 from agln_fast.contract import IOContract
 from agln_fast.data.classes import ClassSet
-from agln_fast.decode import best_classes, decode
+from agln_fast.decode import decode
 from agln_fast.engines import (
     KINDS,
     Engine,
@@ -35,7 +35,7 @@ from agln_fast.runtime.augmentation import TestTimeAugmentation
 from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
 from agln_fast.runtime.multiscale import multiscale
 from agln_fast.runtime.result import Labels, Result, Timing
-from agln_fast.runtime.scores import Scores, lead, resized, strips
+from agln_fast.runtime.scores import Scores, classes_of, lead, on_host, resized, strips
 from agln_fast.runtime.sliding import slide
 
 __all__ = ["Segmenter", "load", "runnable_engines"]
@@ -218,7 +218,7 @@ class Segmenter:
             frames, placements = zip(*(fit(image, self.contract) for image in images), strict=True)
             batch = self._batch(frames)
             ready = time.perf_counter()
-            outputs = self._run(batch, clock := _Clock())
+            outputs = self._run(batch, clock := _Clock(), self._backend.run)
             n = len(images)
             for image, output, placement in zip(images, outputs, placements, strict=False):
                 last = time.perf_counter()
@@ -257,7 +257,9 @@ class Segmenter:
             else:
                 bands = (logits[0] for logits in slide(run, image, self.contract))
             parts = [
-                (best_classes(scores), lead(scores) if margin else None) for band in bands for scores in strips(band)
+                (classes_of(scores), on_host(lead(scores)) if margin else None)
+                for band in bands
+                for scores in strips(band)
             ]
             labels = np.concatenate([labels for labels, _ in parts])
             ahead = np.concatenate([first for _, first in parts if first is not None]) if margin else None
@@ -265,16 +267,16 @@ class Segmenter:
             timing = Timing(1e3 * (ready - began), 1e3 * clock.engine, 1e3 * post)
             yield Result(labels, image, self.class_set, timing, ahead)
 
-    def _run_frames(self, clock: _Clock, frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
-        """Frames (H, W, 3), at most max_batch, through the engine."""
-        return self._run(self._batch(frames), clock)
+    def _run_frames(self, clock: _Clock, frames: Sequence[ImageArray]) -> Scores:
+        """Frames (H, W, 3), at most max_batch, through an engine that returns logits, which stay where it has them."""
+        return self._run(self._batch(frames), clock, self._backend.run_in_place)
 
-    def _run(self, batch: npt.NDArray[Any], clock: _Clock) -> npt.NDArray[Any]:
-        """`batch` through the engine, when it is this thread's turn."""
+    def _run(self, batch: npt.NDArray[Any], clock: _Clock, run: Callable[[npt.NDArray[Any]], Any]) -> Any:
+        """`batch` through the engine, by one of its methods, when it is this thread's turn."""
         asked = time.perf_counter()
         with self._gate.turn():
             began = time.perf_counter()
-            outputs = self._backend.run(batch)
+            outputs = run(batch)
             clock.engine += time.perf_counter() - began
         clock.waiting += began - asked
         return outputs

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from agln_fast.contract import IOContract
 from agln_fast.runtime.images import ImageArray, fit, windows
-from agln_fast.runtime.scores import Scores
+from agln_fast.runtime.scores import Scores, joined, placed, zeros
+from agln_fast.runtime.scores import mirrored as mirror
 
 __all__ = ["Run", "slide"]
 
-Run: TypeAlias = Callable[[Sequence[ImageArray]], npt.NDArray[Any]]
+Run: TypeAlias = Callable[[Sequence[ImageArray]], Scores]
 """At most max_batch frames (height, width, 3) uint8 of the contract's size -> logits (K, height, width) for each."""
 
 
@@ -30,7 +31,8 @@ def slide(run: Run, image: ImageArray, contract: IOContract, *, flip: bool = Fal
 
     Yields:
         Bands of rows, from top to bottom, (F, K, rows, W) float32: F is 1, or 2 with `flip`, and then the second
-        logits are those of the mirrored windows, mirrored back. Together they are (F, K, H, W).
+        logits are those of the mirrored windows, mirrored back. Together they are (F, K, H, W). They lie where the
+        engine's logits do.
     """
     frame, placement = fit(image, replace(contract, resize="slide"))
     height, width = contract.height, contract.width
@@ -40,9 +42,9 @@ def slide(run: Run, image: ImageArray, contract: IOContract, *, flip: bool = Fal
     seen = [
         _coverage(set(starts), size) for starts, size in zip(zip(*places, strict=True), (height, width), strict=True)
     ]
-    count = seen[0][:, None] * seen[1]
+    count: Scores = seen[0][:, None] * seen[1]
 
-    total: Scores | None = None
+    total: Scores = None
     band = 0
     for start in range(0, len(views), contract.max_batch):
         chunk = views[start : start + contract.max_batch]
@@ -50,19 +52,20 @@ def slide(run: Run, image: ImageArray, contract: IOContract, *, flip: bool = Fal
         frames = [crop[:, ::-1] if mirrored else crop for crop, (*_, mirrored) in zip(crops, chunk, strict=True)]
         for (top, left, mirrored), logits in zip(chunk, run(frames), strict=False):
             if total is None:
-                total = np.zeros((1 + flip, len(logits), height, frame.shape[1]), np.float32)
+                total = zeros((1 + flip, len(logits), height, frame.shape[1]), logits)
+                count = placed(count, logits)
             if top > band:
                 step = top - band
                 yield total[:, :, :step, : placement.width] / count[band:top, : placement.width]
-                total = np.concatenate([total[:, :, step:], np.zeros_like(total[:, :, :step])], 2)
+                total = joined([total[:, :, step:], zeros((*total.shape[:2], step, total.shape[3]), total)], 2)
                 band = top
-            total[int(mirrored), :, :, left : left + width] += logits[..., ::-1] if mirrored else logits
+            total[int(mirrored), :, :, left : left + width] += mirror(logits) if mirrored else logits
     assert total is not None, "there is at least one window"
     rows = placement.height - band
     yield total[:, :, :rows, : placement.width] / count[band : placement.height, : placement.width]
 
 
-def _coverage(starts: set[int], window: int) -> Scores:
+def _coverage(starts: set[int], window: int) -> npt.NDArray[np.float32]:
     """How many windows, of those that begin at `starts`, see each position."""
     seen = np.zeros(max(starts) + window, np.float32)
     for start in starts:

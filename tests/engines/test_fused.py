@@ -113,7 +113,7 @@ def test_programs_used_least_recently_go_first(small_network, monkeypatch):
     with FusedEngine(small_network(), LABELS, device="cpu") as backend:
         for batch in (1, 2, 1, 3):
             assert len(backend.run(images(batch))) == batch
-        assert [shape[0] for shape, _ in backend._programs] == [1, 3]
+        assert [shape[0] for shape, *_ in backend._programs] == [1, 3]
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64, 3), (1, 96, 64, 3), (64, 96, 3)])
@@ -209,12 +209,44 @@ def test_replays_see_the_new_image(contract, recorded_graphs, small_network, mon
         expected = [backend.run(images(2, seed)) for seed in range(3)]
         backend._programs.clear()
         prepare = fused_network._Graph
-        monkeypatch.setattr(backend, "_prepare", lambda image: prepare(backend._network, image, None))
+        monkeypatch.setattr(backend, "_prepare", lambda image, in_place: prepare(backend._network, image, None))
         results = [backend.run(images(2, seed)) for seed in range(3)]
     assert len(recorded_graphs) == 1
     for result, wanted in zip(results, expected, strict=True):
         assert np.array_equal(result, wanted)
     assert not np.array_equal(expected[0], expected[1])
+
+
+def test_results_that_stay_on_the_device_are_their_callers(recorded_graphs, small_network, monkeypatch):
+    """No copy to the host is captured, and the next replay writes over none of them."""
+    with FusedEngine(small_network(), LOGITS, device="cpu") as backend:
+        expected = [backend.run(images(2, seed)) for seed in range(3)]
+        graph = fused_network._Graph(backend._network, torch.from_numpy(images(2)), None, in_place=True)
+        results = [graph(torch.from_numpy(images(2, seed))) for seed in range(3)]
+        fused_network._Graph(backend._network, torch.from_numpy(images(2)), None)
+    for result, wanted in zip(results, expected, strict=True):
+        assert np.array_equal(result.numpy(), wanted)
+    in_place, to_host = (
+        [str(func) for func, *_ in graph.steps].count("aten.copy_.default") for graph in recorded_graphs
+    )
+    assert (in_place, to_host) == (1, 2)
+
+
+def test_in_place_is_a_program_of_its_own(small_network, monkeypatch):
+    """As on a GPU: what is asked for decides where the result lies, for the same image."""
+    with FusedEngine(small_network(), LOGITS, device="cpu") as backend:
+        made = []
+
+        def prepare(image, in_place):
+            made.append(in_place)
+            return lambda image: torch.zeros(1)
+
+        monkeypatch.setattr(backend, "_prepare", prepare)
+        backend._device = torch.device("meta")  # is no CPU
+        assert isinstance(backend.run_in_place(images()), torch.Tensor)
+        assert isinstance(backend.run(images()), np.ndarray)
+        backend.run_in_place(images())
+    assert made == [True, False]
 
 
 def test_labels_never_pass_through_full_size_logits(recorded_graphs, small_network, monkeypatch):
@@ -464,3 +496,13 @@ def test_graphs_on_the_gpu(precision, small_network, monkeypatch):
             assert np.array_equal(result, gpu.run(images(batch, batch))), "differs from run to run"
             assert (result == cpu.run(images(batch, batch))).mean() > (0.999 if precision == "fp32" else 0.98)
         assert len(gpu._programs) == 2
+
+
+@pytest.mark.gpu
+def test_windows_are_summed_on_the_gpu(small_network):
+    """Logits that stay there are those that are copied, for several images in a row."""
+    with FusedEngine(small_network(), LOGITS, device="cuda") as gpu:
+        kept = [gpu.run_in_place(images(2, seed)) for seed in range(3)]
+        assert all(result.is_cuda for result in kept)
+        for seed, result in enumerate(kept):
+            assert np.array_equal(result.cpu().numpy(), gpu.run(images(2, seed)))

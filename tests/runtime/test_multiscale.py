@@ -209,3 +209,21 @@ def test_margin_is_none_if_not_asked_for_or_unknown():
     assert fake_segmenter()(_pixels(64, 96)).margin is None
     assert fake_segmenter(resize="slide")(_pixels(64, 96)).margin is None
     assert fake_segmenter(output="labels")(_pixels(64, 96), margin=True).margin is None
+
+
+@pytest.mark.parametrize("tta", [False, TestTimeAugmentation((0.5, 1.0), base_size=150)], ids=["slide", "tta"])
+def test_logits_that_an_engine_leaves_on_its_device_stay_there(tta, monkeypatch):
+    """Only labels and margins come to the host: nothing of K channels does."""
+    pixels, contract = _smooth(90, 130), {"resize": "slide", "max_batch": 3}
+    expected = fake_segmenter(**contract)(pixels, tta, margin=True)
+    segment = fake_segmenter(**contract)
+    run, moved = segment._backend.run_graph, []
+    monkeypatch.setattr(segment._backend, "run_in_place", lambda image: torch.from_numpy(run(image)))
+    monkeypatch.setattr(segment._backend, "run", None)
+    monkeypatch.setattr("agln_fast.runtime.scores.on_host", lambda x: moved.append(tuple(x.shape)) or x.numpy())
+    monkeypatch.setattr("agln_fast.runtime.segmenter.on_host", lambda x: moved.append(tuple(x.shape)) or x.numpy())
+    got = segment(pixels, tta, margin=True)
+    assert np.array_equal(got.labels, expected.labels)
+    np.testing.assert_allclose(got.margin, expected.margin, atol=1e-6)
+    assert {len(shape) for shape in moved} == {2}
+    assert sum(rows for rows, _ in moved) == 2 * 90

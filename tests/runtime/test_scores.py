@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from agln_fast.decode import best_classes
 from agln_fast.runtime import scores
-from agln_fast.runtime.scores import lead, resized, softmax, strips
+from agln_fast.runtime.scores import classes_of, lead, on_host, resized, softmax, strips
 
 
 def _noise(*shape: int) -> np.ndarray:
@@ -50,3 +51,27 @@ def test_softmax_is_that_of_pytorch_and_does_not_overflow():
     values = 200 * _noise(6, 4, 5)
     exact = torch.from_numpy(values).double().softmax(0).numpy()
     np.testing.assert_allclose(softmax(values), exact, atol=1e-6)  # a few roundings of numbers up to 1
+
+
+@pytest.mark.parametrize("size", [(9, 7), (31, 20), (3, 4), (1, 40)], ids=str)
+def test_tensors_are_computed_with_as_arrays(size, monkeypatch):
+    """Each multiplication and sum is the same one; of a softmax the exponential is the library's own."""
+    monkeypatch.setattr(scores, "_DEVICE_STRIP_BYTES", 4 * 5 * 7 * 2)
+    logits = _noise(5, 9, 7)
+    expected, tensors = list(resized(logits, size)), list(resized(torch.from_numpy(logits), size))
+    assert all(isinstance(strip, torch.Tensor) for strip in tensors)
+    assert tensors[0].shape[1] == min(size[0], max(1, 14 // size[1]))
+    array, tensor = np.concatenate(expected, 1), torch.cat(tensors, 1)
+    assert np.array_equal(tensor.numpy(), array)
+    assert np.array_equal(on_host(lead(tensor)), lead(array))
+    np.testing.assert_allclose(softmax(tensor).numpy(), softmax(array), atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 256, 300])
+def test_classes_of_tensors_are_those_of_arrays(classes):
+    """Ties go to the lowest class; integers make many."""
+    values = np.random.default_rng(0).integers(0, 4, (classes, 8, 6)).astype(np.float32)
+    labels = classes_of(torch.from_numpy(values))
+    assert labels.dtype == best_classes(values).dtype
+    assert np.array_equal(labels, best_classes(values))
+    assert np.array_equal(classes_of(values), labels)
