@@ -97,7 +97,7 @@ def choose_convolutions(
 
     Runs the network once to see what reaches each layer, then times all ways on random data. Layers that do the same
     work on the same shapes are timed once, so they get the same answer. What cuDNN refuses to do in one call does not
-    take part. cuDNN's `benchmark` and `allow_tf32` hold for the race too: the caller sets them as they will be later.
+    take part. cuDNN's `benchmark` and `allow_tf32` hold for the race: the caller sets them as they will be later.
 
     Args:
         network: takes `x`.
@@ -130,7 +130,10 @@ def _layout(x: Tensor) -> _Layout:
 
 
 def _traffic(network: nn.Module, x: Tensor) -> dict[FusedConv2d, tuple[_Layout, _Layout | None]]:
-    """Input and residual of each layer with a ReLU; of its last call, if there are several."""
+    """Input and residual of each layer with a ReLU; of its last call, if there are several.
+
+    cuDNN looks for no fast algorithms in this run, whose convolutions may not be the chosen ones.
+    """
     seen: dict[FusedConv2d, tuple[_Layout, _Layout | None]] = {}
 
     def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -139,9 +142,12 @@ def _traffic(network: nn.Module, x: Tensor) -> dict[FusedConv2d, tuple[_Layout, 
 
     layers = [module for module in network.modules() if isinstance(module, FusedConv2d) and module.relu]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    searches = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     try:
         network(x)
     finally:
+        torch.backends.cudnn.benchmark = searches
         for hook in hooks:
             hook.remove()
     return seen

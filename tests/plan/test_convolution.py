@@ -176,6 +176,22 @@ def test_races_on_the_stream_of_whoever_asks(current, made, monkeypatch):
     assert used == (["new"] if made else [current])
 
 
+@pytest.mark.parametrize("searches", [True, False])
+def test_algorithms_are_searched_for_in_the_race_alone(searches, cudnn, monkeypatch):
+    """Looking at the layers runs none of the chosen ways: a search there would be for nothing, at each start."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", searches)
+    network, seen = Small(), []
+    network.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+
+    def race(calls):
+        seen.append(torch.backends.cudnn.benchmark)
+        return [1.0] * len(calls)
+
+    choose_convolutions(network, image(), race)
+    assert seen == [False, searches, searches, searches]
+    assert torch.backends.cudnn.benchmark == searches
+
+
 @pytest.mark.parametrize("error", [RuntimeError, None], ids=["failed-run", "run"])
 def test_no_hook_stays(error):
     network = Small()
