@@ -183,8 +183,11 @@ def to_markdown(rows: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def compared(before: Sequence[Compiled], after: Sequence[Compiled]) -> str:
-    """A line for each kernel of an op that changed, or came: what it was on sm90 in half precision, and what it is."""
+def compared(before: Sequence[Compiled], after: Sequence[Compiled], bytes_per_second: float) -> str:
+    """A line for each kernel of an op that changed, or came: what it was on sm90 in half precision, and what it is.
+
+    Its bound is the time to move all that it is given, at `bytes_per_second`.
+    """
 
     def of(rows: Sequence[Compiled]) -> dict[str, list[Compiled]]:
         found: dict[str, list[Compiled]] = {}
@@ -194,8 +197,8 @@ def compared(before: Sequence[Compiled], after: Sequence[Compiled]) -> str:
         return found
 
     lines = [
-        "| op | kernel | registers | KiB | blocks | bytes a load | MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| op | kernel | registers | KiB | blocks | bytes a load | MB | bound, µs |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     old = of(before)
     for op, rows in of(after).items():
@@ -205,7 +208,8 @@ def compared(before: Sequence[Compiled], after: Sequence[Compiled]) -> str:
             for row in kernels:
                 name = row.kernel.strip("_").removesuffix("_kernel")
                 numbers = row.registers, round(row.shared_bytes / 1024), row.blocks, row.load_bytes
-                lines.append(f"| {op}, {when} | {name} | {' | '.join(map(str, numbers))} | {row.moved / 1e6:.1f} |")
+                moved = f"{row.moved / 1e6:.1f} | {1e6 * row.moved / bytes_per_second:.1f}"
+                lines.append(f"| {op}, {when} | {name} | {' | '.join(map(str, numbers))} | {moved} |")
     return "\n".join(lines)
 
 
@@ -242,7 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write", type=Path, help="page of the docs whose table is replaced")
     parser.add_argument("--before", type=Path, help="JSON of older kernels: a table of what changed is written, too")
+    parser.add_argument("--measured", type=Path, help="with --before: JSON of the kernels timed on a device of sm90")
     options = parser.parse_args(arguments)
+    if options.before and not options.measured:
+        parser.error("--before needs --measured")
     unknown = [op for op in options.ops if op not in OPS]
     if unknown:
         parser.error(f"unknown op {unknown[0]!r}; known: {', '.join(OPS)}")
@@ -261,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         replace_section(options.write, "compiled", to_markdown(rows))
         if options.before:
             before = [Compiled(**row) for row in json.loads(options.before.read_text("utf-8"))]
-            replace_section(options.write, "compared", compared(before, rows))
+            roofline = json.loads(options.measured.read_text("utf-8"))["roofline"]
+            replace_section(options.write, "compared", compared(before, rows, roofline["bytes_per_second"]))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from agln_fast.bench.kernels.cross_compile import DTYPES, Compiled, compile_op, to_markdown
+from agln_fast.bench.kernels.cross_compile import DTYPES, Compiled, compared, compile_op, to_markdown
 from agln_fast.errors import ConfigError
 from agln_fast.kernels.devices import DEVICES
 from agln_fast.kernels.registration import OPS
@@ -80,6 +81,20 @@ def test_sizes_that_suit_no_tile():
         "_R=1 HAS_M=0",
         "_R=0 HAS_M=1",
     }
+
+
+def test_what_changed_is_compared():
+    """24 MB at 2.4 TB/s are 10 µs; what is as it was, of another device or dtype, is left out."""
+    same = Compiled("same", "_k", "float16", "sm90", "", 4, 2, 32, 0, 0, "", 8, 16, 16, 10**6)
+    before = replace(same, op="op", registers=40, moved=48 * 10**6)
+    now = replace(before, registers=80, moved=24 * 10**6)
+    others = [replace(now, op="op", capability="sm80"), replace(now, dtype="float32")]
+    lines = compared([same, before], [same, now, *others, replace(now, op="new")], 2.4e12).splitlines()
+    assert lines[2:] == [
+        "| op, before | k | 40 | 0 | 8 | 16 | 48.0 | 20.0 |",
+        "| op, now | k | 80 | 0 | 8 | 16 | 24.0 | 10.0 |",
+        "| new, now | k | 80 | 0 | 8 | 16 | 24.0 | 10.0 |",
+    ]
 
 
 def test_spills_are_seen():
