@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import agln_fast
 from agln_fast.models.shipped import list_checkpoints
@@ -111,3 +115,34 @@ def test_public_names_exist_and_importing_is_light():
     heavy = "{'torch', 'triton', 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'matplotlib'}"
     code = f"import sys, agln_fast; sys.exit(len({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _pins(file: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def _required(extra: str | None) -> list[Requirement]:
+    """What is named in pyproject.toml for an extra, or for all, those of our own extras included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    found = []
+    for requirement in map(Requirement, lines):
+        if requirement.name == "agln-fast":
+            found += [each for inner in requirement.extras for each in _required(inner)]
+        else:
+            found.append(requirement)
+    return found
+
+
+def test_what_is_pinned_is_within_the_bounds_and_the_lowest_is_each_bound_itself():
+    """`make test-lowest` installs the oldest version of everything that the metadata names a bound for."""
+    newest, lowest = _pins("constraints.txt"), _pins("constraints-lowest.txt")
+    for requirement in [*_required(None), *_required("dev")]:
+        name = canonicalize_name(requirement.name)
+        assert newest[name] in requirement.specifier, name
+        assert lowest[name] in requirement.specifier, name
+        for bound in requirement.specifier:
+            assert bound.operator != ">=" or Version(lowest[name]).release[: len(Version(bound.version).release)] == (
+                Version(bound.version).release
+            ), name
