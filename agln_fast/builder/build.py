@@ -142,7 +142,7 @@ def _read(options: BuildOptions) -> tuple[SegmentationNetwork, ClassSet]:
     if isinstance(options.checkpoint, SegmentationNetwork):
         network = copy.deepcopy(options.checkpoint).float().cpu().eval()
     else:
-        network = load_checkpoint(options.checkpoint, options.config)
+        network = load_checkpoint(options.checkpoint, options.config, weights=options.weights)
     asked, count = options.classes, network.config.num_classes
     known = class_set(asked) if isinstance(asked, str) else asked
     if known is None:

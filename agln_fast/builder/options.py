@@ -82,6 +82,7 @@ class BuildOptions:
     layout, output, resize, mean, std: see `IOContract`.
     classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
     config: what the network is, where the checkpoint cannot tell.
+    weights: which of several weights of the checkpoint are taken, see `load_checkpoint`.
     compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
     workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
     timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
@@ -117,6 +118,7 @@ class BuildOptions:
     std: tuple[float, float, float] = IMAGENET_STD
     classes: str | Sequence[str] | ClassSet | None = None
     config: ModelConfig | None = None
+    weights: str | None = None
     compute_capabilities: Sequence[str] = ()
     workspace_bytes: int | None = None
     timing_cache: Path | None = None

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json, progress_bar, shown
 from agln_fast.cli.files import read_plan, read_text
+from agln_fast.cli.request import WeightsName
 from agln_fast.errors import ConfigError, VerificationError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def build(
     config: Annotated[
         Path | None, typer.Option(help="JSON file with the model config, where names cannot tell.")
     ] = None,
+    weights: WeightsName = None,
     mean: Annotated[str | None, typer.Option(help="R,G,B in 0..1; default ImageNet's.")] = None,
     std: Annotated[str | None, typer.Option(help="R,G,B in 0..1; default ImageNet's.")] = None,
     sm: Annotated[list[str], typer.Option(help="Compute capability for tensorrt-rtx, e.g. sm86; repeatable.")] = [],  # noqa: B006
@@ -94,7 +96,7 @@ def build(
     options |= {name: _colour(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
     model = None if config is None else ModelConfig.from_json(read_text(config))
     check_file(timing_cache)
-    asked = BuildOptions(checkpoint, output, config=model, strict=strict, **options)
+    asked = BuildOptions(checkpoint, output, config=model, weights=weights, strict=strict, **options)
     find_checkpoint(checkpoint)
 
     # From here on PyTorch is needed, which takes seconds to load.

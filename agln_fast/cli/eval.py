@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agln_fast.cli.console import Json, err, out, print_json, progress_bar, shown
+from agln_fast.cli.request import WeightsName
 from agln_fast.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default the engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    weights: WeightsName = None,
     data: Annotated[str, typer.Option(help="scenes, pascal_voc, pascal_context_59, pascal_context_60, ade20k.")] = (
         "scenes"
     ),
@@ -51,6 +53,7 @@ def evaluate(
     other: Annotated[Path | None, typer.Option("--compare", help="Another bundle or checkpoint, or the same.")] = None,
     compare_backend: Annotated[str, typer.Option(help="Backend of --compare.")] = "auto",
     compare_precision: Annotated[str | None, typer.Option(help="Precision of --compare.")] = None,
+    compare_weights: Annotated[str | None, typer.Option(help="As --weights, of --compare.")] = None,
     confusion: Annotated[
         Path | None, typer.Option(help="Draw the confusion matrix: FILE.png, .svg or .pdf; of SOURCE.")
     ] = None,
@@ -77,9 +80,9 @@ def evaluate(
         check_figure(picture)
     augmentation = _augmentation(scales, flip, base_size) if tta else False
     wanted = None if size is None else parse_size(size)
-    _check_source(source, backend, precision, device, threads)
+    _check_source(source, backend, precision, weights, device, threads)
     if other is not None:
-        _check_source(other, compare_backend, compare_precision, device, threads)
+        _check_source(other, compare_backend, compare_precision, compare_weights, device, threads)
     dataset = open_dataset(data, split, data_root, size=wanted if data == "scenes" else None, length=limit)
     window = dataset[0].image.shape[:2] if data == "scenes" else wanted or (480, 480)
     if data != "scenes" and wanted and _is_bundle(source) and (other is None or _is_bundle(other)):
@@ -91,15 +94,15 @@ def evaluate(
     from agln_fast.evaluation.evaluate import compare as compare_engines
     from agln_fast.evaluation.evaluate import evaluate as evaluate_engine
 
-    def opened(path: Path, backend: str, precision: str | None) -> Segmenter:
-        return _open(path, backend, precision, device, threads, window, dataset)
+    def opened(path: Path, backend: str, precision: str | None, weights: str | None) -> Segmenter:
+        return _open(path, backend, precision, weights, device, threads, window, dataset)
 
     comparison = None
-    with opened(source, backend, precision) as a, progress_bar("images") as progress:
+    with opened(source, backend, precision, weights) as a, progress_bar("images") as progress:
         if other is None:
             result = evaluate_engine(a, dataset, tta=augmentation, progress=progress)
         else:
-            with opened(other, compare_backend, compare_precision) as b:
+            with opened(other, compare_backend, compare_precision, compare_weights) as b:
                 comparison = compare_engines(a, b, dataset, tta=augmentation, progress=progress)
             result = comparison.a
     if confusion is not None:
@@ -122,6 +125,7 @@ def _open(
     path: Path,
     backend: str,
     precision: str | None,
+    weights: str | None,
     device: str | None,
     threads: int | None,
     window: tuple[int, int],
@@ -135,7 +139,7 @@ def _open(
 
     if _is_bundle(path):
         return load(path, backend, precision=precision, device=device, threads=threads)
-    network = load_checkpoint(path)
+    network = load_checkpoint(path, weights=weights)
     fits = network.config.num_classes == len(dataset.class_set.classes)
     return load_network(
         network,
@@ -151,13 +155,17 @@ def _open(
     )
 
 
-def _check_source(path: Path, backend: str, precision: str | None, device: str | None, threads: int | None) -> None:
+def _check_source(
+    path: Path, backend: str, precision: str | None, weights: str | None, device: str | None, threads: int | None
+) -> None:
     """Refuse what `_open` could not open, as far as names and files tell."""
     from agln_fast.cli.request import check_engine, open_matching
     from agln_fast.engines import check_network_precision, network_kinds
     from agln_fast.models.shipped import find_checkpoint
 
     if _is_bundle(path):
+        if weights is not None:
+            raise ConfigError(f"weights {weights!r}: only checkpoints hold several, and {path} is a bundle")
         open_matching(path, backend, precision, device, threads)
         return
     check_engine(backend, precision, device, threads)

@@ -11,6 +11,8 @@ from rich.columns import Columns
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json
+from agln_fast.cli.request import WeightsName
+from agln_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from agln_fast.models.complexity import Complexity
@@ -25,9 +27,10 @@ def inspect(
     ] = None,
     size: Annotated[str | None, typer.Option(help="Height x width; default the bundle's own, or 512x512.")] = None,
     num_classes: Annotated[int, typer.Option(help="Number of classes, for presets.")] = 21,
+    weights: WeightsName = None,
     json: Json = False,
 ) -> None:
-    """Show what a network is, and what each of its parts costs for one image.
+    """Show what a network is, what each of its parts costs for one image, and how a checkpoint's weights were found.
 
     Multiply-adds of convolutions are what the paper's Table VIII counts; matrix products are the attention steps.
     """
@@ -55,10 +58,14 @@ def inspect(
     else:
         config = preset(model, num_classes)
 
+    if weights is not None and config is not None:
+        raise ConfigError(f"--weights {weights}: only checkpoints hold several weights, and {model} is none")
+    found = ""
     if config is None:
-        from agln_fast.models.checkpoint import load_checkpoint  # PyTorch, which takes seconds to load
+        from agln_fast.models.checkpoint import read_checkpoint  # PyTorch, which takes seconds to load
 
-        config = load_checkpoint(model).config
+        checkpoint = read_checkpoint(model, weights=weights)
+        config, found = checkpoint.network.config, str(checkpoint.account)
     contract = asked or IOContract(512, 512)
     height, width = contract.height, contract.width
     rows: list[Complexity] = []
@@ -72,10 +79,21 @@ def inspect(
     if json:
         parts = [asdict(row) for row in rows]
         engines = None if bundle is None else bundle.manifest.to_dict()["engines"]
-        print_json({"model": asdict(config), "height": height, "width": width, "parts": parts, "engines": engines})
+        print_json(
+            {
+                "model": asdict(config),
+                "height": height,
+                "width": width,
+                "parts": parts,
+                "engines": engines,
+                "weights": found or None,
+            }
+        )
         return
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     out.print(f"{model}: {settings}", highlight=False, markup=False)
+    if found:
+        out.print(found, highlight=False, markup=False)
     if rows:
         out.print(_costs(rows, f"one image of {height}x{width}"))
     else:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle
 
-__all__ = ["check_engine", "open_matching"]
+__all__ = ["WeightsName", "check_engine", "open_matching"]
+
+WeightsName = Annotated[
+    str | None,
+    typer.Option("--weights", help="Of a checkpoint that holds several: the name of those to take, e.g. ema."),
+]
 
 
 def check_engine(backend: str, precision: str | None, device: str | None, threads: int | None) -> None:

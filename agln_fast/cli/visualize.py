@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agln_fast.cli.console import out
+from agln_fast.cli.request import WeightsName
 from agln_fast.errors import ImageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def visualize(
     output: Annotated[Path, typer.Option("-o", "--to", help="The figure to write: .png, .svg or .pdf.")],
     labels: Annotated[Path | None, typer.Option(help="Ground truth: a PNG of class ids, 255 for ignored.")] = None,
     classes: Annotated[str | None, typer.Option(help="Class set, e.g. ade20k; default by count.")] = None,
+    weights: WeightsName = None,
     level: Annotated[int, typer.Option(help="Level of the decoder, 0 (1/16) to 2 (1/4); -1 is the last.")] = -1,
     block: Annotated[int, typer.Option(help="Context Fusion Block of that level; -1 is the last.")] = -1,
     descriptors: Annotated[int, typer.Option(help="How many attention maps, the most peaked ones.")] = 6,
@@ -59,7 +61,7 @@ def visualize(
     from agln_fast.figures.saving import save_figure
     from agln_fast.models.checkpoint import load_checkpoint
 
-    network = load_checkpoint(checkpoint)
+    network = load_checkpoint(checkpoint, weights=weights)
     names = given or default_class_set(network.config.num_classes)
     if ids is not None:
         _check_ids(labels, ids, network.config.num_classes)

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -23,13 +23,16 @@ from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import ResNet
 from agln_fast.models.shipped import find_checkpoint
-from agln_fast.models.weights_file import StateDict, read_safetensors, read_weights
+from agln_fast.models.weights_account import Account
+from agln_fast.models.weights_file import StateDict, Weights, read_safetensors, read_weights
 
 __all__ = [
+    "Checkpoint",
     "infer_config",
     "load_backbone",
     "load_checkpoint",
     "load_weights",
+    "read_checkpoint",
     "save_checkpoint",
 ]
 
@@ -60,24 +63,51 @@ _DEPTHS: dict[tuple[bool, tuple[int, ...]], str] = {
 }
 
 
-def load_checkpoint(path: str | os.PathLike[str], config: ModelConfig | None = None) -> SegmentationNetwork:
+class Checkpoint(NamedTuple):
+    """A network in eval mode and float32, how its weights were found, and whether the file states its config."""
+
+    network: SegmentationNetwork
+    account: Account
+    stated: bool
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], config: ModelConfig | None = None, *, weights: str | None = None
+) -> SegmentationNetwork:
     """Load a network, in eval mode and float32, on the CPU.
 
     Args:
         path: a released `.pth` / `.pth.tar` of AGLN, FPN or FCN (a state dict, or a dict that holds one under
             "state_dict", "model" and others; with or without prefixes such as "module."), a `.safetensors` file of
-            `save_checkpoint`, or the name of a checkpoint that ships with the package (`list_checkpoints`). What a
-            file is, its content tells, not its suffix.
+            `save_checkpoint` or of others, the `.index.json` of one that is cut in shards, or the name of a checkpoint
+            that ships with the package (`list_checkpoints`). What a file is, its content tells, not its suffix.
         config: what the network is; None to take it from the file's metadata or infer it from names and shapes.
+        weights: where the file holds several, which are taken: the name that they stand under, or "ema" for the moving
+            average; None for the trained ones. What was taken, stripped, converted and ignored is logged in a line.
 
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint, wants to run code, does not fit the config
             (missing, unexpected, misshapen entries are counted and the first ones named), or holds NaN, Inf or a
-            negative variance.
+            negative variance; or it holds no `weights`, or several of which none is preferred.
     """
+    checkpoint = read_checkpoint(path, config, weights=weights)
+    if not checkpoint.stated:  # ours are in half precision on purpose
+        checkpoint.account.log(str(path))
+    return checkpoint.network
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], config: ModelConfig | None = None, *, weights: str | None = None
+) -> Checkpoint:
+    """As `load_checkpoint`, but how the weights were found is returned, not logged."""
     use_threads()
     path = find_checkpoint(path)
-    return _network(*read_weights(path), str(path), config)
+    try:
+        return _checkpoint(read_weights(path, weights), str(path), config)
+    except CheckpointError as error:
+        shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name)
+        hint = f"; if it is one shard of several, give their index, {shard[1]}{shard[2]}.index.json" if shard else ""
+        raise CheckpointError(f"{error}{hint}") from None
 
 
 def load_weights(data: bytes, name: str) -> SegmentationNetwork:
@@ -91,16 +121,16 @@ def load_weights(data: bytes, name: str) -> SegmentationNetwork:
         CheckpointError: as `load_checkpoint`.
     """
     use_threads()
-    return _network(*read_safetensors(data, name), name, None)
+    return _checkpoint(read_safetensors(data, name), name, None).network
 
 
-def _network(
-    state: StateDict, metadata: Mapping[str, str], name: str, config: ModelConfig | None
-) -> SegmentationNetwork:
-    """The network that `state` belongs to, with its weights; `name` is what errors call the file."""
+def _checkpoint(weights: Weights, name: str, config: ModelConfig | None) -> Checkpoint:
+    """The network that `weights` belong to, with them; `name` is what errors call the file."""
+    state, metadata, account = weights
     released = any(key.startswith("head.") for key in state)
     state = {_our_name(key): tensor for key, tensor in state.items()}
-    if config is None and _METADATA_KEY in metadata:
+    stated = _METADATA_KEY in metadata
+    if config is None and stated:
         try:
             config = ModelConfig.from_json(metadata[_METADATA_KEY])
         except (ConfigError, RecursionError) as error:
@@ -117,7 +147,7 @@ def _network(
     with torch.device("meta"):
         network = SegmentationNetwork(config)
     _fill(network, state, name, f"{config.architecture} with {config.encoder}")
-    return network.eval()
+    return Checkpoint(network.eval(), account, stated)
 
 
 def save_checkpoint(
@@ -152,7 +182,8 @@ def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     """
     use_threads()
     path = Path(path)
-    state, _ = read_weights(path)
+    state, _, account = read_weights(path)
+    account.log(str(path))
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     training = model.encoder.training
     _fill(model.encoder, state, str(path), f"the encoder {model.config.encoder}", assign=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 import os
 import struct
@@ -16,15 +15,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from agln_fast.errors import CheckpointError, printable
-from agln_fast.models.weights_names import CONTAINERS, find_weights, kind_of
+from agln_fast.models.weights_account import Account
+from agln_fast.models.weights_names import CONTAINERS, Found, find_weights, kind_of
 from agln_fast.models.weights_pickle import (
     MOST_PICKLE_BYTES,
     NOT_PYTORCH,
@@ -32,14 +30,26 @@ from agln_fast.models.weights_pickle import (
     StoredTensor,
     read_pickle,
 )
+from agln_fast.models.weights_safetensors import read_shards, read_tensors
 
-__all__ = ["StateDict", "read_safetensors", "read_weights"]
+__all__ = ["StateDict", "Weights", "read_safetensors", "read_weights"]
 
 StateDict = dict[str, Tensor]
 
+
+class Weights(NamedTuple):
+    """The tensors of a file by name, in memory of their own, its metadata, and how they were found.
+
+    Those that hold numbers with a fraction are float32, whatever they are in the file.
+    """
+
+    state: StateDict
+    metadata: dict[str, str]
+    account: Account
+
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32)
-_MOST_HEADER_BYTES = 8 << 20  # of a safetensors file; 600 tensors need 100 kB
 _MOST_LISTED_BYTES = 4 << 20  # of a zip's list of entries; 2,400 need 300 kB
 _SMALL_BYTES = 16 << 20  # what the smallest file may claim
 # Half precision doubles as float32, and the storage that it is cut from may be as large as the file.
@@ -57,10 +67,11 @@ _TAKEN_FOR_CHECKPOINTS = (
 )
 
 
-def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
-    """The tensors of a file by name (see `find_weights`), in memory of their own, and its metadata.
+def read_weights(path: Path, wanted: str | None = None) -> Weights:
+    """The weights in a file, found as `find_weights` tells.
 
-    Those that hold numbers with a fraction are float32, whatever they are in the file.
+    Args:
+        wanted: which of several, see `find_weights`.
 
     Raises:
         CheckpointError: as `load_checkpoint`, but for what needs a network to tell.
@@ -69,7 +80,7 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: not a file")
         with path.open("rb") as file:
-            return _named(str(path), lambda: _read(file, path))
+            return _named(str(path), lambda: _read(file, path, wanted))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except PermissionError:
@@ -80,65 +91,63 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
         raise CheckpointError(f"{path}: cannot be read ({printable(error.strerror)})") from None
 
 
-def read_safetensors(data: bytes, name: str) -> tuple[StateDict, dict[str, str]]:
+def read_safetensors(data: bytes, name: str) -> Weights:
     """As `read_weights`, from the bytes of a safetensors file; `name` is what errors call it."""
-    return _named(name, lambda: _from_safetensors(data, name))
+    return _named(name, lambda: _from_safetensors(*read_tensors(data), None))
 
 
-def _named(name: str, read: Callable[[], tuple[StateDict, dict[str, str]]]) -> tuple[StateDict, dict[str, str]]:
-    """What `read` returns; its errors begin with `name`."""
+def _named(name: str, read: Callable[[], Weights]) -> Weights:
+    """What `read` returns, in float32; its errors begin with `name`."""
     try:
-        state, metadata = read()
+        weights = read()
+        state, _, account = weights
         for key, tensor in state.items():  # one by one, because the file's own go as those of float32 come
-            state[key] = tensor.float() if tensor.dtype in _FLOATS else tensor
-        return state, metadata
+            if tensor.dtype in _FLOATS and tensor.dtype != torch.float32:
+                account.converted[str(tensor.dtype).removeprefix("torch.")] += 1
+                state[key] = tensor.float()
+        return weights
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
     except MemoryError:
         raise CheckpointError(f"{name}: needs more memory than there is") from None
 
 
-def _read(file: BinaryIO, path: Path) -> tuple[StateDict, dict[str, str]]:
+def _read(file: BinaryIO, path: Path, wanted: str | None) -> Weights:
     size = os.fstat(file.fileno()).st_size
     start = file.read(512)
     file.seek(0)
     if not start:
         raise CheckpointError(f"not a checkpoint: the file is empty, a truncated download or a full disk; {_FETCH}")
     if start[5:9] == b"\0\0\0{":  # eight bytes of length, then JSON; looked for first, because a length may be any text
-        return _from_safetensors(file.read(), str(path))
+        return _from_safetensors(*read_tensors(file.read()), wanted)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     for beginning, what in _TAKEN_FOR_CHECKPOINTS:
         if text.startswith(beginning):
             raise CheckpointError(what)
     if start[257:262] == b"ustar":
         raise CheckpointError("a tar archive, not a checkpoint: unpack it first")
+    if path.suffix == ".json" and text.startswith(b"{"):
+        return _from_safetensors(*read_shards(path), wanted)
     if start.startswith(b"PK"):
-        return _from_zip(file, size, str(path)), {}
+        return _from_zip(file, size, wanted)
     if start.startswith(b"\x80"):
-        return _from_legacy(file, size, str(path)), {}
+        return _from_legacy(file, size, wanted)
     if path.suffix == ".safetensors":
-        return _from_safetensors(file.read(), str(path))
+        return _from_safetensors(*read_tensors(file.read()), wanted)
     raise CheckpointError(NOT_PYTORCH)
 
 
-def _from_safetensors(data: bytes, path: str) -> tuple[StateDict, dict[str, str]]:
-    header_bytes = int.from_bytes(data[:8], "little")
-    if _MOST_HEADER_BYTES < header_bytes < len(data):
-        raise CheckpointError(f"its header has {header_bytes >> 20} MiB: no state dict of a network")
-    try:
-        content = load(data)
-    except (SafetensorError, LookupError, ValueError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"truncated, damaged, or not a checkpoint ({_first_line(error)})") from None
-    metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
-    return dict(_checked(find_weights(content, path))), metadata
+def _from_safetensors(tensors: StateDict, metadata: dict[str, str], wanted: str | None) -> Weights:
+    found = find_weights(tensors, wanted)
+    return Weights(dict(_checked(found.state)), metadata, found.account)
 
 
-def _from_zip(file: BinaryIO, size: int, path: str) -> StateDict:
+def _from_zip(file: BinaryIO, size: int, wanted: str | None) -> Weights:
     try:
         if not zipfile.is_zipfile(file):
             raise CheckpointError(f"truncated: the end of the archive is missing; {_FETCH}")
         with zipfile.ZipFile(cast(BinaryIO, _ShortReads(file))) as archive:
-            return _from_archive(archive, size, path)
+            return _from_archive(archive, size, wanted)
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -174,7 +183,7 @@ class _ShortReads(io.RawIOBase):
         return True
 
 
-def _from_archive(archive: zipfile.ZipFile, size: int, path: str) -> StateDict:
+def _from_archive(archive: zipfile.ZipFile, size: int, wanted: str | None) -> Weights:
     entries = {info.filename: info for info in archive.infolist()}
     names = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
     if not names:
@@ -203,7 +212,7 @@ def _from_archive(archive: zipfile.ZipFile, size: int, path: str) -> StateDict:
             raise CheckpointError(f"damaged: its storage '{printable(key)}' holds more than it claims; {_FETCH}")
         return _entry(archive, f"{root}data/{key}")
 
-    return _loaded(_checked(find_weights(content, path)), record, size, swapped)
+    return _loaded(find_weights(content, wanted), record, size, swapped)
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytearray:
@@ -212,7 +221,7 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytearray:
         return _exactly(source, archive.getinfo(name).file_size)
 
 
-def _from_legacy(file: BinaryIO, size: int, path: str) -> StateDict:
+def _from_legacy(file: BinaryIO, size: int, wanted: str | None) -> Weights:
     """Files of PyTorch before 1.6: magic number, version, system, content, keys; then the records in that order."""
     dtypes: dict[str, torch.dtype] = {}
     magic, version = read_pickle(file), read_pickle(file)
@@ -237,7 +246,7 @@ def _from_legacy(file: BinaryIO, size: int, path: str) -> StateDict:
         file.seek(offset)
         return _exactly(file, min(count, nbytes))
 
-    return _loaded(_checked(find_weights(content, path)), record, size)
+    return _loaded(find_weights(content, wanted), record, size)
 
 
 def _exactly(source: IO[bytes], count: int) -> bytearray:
@@ -268,15 +277,14 @@ def _checked(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return state
 
 
-def _loaded(
-    state: Mapping[str, StoredTensor], record: Callable[[str, int], bytearray], size: int, swapped: bool = False
-) -> StateDict:
-    """The tensors that `state` describes, from a file of `size` bytes.
+def _loaded(found: Found, record: Callable[[str, int], bytearray], size: int, swapped: bool = False) -> Weights:
+    """The tensors that `found` describes, from a file of `size` bytes.
 
     Args:
         record: reads the bytes of the storage of that key, which its tensors say to be so many.
         swapped: the bytes of each number stand in the other order.
     """
+    state: Mapping[str, StoredTensor] = _checked(found.state)
     storages: dict[str, int] = {}
     for value in state.values():
         key, stop = value.storage.key, value.storage.start + value.storage.nbytes
@@ -303,7 +311,7 @@ def _loaded(
             elif not alone:
                 tensor = tensor.clone()
             tensors[name] = tensor
-    return tensors
+    return Weights(tensors, {}, found.account)
 
 
 def _swapped(tensor: Tensor) -> Tensor:

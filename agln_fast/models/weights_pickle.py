@@ -18,6 +18,7 @@ from typing import BinaryIO
 import torch
 
 from agln_fast.errors import CheckpointError, printable
+from agln_fast.models.weights_beside import DICTIONARIES, is_harmless
 
 __all__ = ["MOST_PICKLE_BYTES", "NOT_PYTORCH", "Inert", "Storage", "StoredTensor", "read_pickle"]
 
@@ -79,10 +80,13 @@ def read_pickle(file: BinaryIO, dtypes: dict[str, torch.dtype] | None = None) ->
         CheckpointError: truncated, damaged, too large, or it names something that is not known to be harmless. The
             message does not name the file.
     """
+    machine = _Machine(file, {} if dtypes is None else dtypes)
     try:
-        return _Machine(file, {} if dtypes is None else dtypes).run()
+        return machine.run()
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error):
         raise CheckpointError(NOT_PYTORCH) from None
+    finally:
+        machine.refuse_unknown()  # goes before whatever else is wrong
 
 
 _Value = object
@@ -95,6 +99,7 @@ class _Global(Inert):
 
     make: _Maker = field(kw_only=True)
     dtype: torch.dtype | None = None
+    known: bool = True
 
 
 _CONSTANTS: dict[bytes, Callable[[], _Value]] = {
@@ -128,6 +133,25 @@ class _Machine:
         self._stack: list[_Value] = []
         self._outer: list[list[_Value]] = []  # the stacks below each mark
         self._memo: dict[int, _Value] = {}
+        self._unknown = ""  # the first name that is not known
+        self._called = ""  # the first one of these that is called, and not only as the class of an object
+        self._model = ""  # the class of the outermost module of PyTorch
+
+    def refuse_unknown(self) -> None:
+        """
+        Raises:
+            CheckpointError: something was named that is not known to be harmless.
+        """
+        if self._unknown and self._model and not self._called:
+            raise CheckpointError(
+                f"refused: it holds a whole model, of class '{printable(self._model)}', whose code would have to run; "
+                "load it where that code is, and save the weights: torch.save(model.state_dict(), 'weights.pth')"
+            )
+        if self._unknown:
+            raise CheckpointError(
+                f"refused: besides weights it wants to load '{printable(self._called or self._unknown)}', which could "
+                "run code; save a plain state dict instead"
+            )
 
     def run(self) -> _Value:
         while True:
@@ -180,23 +204,28 @@ class _Machine:
             self._above_mark()
             self._stack.append(Inert("frozenset"))
         elif code == pickle.GLOBAL:
-            stack.append(_global(self._line(), self._line()))
+            stack.append(self._named(self._line(), self._line()))
         elif code == pickle.STACK_GLOBAL:
             name, module = stack.pop(), stack.pop()
             if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _LONGEST_NAME:
                 raise ValueError(code)
-            stack.append(_global(module, name))
+            stack.append(self._named(module, name))
         elif code in (pickle.REDUCE, pickle.NEWOBJ):
             arguments, function = stack.pop(), stack.pop()
+            if code == pickle.REDUCE and isinstance(function, _Global) and not function.known:
+                self._called = self._called or function.what
             stack.append(self._call(function, arguments))
         elif code == pickle.NEWOBJ_EX:
             _, arguments, function = stack.pop(), stack.pop(), stack.pop()
             stack.append(self._call(function, arguments))
         elif code == pickle.BINPERSID:
-            storage = _storage(stack.pop())
-            self._dtypes[storage.key] = storage.dtype
-            stack.append(storage)
-        elif code in (pickle.BUILD, pickle.POP):  # the state of an object, e.g. the versions beside a state dict
+            identity = stack.pop()
+            stack.append(_class_of_module(identity) or self._storage(identity))
+        elif code == pickle.BUILD:  # the state of an object, e.g. the versions beside a state dict
+            attributes = stack.pop()
+            if isinstance(attributes, dict) and attributes.keys() >= {"_parameters", "_modules"}:
+                self._model = stack[-1].what if isinstance(stack[-1], Inert) else ""
+        elif code == pickle.POP:
             stack.pop()
         elif code == pickle.POP_MARK:
             self._above_mark()
@@ -243,6 +272,17 @@ class _Machine:
     def _above_mark(self) -> list[_Value]:
         items, self._stack = self._stack, self._outer.pop()
         return items
+
+    def _named(self, module: str, name: str) -> _Value:
+        found = _global(module, name)
+        if not found.known:
+            self._unknown = self._unknown or found.what
+        return found
+
+    def _storage(self, identity: _Value) -> Storage:
+        storage = _storage(identity)
+        self._dtypes[storage.key] = storage.dtype
+        return storage
 
     def _call(self, function: _Value, arguments: _Value) -> _Value:
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
@@ -323,6 +363,13 @@ def _storage(identity: _Value) -> Storage:
     return Storage(key, kind.dtype, start * kind.dtype.itemsize, count * kind.dtype.itemsize)
 
 
+def _class_of_module(identity: _Value) -> _Value:
+    """A persistent id of PyTorch before 1.6: ("module", class, file, source of the class); None if it is another."""
+    if not isinstance(identity, tuple) or len(identity) != 4 or identity[0] != "module":
+        return None
+    return identity[1] if isinstance(identity[1], _Global) and not identity[1].known else None
+
+
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -342,9 +389,7 @@ _STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 _MAKERS: dict[str, _Maker] = {
-    **dict.fromkeys(
-        ("collections.OrderedDict", "collections.Counter", "collections.defaultdict", "builtins.dict"), _dictionary
-    ),
+    **dict.fromkeys(DICTIONARIES, _dictionary),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": lambda arguments: _tensor(arguments, arguments[6]),
@@ -356,44 +401,11 @@ _MAKERS: dict[str, _Maker] = {
     "torch._utils._rebuild_nested_tensor": lambda _: Inert("nested tensor", tensor=True),
     "torch._utils._rebuild_meta_tensor_no_storage": lambda _: Inert("tensor without values", tensor=True),
 }
-# What trainings store beside their weights: results, settings, moments, states of random generators.
-_HARMLESS = {
-    "_codecs": {"encode"},
-    "argparse": {"Namespace"},
-    "builtins": {"bytearray", "bytes", "complex", "float", "frozenset", "int", "list", "range", "set", "slice", "str"},
-    "collections": {"deque"},
-    "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
-    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-    "torch": {"Size", "Tensor", "Generator", "device", "per_channel_affine", "per_tensor_affine"}
-    | {"per_channel_affine_float_qparams", "per_channel_symmetric", "per_tensor_symmetric"},
-    "torch.nn.parameter": {"Buffer", "Parameter"},
-    "torch.serialization": {"_get_layout"},
-    "torch.torch_version": {"TorchVersion"},
-    **{f"numpy.{core}.multiarray": {"_reconstruct", "scalar"} for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric": {"_frombuffer"} for core in ("core", "_core")},
-}
-_NUMPY_KINDS = (
-    "bool",
-    "bytes",
-    "complex",
-    "datetime",
-    "float",
-    "int",
-    "longdouble",
-    "str",
-    "timedelta",
-    "uint",
-    "void",
-)
 _RENAMED = {"__builtin__": "builtins", "torch.tensor": "torch._tensor", "torch.cuda": "torch", "torch.storage": "torch"}
 
 
 def _global(module: str, name: str) -> _Global:
-    """The stand-in for `module.name`.
-
-    Raises:
-        CheckpointError: it is not known to be harmless.
-    """
+    """The stand-in for `module.name`."""
     renamed = _RENAMED.get(module, module)
     full = f"{renamed}.{name}"
     if full in _MAKERS:
@@ -401,15 +413,5 @@ def _global(module: str, name: str) -> _Global:
     dtype = _STORAGES.get(name, vars(torch).get(name)) if renamed == "torch" else None
     if not isinstance(dtype, torch.dtype):
         dtype = None
-    if dtype is not None or _is_harmless(renamed, name):
-        return _Global(full, make=lambda _: Inert(full), dtype=dtype)
-    raise CheckpointError(
-        f"refused: besides weights it wants to load '{printable(f'{module}.{name}')}', which could run code; "
-        "save a plain state dict instead"
-    )
-
-
-def _is_harmless(module: str, name: str) -> bool:
-    if module == "numpy":
-        return name in ("dtype", "ndarray") or name.startswith(_NUMPY_KINDS)
-    return name in _HARMLESS.get(module, ()) or (module == "numpy.dtypes" and name.endswith("DType"))
+    known = dtype is not None or is_harmless(renamed, name)
+    return _Global(full if known else f"{module}.{name}", make=lambda _: Inert(full), dtype=dtype, known=known)

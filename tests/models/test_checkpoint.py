@@ -171,7 +171,7 @@ def test_imagenet_weights_load_into_the_encoder(small_network, tmp_path):
 def test_a_pickled_module_is_named(small_network, tmp_path):
     """The commonest mistake, `torch.save(model)`: the message says which class, not how to switch protection off."""
     torch.save(small_network(), tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match=r"wants to load 'agln_fast\.models\.[\w.]+'") as caught:
+    with pytest.raises(CheckpointError, match=r"of class 'agln_fast\.models\.[\w.]+'") as caught:
         agln_fast.load_checkpoint(tmp_path / "model.pth")
     assert "weights_only" not in str(caught.value)
 

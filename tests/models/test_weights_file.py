@@ -56,7 +56,7 @@ def test_content_decides_not_the_suffix(kind, suffix, state, tmp_path):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
             for entry, data in entries.items():
                 target.writestr(entry, data)
-    read, _ = read_weights(path)
+    read = read_weights(path).state
     assert list(read) == list(state) or kind == "safetensors"  # which sorts
     assert {key: tensor.dtype for key, tensor in read.items()} == {key: tensor.dtype for key, tensor in state.items()}
     assert all(torch.equal(read[key], tensor) for key, tensor in state.items())
@@ -68,7 +68,7 @@ def test_a_header_length_that_looks_like_a_web_page_is_none(tmp_path):
     packed = json.dumps(header).encode().ljust(ord("<") + 256)
     (tmp_path / "x.pth").write_bytes(struct.pack("<Q", len(packed)) + packed + bytes(8))
     assert (tmp_path / "x.pth").read_bytes().startswith(b"<")
-    assert torch.equal(read_weights(tmp_path / "x.pth")[0]["a"], torch.zeros(2))
+    assert torch.equal(read_weights(tmp_path / "x.pth").state["a"], torch.zeros(2))
 
 
 def _tar() -> bytes:
@@ -149,7 +149,7 @@ def test_big_endian_files_are_read(tmp_path):
     content = dictionary({"a": _tensor("0", (2,)), "b": _tensor("1", (1,), "HalfStorage")})
     records = {"data/0": values.tobytes(), "data/1": np.array([0.5], ">f2").tobytes(), "byteorder": b"big"}
     (tmp_path / "x.pth").write_bytes(archive(content, records))
-    read, _ = read_weights(tmp_path / "x.pth")
+    read = read_weights(tmp_path / "x.pth").state
     assert read["a"].tolist() == [1.5, -2]
     assert read["b"].tolist() == [0.5]
 
@@ -166,7 +166,7 @@ def test_the_tensors_type_tells_what_is_swapped_not_its_storages(dtype, order, k
     content = dictionary({key: call(name("torch._utils", "_rebuild_tensor_v3"), *arguments)})
     data = values.astype(order).tobytes().ljust(64, b"\0")
     (tmp_path / "x.pth").write_bytes(archive(content, {"data/0": data, "byteorder": b"big"}))
-    (read,) = read_weights(tmp_path / "x.pth")[0].values()
+    (read,) = read_weights(tmp_path / "x.pth").state.values()
     assert read.tolist() == values.T.tolist()
 
 
@@ -182,7 +182,7 @@ def test_views_get_memory_of_their_own(legacy, tmp_path):
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
     torch.save({"state_dict": views}, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-    read, _ = read_weights(tmp_path / "x.pth")
+    read = read_weights(tmp_path / "x.pth").state
     for key, tensor in views.items():
         assert torch.equal(read[key], tensor), key
         assert read[key].untyped_storage().nbytes() == tensor.numel() * 4, key
@@ -194,7 +194,7 @@ def test_a_tensor_with_attributes_is_a_tensor(tmp_path):
     weight = torch.ones(2)
     weight.note = "pruned"
     torch.save({"a": weight}, tmp_path / "x.pth")
-    assert torch.equal(read_weights(tmp_path / "x.pth")[0]["a"], weight)
+    assert torch.equal(read_weights(tmp_path / "x.pth").state["a"], weight)
 
 
 CLAIMS = {
@@ -219,7 +219,7 @@ def test_many_names_of_one_storage_are_refused_and_two_are_not(tmp_path):
         (tmp_path / "x.pth").write_bytes(archive(content, {"data/0": bytes(4000), "data/1": bytes(4)}))
         return tmp_path / "x.pth"
 
-    tied, _ = read_weights(of(2))
+    tied = read_weights(of(2)).state
     tied["a.0"].fill_(1)
     assert not tied["a.1"].any()
     with pytest.raises(CheckpointError, match="its 101 entries claim far more than the 2 storages hold"):

@@ -19,7 +19,10 @@ CONTAINERS = [
     "model",
     "network",
     "net",
+    "weights",
     "state_dict_ema",
+    "ema_state_dict",
+    "model_ema_state_dict",
     "model_ema",
     "ema",
     "module",
@@ -66,7 +69,7 @@ def test_containers_without_weights_are_passed_over(state, tmp_path, caplog):
 def test_a_container_that_holds_itself_ends():
     content = {"a": torch.zeros(1)}
     content["model"] = content
-    assert find_weights(content, "x")["a"] is content["a"]
+    assert find_weights(content).state["a"] is content["a"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,8 @@ def test_a_container_that_holds_itself_ends():
         "module._orig_mod.net.model.",
         "module.module.",
         "segmenter.",
+        "model._orig_mod.module.",
+        "_fsdp_wrapped_module.model._checkpoint_wrapped_module.",
     ],
 )
 def test_common_prefixes_are_stripped_in_any_order(prefix, state, tmp_path):
@@ -92,7 +97,7 @@ def test_common_prefixes_are_stripped_in_any_order(prefix, state, tmp_path):
 
 
 def test_prefixes_of_some_names_stay(state, tmp_path):
-    some = {f"module.{name}" if name.startswith("encoder.") else name: tensor for name, tensor in state.items()}
+    some = {f"wrapped.{name}" if name.startswith("encoder.") else name: tensor for name, tensor in state.items()}
     torch.save(some, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="blocks a stage"):
         agln_fast.load_checkpoint(tmp_path / "x.pth")
@@ -139,7 +144,7 @@ def test_losses_and_counters_are_ignored_with_one_line(state, tmp_path, caplog):
 
 
 def test_of_prefixes_without_end_some_are_stripped():
-    weights = find_weights({"a." * 100 + "b": torch.zeros(1), "a." * 100 + "c": torch.zeros(1)}, "x")
+    weights = find_weights({"a." * 100 + "b": torch.zeros(1), "a." * 100 + "c": torch.zeros(1)}).state
     assert list(weights) == ["a." * 84 + "b", "a." * 84 + "c"]
 
 
@@ -155,13 +160,17 @@ REFUSED = {
     "a tensor": (torch.zeros(1), "no state dict but tensor"),
     "empty": ({}, "no state dict but an empty one"),
     "empty inside": ({"model": {}}, "no state dict but an empty one"),
-    "an array of NumPy": ({"model": {"a": np.zeros(1)}}, r"entry 'a' is no tensor but numpy\.\w+\.multiarray"),
+    "an array of NumPy": ({"model": {"a": np.zeros(1)}}, r"holds no tensors but 'a' \(numpy\.\w+\.multiarray"),
     "losses": ({"loss.weight": torch.zeros(1)}, "no state dict but losses and counters"),
+    "many other things": (
+        {f"\x1b{i}": i for i in range(9)},
+        r"no tensors but '\\x1b0' \(int\), .*'\\x1b4' \(int\), …; ",
+    ),
     "a number as name": ({7: torch.zeros(1)}, "of type int is no name of a tensor"),
     "a long name": ({"x." * 400: torch.zeros(1)}, "is no name of a tensor"),
     "an optimizer": (
         {"optimizer": {"state": {}}, "epoch": 1},
-        r"entry 'optimizer' is no tensor but dict \(weights may be under state_dict, .*, model_ema, ",
+        r"holds no tensors but 'optimizer' \(dict\), 'epoch' \(int\); weights may be under state_dict, .*, model_ema, ",
     ),
     "many names": ({str(i): 0 for i in range(20_001)}, "its state dict has 20,001 entries, which no network has"),
 }
@@ -174,6 +183,157 @@ def test_what_holds_no_weights_is_refused(case, tmp_path):
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=message):
         agln_fast.load_checkpoint(path)
+
+
+def test_wrappers_are_taken_out_wherever_they_stand(state, tmp_path):
+    """Parts are compiled, or spread over devices, each by itself."""
+    wrapped = {
+        name.replace("encoder.layer1.", "encoder._orig_mod.layer1.module.").replace(
+            "classifier.", "module.classifier."
+        ): t
+        for name, t in state.items()
+    }
+    torch.save(wrapped, tmp_path / "x.pth")
+    loaded = agln_fast.load_checkpoint(tmp_path / "x.pth").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_two_names_that_become_one_are_refused(state, tmp_path):
+    torch.save({**state, "encoder._orig_mod.conv1.weight": state["encoder.conv1.weight"]}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"several of its entries are 'encoder\.conv1\.weight' without wrappers"):
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+
+
+WANTED = {
+    "by name": ({"model": 0, "ema": 1}, "ema"),
+    "any average": ({"model": 0, "model_ema": 1}, "ema"),
+    "an average by its own name": ({"model": 0, "ema": 0, "model_ema": 1}, "model_ema"),
+    "the name is not part of another": ({"model_ema": 0, "model": 1}, "model"),
+    "below a container": ({"checkpoint": {"model": 0, "ema": {"module": 1}}}, "ema"),
+    "by its path": ({"state_dict": {"model": 0, "ema": 1}}, "state_dict.ema"),
+    "a name that nobody knows": ({"student": 0, "teacher": 1}, "teacher"),
+    "beside a known one": ({"state_dict": 0, "teacher": 1}, "teacher"),
+    "what it has alone": ({"state_dict": 1}, "state_dict"),
+}
+
+
+@pytest.mark.parametrize("case", WANTED)
+def test_other_weights_are_taken_when_they_are_asked_for(case, state, tmp_path, caplog):
+    def filled(content):
+        if isinstance(content, dict):
+            return {name: filled(inner) for name, inner in content.items()}
+        return state if content else _zeros(state)
+
+    places, wanted = WANTED[case]
+    torch.save(filled(places), tmp_path / "x.pth")
+    network = agln_fast.load_checkpoint(tmp_path / "x.pth", weights=wanted)
+    assert torch.equal(network.classifier[4].bias, state["classifier.4.bias"])
+    assert not [record for record in caplog.records if "are taken, others" in record.getMessage()]
+
+
+@pytest.mark.parametrize("container", [None, "state_dict"])
+@pytest.mark.parametrize(("wanted", "first"), [(None, "model"), ("ema", "model_ema"), ("teacher", "teacher")])
+def test_weights_under_first_parts_of_names_are_told_apart(wanted, first, container, state, tmp_path, caplog):
+    """As Lightning stores them: each network is a member of the module that trains."""
+    firsts = ("model", "model_ema", "teacher")
+    joined = {f"{f}.{name}": t for f in firsts for name, t in (state if f == first else _zeros(state)).items()}
+    joined |= {"mean": torch.zeros(3), "val_iou.matrix": torch.zeros(2, 2)}
+    torch.save({container: joined} if container else joined, tmp_path / "x.pth")
+    assert torch.equal(
+        agln_fast.load_checkpoint(tmp_path / "x.pth", weights=wanted).classifier[4].bias, state["classifier.4.bias"]
+    )
+    (record,) = caplog.records
+    place = f"{container}." if container else ""
+    assert f"holds weights under '{place}{first}' and '{place}model" in record.getMessage()
+    assert "entries that are no part of it ignored (" in record.getMessage()
+
+
+UNWANTED = {
+    "another name": (
+        {"model": 0, "ema": 0},
+        "emma",
+        "under 'emma': it has them under 'model' and 'ema'; did you mean 'ema'",
+    ),
+    "plain": (0, "ema", "no weights under 'ema': it is one state dict"),
+    "two averages": ({"ema": 0, "model_ema": 0}, "average", "no weights under 'average': it has them under"),
+    "two averages, and either is meant": (
+        {"ema_state_dict": 0, "model_ema": 0},
+        "ema",
+        "several moving averages, 'ema_st",
+    ),
+    "an optimizer": ({"model": 0, "optimizer": {"state": {}}}, "optimizer", r"no tensors but 'state' \(dict\)"),
+    "nobody knows": (
+        {"student": 0, "teacher": 0},
+        None,
+        "under 'student' and 'teacher': say which with --weights NAME",
+    ),
+    "many": ({f"fold{i}": 0 for i in range(7)}, None, "under 'fold0' and 'fold1' and 'fold2' and 4 more: say which"),
+}
+
+
+@pytest.mark.parametrize("case", UNWANTED)
+def test_what_is_asked_for_and_not_there_is_told(case, state, tmp_path):
+    def filled(content):
+        return {name: filled(inner) for name, inner in content.items()} if isinstance(content, dict) else state
+
+    places, wanted, message = UNWANTED[case]
+    torch.save(filled(places), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message):
+        agln_fast.load_checkpoint(tmp_path / "x.pth", weights=wanted)
+
+
+def test_the_only_weights_are_taken_under_any_name_and_said(state, tmp_path, caplog):
+    beside = {"optimizer": {"a.b": torch.zeros(1)}, "rng": {"cpu": torch.zeros(8, dtype=torch.uint8)}}
+    torch.save({"student": state, "loss_fn": {"a.b": torch.zeros(1)}, **beside}, tmp_path / "x.pth")
+    assert torch.equal(_bias(tmp_path / "x.pth"), state["classifier.4.bias"])
+    assert "weights under 'student', the only ones that it holds; not used: loss_fn, optimizer, rng" in caplog.text
+
+
+def test_all_that_was_done_is_one_line(state, tmp_path, caplog):
+    half = {
+        f"module.model.{name}": tensor.half() if tensor.ndim > 1 else tensor.bfloat16() if tensor.ndim else tensor
+        for name, tensor in state.items()
+    }
+    counts = [sum(tensor.dtype == kind for tensor in half.values()) for kind in (torch.float16, torch.bfloat16)]
+    content = {"model": {**half, "module.loss.weight": torch.ones(5)}, "ema": {"module": state}, "epoch": 3}
+    torch.save({**content, "optimizer": {}, "args": 1, "scheduler": {}}, tmp_path / "x.pth")
+    network = agln_fast.load_checkpoint(tmp_path / "x.pth")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    (record,) = caplog.records
+    said = record.getMessage().removeprefix(f"{tmp_path / 'x.pth'}: ").split("; ")
+    assert said == [
+        "holds weights under 'model' and 'ema'",
+        "those of 'model' are taken, others with --weights NAME, or weights=NAME",
+        "names without 'module.' and 'model.'",
+        f"{counts[0]} tensors of float16 and {counts[1]} tensors of bfloat16 converted to float32",
+        "1 entries of losses or counters ignored (loss.weight)",
+        "not used: epoch, optimizer, args, …",
+    ]
+
+
+def test_what_changes_nothing_is_for_information(state, tmp_path, caplog):
+    torch.save({"state_dict": {f"net.{name}": t for name, t in state.items()}, "epoch": 3}, tmp_path / "x.pth")
+    with caplog.at_level(logging.INFO, "agln_fast.checkpoint"):
+        _bias(tmp_path / "x.pth")
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.getMessage().endswith("weights under 'state_dict'; names without 'net.'; not used: epoch")
+
+
+def test_a_plain_file_needs_no_word(state, tmp_path, caplog):
+    torch.save(state, tmp_path / "x.pth")
+    with caplog.at_level(logging.INFO, "agln_fast.checkpoint"):
+        _bias(tmp_path / "x.pth")
+    assert not caplog.records
+
+
+def test_names_in_the_line_are_escaped(state, tmp_path, caplog):
+    strange = {"a\x1b[2J": {f"b\u202e.{name}": t for name, t in state.items()}, "c\r\nd": 1}
+    torch.save(strange, tmp_path / "x.pth")
+    _bias(tmp_path / "x.pth")
+    (record,) = caplog.records
+    assert record.getMessage().isprintable()
+    assert r"under 'a\x1b[2J'" in record.getMessage()
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import decimal
 import gc
 import io
 import pathlib
@@ -12,6 +13,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import types
 import zipfile
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from pickles import archive, call, dictionary, legacy, name, number, pickled, te
 import agln_fast
 from agln_fast.errors import CheckpointError, printable
 from agln_fast.models import weights_pickle
+from agln_fast.models.weights_file import read_weights
+from agln_fast.models.weights_names import CONTAINERS
 from agln_fast.models.weights_pickle import Inert, read_pickle
 
 FLOATS = ("float16", "float32", "float64", "longdouble", "complex64", "complex128", "clongdouble")
@@ -48,6 +52,15 @@ BESIDE = {
     "bytes": b"\xff",
     "set": {1, 2},
     "tuples as keys": {(0, 1): 0.5},
+    "whole numbers' type": int,
+    "simple": types.SimpleNamespace(lr=0.1),
+    "range": range(3),
+    "decimal": decimal.Decimal("0.1"),
+    "generator": np.random.default_rng(0),
+    "whole optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], 0.1),
+    "whole scaler": torch.amp.GradScaler(enabled=False),
+    "ordered": collections.OrderedDict(a=1),
+    "type of tensors": torch.bfloat16,
     "size": torch.Size([2]),
     "device": torch.device("cpu"),
     "optimizer": {"state": {0: {"step": torch.tensor(3.0), "momentum": torch.zeros(2)}}, "groups": [{"lr": 0.1}]},
@@ -129,6 +142,7 @@ MALFORMED = {
     "negative storage": together(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(-1))
     + b"Q",
     "module by id": together(text("module"), name("torch", "Tensor"), text("a"), text("b")) + b"Q",
+    "module of no class": together(text("module"), text("x"), text("a"), text("b")) + b"Q",
     "tensor of too little": call(name("torch._utils", "_rebuild_tensor_v2"), text("x")),
     "text that is none": b"X\x01\x00\x00\x00\xff",
     "a type in a type": call(
@@ -240,6 +254,9 @@ def _costly() -> dict[str, bytes]:
     """Pickles whose values crash other readers, or cost much more than their size if anything looks inside."""
     nested = b")" + b"\x85" * 200_000
     doubled = b"N" + b"q\x00h\x00\x86" * 60  # 2**60 values, if they are shown
+    storage = together(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(1)) + b"Q"
+    one = {"x.y": call(name("torch._utils", "_rebuild_tensor"), storage, number(0), together(), together())}
+    large = dictionary({f"{i}.x": b"N" for i in range(100_000)}) + b"q\x00"
     return {
         "dtype": _crashing(),
         "nested lists": b"](" * 150_000 + b"e" * 150_000,
@@ -254,8 +271,22 @@ def _costly() -> dict[str, bytes]:
         "keys of one hash": b"}("
         + b"".join(b"\x8a\x0a" + (i * ((1 << 61) - 1)).to_bytes(10, "little") + b"N" for i in range(1, 150_000))
         + b"u",
-        "names of losses": dictionary({"loss_" * 90 + f"!{i}.x": b"N" for i in range(19_000)}),
-        "names of many parts": dictionary({"a." * 240 + str(i): b"N" for i in range(19_000)}),
+        "one dictionary under many names": b"}("
+        + text("x")
+        + large
+        + b"".join(text(str(i)) + b"h\x00" for i in range(100_000))
+        + b"u",
+        "one dictionary in many": b"}("
+        + text("x")
+        + large
+        + b"".join(text(str(i)) + b"}" + text("model") + b"h\x00s" for i in range(60_000))
+        + b"u",
+        "containers in each other": b"}q\x00" + b"".join(text(name) + b"h\x00s" for name in CONTAINERS),
+        "names of wrappers": dictionary(one | {"module." * 70 + str(i): b"N" for i in range(19_000)}),
+        "names of losses": dictionary(one | {"loss_" * 90 + f"!{i}.x": b"N" for i in range(19_000)}),
+        "names of many parts": dictionary(
+            {"a." * 240: one["x.y"]} | {"a." * 240 + str(i): b"N" for i in range(19_000)}
+        ),
     }
 
 
@@ -330,3 +361,63 @@ def test_weights_load_with_numpys_scalars_beside_them(small_network, tmp_path: P
     path = tmp_path / "best.pth.tar"
     torch.save({"state_dict": small_network("fpn_resnet18").state_dict(), "beside": BESIDE}, path)
     assert agln_fast.load_checkpoint(path).config.architecture == "fpn"
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_every_python_are_known(module):
+    """Python 3.13 wrote the module in which it kept them, which others do not have."""
+    path = call(name(module, "PosixPath"), text("runs"), text("best.pth"))
+    assert read_pickle(io.BytesIO(pickled(path))) == Inert(
+        "pathlib.PosixPath" if "_" not in module else f"{module}.PosixPath"
+    )
+
+
+def test_settings_of_omegaconf_are_no_obstacle():
+    """As Lightning stores them, written by omegaconf 2.4 and PyTorch 2.13; neither is needed to read it."""
+    loaded = set(sys.modules)
+    found = read_weights(Path(__file__).parents[1] / "golden" / "lightning_omegaconf.ckpt")
+    assert {key: tensor.tolist() for key, tensor in found.state.items()} == {"b": [0.0]}
+    assert found.account.unused == ["hyper_parameters", "l"]
+    assert not {module for module in set(sys.modules) - loaded if "omegaconf" in module}
+
+
+@pytest.mark.parametrize(
+    "kind", ["easydict.EasyDict", "pytorch_lightning.utilities.parsing.AttributeDict", "yacs.config.CfgNode"]
+)
+def test_dictionaries_of_every_make_hold_what_they_hold(kind):
+    made = name(*kind.rsplit(".", 1)) + b")\x81" + dictionary({"a": b"N"})[1:] + b"}b"
+    assert read_pickle(io.BytesIO(pickled(made))) == {"a": None}
+
+
+WHOLE = {
+    "itself": lambda network: network,
+    "in a container": lambda network: {"model": network, "epoch": 3},
+    "beside its weights": lambda network: {"state_dict": network.state_dict(), "model": network},
+    "wrapped": torch.nn.Sequential,
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_whole_model_is_refused_with_what_to_do(case, legacy, small_network, tmp_path):
+    torch.save(WHOLE[case](small_network()), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    outermost = (
+        r"torch\.nn\.modules\.container\.Sequential" if case == "wrapped" else r"agln_fast\..*\.SegmentationNetwork"
+    )
+    with pytest.raises(CheckpointError, match=rf"holds a whole model, of class '{outermost}'.*model\.state_dict\(\)"):
+        agln_fast.load_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_call_beside_a_whole_model_is_named_first():
+    """The advice to load the file elsewhere must not be given for what would run commands there."""
+    model = name("models", "Net") + b")\x81" + dictionary({"_parameters": b"}", "_modules": b"}"}) + b"b"
+    with pytest.raises(CheckpointError, match=r"whole model, of class 'models\.Net'"):
+        read_pickle(io.BytesIO(pickled(model)))
+    for body in (model + call(name("posix", "system"), text("x")), call(name("posix", "system"), text("x")) + model):
+        with pytest.raises(CheckpointError, match=r"wants to load 'posix\.system'"):
+            read_pickle(io.BytesIO(pickled(body)))
+
+
+def test_what_is_unknown_is_told_before_what_is_damaged():
+    with pytest.raises(CheckpointError, match=r"wants to load 'posix\.system'"):
+        read_pickle(io.BytesIO(pickled(call(name("posix", "system"), text("x")) + b"\xff")))
