@@ -27,7 +27,9 @@ def _with_config_flags(verb: Callable[..., None]) -> Callable[..., None]:
         kinds = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not NoneType]
         kind: Any = str if get_origin(hints[field.name]) is Literal else kinds[0]
         shown = False if field.default is None else str(field.default)
-        annotation = Annotated[kind | None, typer.Option(help=field.metadata["help"], show_default=shown)]
+        flag = f"--{field.name.replace('_', '-')}"
+        flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [*field.metadata["flags"], flag]
+        annotation = Annotated[kind | None, typer.Option(*flags, help=field.metadata["help"], show_default=shown)]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
@@ -44,13 +46,23 @@ def train(
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Train a network by the paper's recipe. It may be killed at any moment: --resume goes on."""
+    """Train a network by the paper's recipe. It may be killed at any moment: --resume goes on.
+
+    Example: agln-fast train --from agln_nano --data pascal_voc --data-root VOCdevkit -o runs/voc
+    """
     from agln_fast.cli.places import check_folder
     from agln_fast.data.registry import open_dataset
-    from agln_fast.errors import TrainingError
-    from agln_fast.training.folder import check_start
+    from agln_fast.errors import ConfigError, TrainingError
+    from agln_fast.training.folder import CONFIG_FILE, check_start
 
     given = {name: value for name, value in flags.items() if value is not None}
+    if resume and "initial_weights" in given:
+        raise ConfigError(
+            f"--from starts a training, --resume goes on with the one in {output}: give one of them; "
+            "a training that was started with --from is resumed without it"
+        )
+    if resume and config is None and (output / CONFIG_FILE).is_file():
+        config = output / CONFIG_FILE
     settings = TrainingConfig.from_dict(given) if config is None else TrainingConfig.from_yaml(config, **given)
     check_start(settings, output, resume=resume)
     check_folder(output, TrainingError)
@@ -70,9 +82,10 @@ def train(
     if run.rank > 0:  # one of several processes speaks
         return
     if json:
-        print_json({"weights": str(run.weights), "log": [asdict(row) for row in run.log]})
+        log = [asdict(row) for row in run.log]
+        print_json({"weights": str(run.weights), "start": run.start or None, "log": log})
         return
-    table = Table(title=f"{settings.model} on {settings.data}, seed {settings.seed}", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"{settings.title} on {settings.data}, seed {settings.seed}", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("epoch", "iteration", "rate", "loss", "train mIoU", "val mIoU", "pixel accuracy", "minutes"):
         table.add_column(column, justify="right")
     for row in run.log:

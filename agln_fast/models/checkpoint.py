@@ -70,6 +70,11 @@ class Checkpoint(NamedTuple):
     account: Account
     stated: bool
 
+    def log(self, path: str | os.PathLike[str]) -> None:
+        """Say how the weights were found, but of a file of ours, which is in half precision on purpose."""
+        if not self.stated:
+            self.account.log(str(path))
+
 
 def load_checkpoint(
     path: str | os.PathLike[str], config: ModelConfig | None = None, *, weights: str | None = None
@@ -91,8 +96,7 @@ def load_checkpoint(
             negative variance; or it holds no `weights`, or several of which none is preferred.
     """
     checkpoint = read_checkpoint(path, config, weights=weights)
-    if not checkpoint.stated:  # ours are in half precision on purpose
-        checkpoint.account.log(str(path))
+    checkpoint.log(path)
     return checkpoint.network
 
 

@@ -39,6 +39,7 @@ RECIPES = {
 }
 
 
+_DEFAULT_MODEL = "agln_nano"
 _ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")  # those of Lightning Fabric
 _HARMLESS = ("data_root", "accelerator", "workers", "cache", "save_every")
 
@@ -54,6 +55,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "base_size": (32, 8192),
     "min_scale": (0.01, 99),
     "max_scale": (0.01, 99),
+    "loaded_rate": (0, 100),
     "devices": (1, 1024),
     "workers": (0, 1024),
     "seed": (0, 2**32 - 1),
@@ -62,8 +64,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, *flags: str) -> Any:
+    return field(default=default, metadata={"help": text, "flags": flags})
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class TrainingConfig:
         ConfigError: an unknown name or an impossible value.
     """
 
-    model: str = _option("agln_nano", "Preset, such as agln_resnet101; `agln-fast inspect` names them all.")
+    model: str | None = _option(
+        None, "Preset, such as agln_resnet101 (`agln-fast inspect` names them all); default agln_nano, or as --from."
+    )
     data: str = _option("scenes", "Dataset: scenes, pascal_voc, pascal_context_59, pascal_context_60, ade20k.")
     data_root: str | None = _option(None, "Folder of the dataset; scenes needs none.")
     train_split: str = _option("train", "Split to train on.")
@@ -84,7 +88,14 @@ class TrainingConfig:
     train_samples: int | None = _option(None, "Take only so many, the first ones; default all.")
     val_samples: int | None = _option(None, "Take only so many, the first ones; default all.")
     encoder_weights: str | None = _option(None, "ImageNet weights for the encoder (torchvision's names).")
-    initial_weights: str | None = _option(None, "Checkpoint of the same model to start from, e.g. to fine-tune.")
+    initial_weights: str | None = _option(
+        None,
+        "Checkpoint to start from, which tells the model; its classifier only if it has as many classes.",
+        "--from",
+    )
+    weights: str | None = _option(None, "Of a --from that holds several weights: the name of those to take, e.g. ema.")
+    fresh_classifier: bool = _option(False, "Leave the classifier of --from out though it has as many classes.")
+    loaded_rate: float = _option(0.1, "Learning rate of what --from gives, over that of fresh layers if there are any.")
     epochs: float = _option(None, "Passes over the data; default the dataset's recipe.")
     base_lr: float = _option(None, "Learning rate at the start; default the dataset's recipe.")
     batch_size: int = _option(16, "Images a step, over all devices together.")
@@ -124,7 +135,26 @@ class TrainingConfig:
             raise ConfigError(
                 "one crop of 32 pixels a device: batch normalisation needs more, a batch or a larger crop"
             )
-        preset(self.model, num_classes=1)
+        self._check_start()
+
+    def _check_start(self) -> None:
+        if self.initial_weights is None:
+            for name in ("weights", "fresh_classifier"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name}: is about the checkpoint to start from; name it with --from")
+            if self.model is None:
+                object.__setattr__(self, "model", _DEFAULT_MODEL)
+        elif self.encoder_weights is not None:
+            raise ConfigError(
+                "encoder_weights: a checkpoint to start from (--from) has an encoder; leave one of them out"
+            )
+        if self.model is not None:
+            preset(self.model, num_classes=1)
+
+    @property
+    def title(self) -> str:
+        """What the network is called on the screen: the preset's name, or the checkpoint's."""
+        return self.model or Path(self.initial_weights or "").stem
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:

@@ -27,6 +27,8 @@ def check_start(config: TrainingConfig, folder: Path, *, resume: bool) -> None:
             raise MissingPackageError(package, "train")
     if not resume and (folder / STATE_FILE).exists():
         raise ConfigError(f"{folder}: holds a training already; resume it, or choose another folder")
+    if (folder / STATE_FILE).exists():
+        return  # what it started from is not needed any more
     for weights in (config.encoder_weights, config.initial_weights):
         if weights is not None:
             find_checkpoint(weights)

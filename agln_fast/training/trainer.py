@@ -7,6 +7,7 @@ seed and the iteration's number. What has to be kept is the weights, the momentu
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import pickle
 import time
@@ -25,14 +26,16 @@ from agln_fast import interruption
 from agln_fast.data.augment import Augmentation
 from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, SegmentationDataset
 from agln_fast.data.registry import open_dataset
-from agln_fast.errors import AglnError, CheckpointError, ConfigError, TrainingError
+from agln_fast.errors import AglnError, CheckpointError, ConfigError, TrainingError, printable
 from agln_fast.files import replacing
 from agln_fast.metrics import SegmentationMetrics
-from agln_fast.models.checkpoint import load_backbone, load_checkpoint, save_checkpoint
-from agln_fast.models.networks import SegmentationNetwork, create_model
+from agln_fast.models.checkpoint import save_checkpoint
+from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.training.batches import Batches, Crops, Images, collate
 from agln_fast.training.config import TrainingConfig
 from agln_fast.training.folder import CONFIG_FILE, LOG_FILE, STATE_FILE, WEIGHTS_FILE, check_start
+from agln_fast.training.start import Start, begin
+from agln_fast.training.start import resume as continue_from
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LogRow", "TrainingRun", "train"]
 
+_log = logging.getLogger("agln_fast.training")
 _PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -59,12 +63,16 @@ class LogRow:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A finished run: the network in eval mode, its weights file, the log, and which of the processes this one is."""
+    """A finished run: the network in eval mode, its weights file, the log, and which of the processes this one is.
+
+    start: one line about the checkpoint that it started from; empty if from none.
+    """
 
     network: SegmentationNetwork
     weights: Path
     log: tuple[LogRow, ...]
     rank: int = 0
+    start: str = ""
 
 
 def train(
@@ -87,7 +95,7 @@ def train(
 
     Raises:
         ConfigError: impossible settings; `output` holds a run and `resume` is false, or a run of another config.
-        CheckpointError: encoder weights or a state that cannot be used.
+        CheckpointError: weights to start from, or a state, that cannot be used.
         DatasetError: the data are not there.
         TrainingError: the loss is NaN or infinite, or the folder cannot be written.
         MissingPackageError: a package of the extra "train" is not installed.
@@ -105,17 +113,18 @@ def train(
         if config.workers:  # they are forked, and share what is there already
             train_set.fill()
             val_set.fill()
-    torch.manual_seed(config.seed)
-    network = create_model(config.model, len(train_set.class_set.classes))
+    num_classes = len(train_set.class_set.classes)
     if state is None:
-        _initialise(network, config)
-    trainer = _Trainer(fabric, config, network, train_set, val_set)
-    if state is not None:
+        trainer = _Trainer(fabric, config, begin(config, num_classes), train_set, val_set)
+    else:
         try:
+            trainer = _Trainer(fabric, config, continue_from(state["start"], num_classes), train_set, val_set)
             trainer.load(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = _first_line(error)
             raise CheckpointError(f"{folder / STATE_FILE}: damaged, or of another version ({what})") from None
+    if trainer.start.remark and fabric.global_rank == 0:
+        _say(trainer.start.remark, progress)
     _on_rank_zero(fabric, lambda: _prepare_folder(folder, config))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if fabric.device.type == "cuda":  # where the gradient of the bilinear resize would otherwise differ from run to run
@@ -124,7 +133,9 @@ def train(
         trainer.run(folder, progress if fabric.global_rank == 0 else None)
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    return TrainingRun(trainer.network.eval(), folder / WEIGHTS_FILE, tuple(trainer.log), fabric.global_rank)
+    return TrainingRun(
+        trainer.network.eval(), folder / WEIGHTS_FILE, tuple(trainer.log), fabric.global_rank, trainer.start.remark
+    )
 
 
 class _Trainer:
@@ -137,17 +148,21 @@ class _Trainer:
         self,
         fabric: Fabric,
         config: TrainingConfig,
-        network: SegmentationNetwork,
+        start: Start,
         train_set: SegmentationDataset,
         val_set: SegmentationDataset,
     ) -> None:
         self.fabric, self.config, self.train_set, self.val_set = fabric, config, train_set, val_set
+        self.start, network = start, start.network
         self.total = max(1, round(config.epochs * len(train_set) / config.batch_size))
         if fabric.device.type == "cuda" and fabric.world_size > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(
-            network.parameters(), config.base_lr, momentum=config.momentum, weight_decay=config.weight_decay
+            start.parameter_groups(config.loaded_rate),
+            config.base_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
         self.module, self.optimizer = fabric.setup(self.network, optimizer)
         self.num_classes = network.config.num_classes
@@ -163,6 +178,7 @@ class _Trainer:
         """All that the rest of the run depends on, as plain types and tensors; every process must call it."""
         return {
             "config": self.config.to_dict(),
+            "start": self.start.state(),
             "iteration": self.iteration,
             "seconds": self.seconds,
             "losses": self.losses,
@@ -206,7 +222,7 @@ class _Trainer:
             ),
             use_distributed_sampler=False,
         )
-        task = progress.add_task(config.model, total=self.total, completed=self.iteration) if progress else None
+        task = progress.add_task(config.title, total=self.total, completed=self.iteration) if progress else None
         every = max(1, round(config.validate_every * len(self.train_set) / config.batch_size))
         began = time.monotonic() - self.seconds
         if self.iteration == self.total:
@@ -234,7 +250,7 @@ class _Trainer:
         config = self.config
         rate = config.base_lr * (1 - self.iteration / self.total) ** config.poly_power
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         _seed_dropout(config.seed, self.iteration, self.fabric.global_rank)
         self.module.train()
         logits = self.module(images.contiguous(memory_format=torch.channels_last)).float()
@@ -272,12 +288,12 @@ class _Trainer:
         loss = np.mean(self.losses[-50:]) if self.losses or last is None else last.loss
         miou = self._metrics(self.matrix).mean_iou if self.losses or last is None else last.train_miou
         validated = f", val {last.val_miou:.1%}" if last else ""
-        return f"{self.config.model}  loss {loss:.3f}  mIoU {miou:.1%}{validated}"
+        return f"{self.config.title}  loss {loss:.3f}  mIoU {miou:.1%}{validated}"
 
     def _line(self) -> str:
         row = self.log[-1]
         return (
-            f"{self.config.model} epoch {row.epoch:.4g} of {self.config.epochs:g}: loss {row.loss:.3f}, mIoU "
+            f"{self.config.title} epoch {row.epoch:.4g} of {self.config.epochs:g}: loss {row.loss:.3f}, mIoU "
             f"{row.train_miou:.2%}, validation {row.val_miou:.2%}, pixels {row.val_pixel_accuracy:.2%}; "
             f"{row.seconds / 60:.1f} minutes"
         )
@@ -341,15 +357,11 @@ class _Trainer:
             writer.writerows(asdict(row) for row in self.log)
 
 
-def _initialise(network: SegmentationNetwork, config: TrainingConfig) -> None:
-    """Put given weights in the place of random ones."""
-    if config.encoder_weights is not None:
-        load_backbone(network, config.encoder_weights)
-    if config.initial_weights is not None:
-        given = load_checkpoint(config.initial_weights)
-        if given.config != network.config:
-            raise ConfigError(f"{config.initial_weights}: holds {given.config}, {config.model} is {network.config}")
-        network.load_state_dict(given.state_dict())
+def _say(line: str, progress: Progress | None) -> None:
+    if progress is None:
+        _log.info("%s", line)
+    else:
+        progress.console.print(printable(line, len(line)), highlight=False, markup=False)
 
 
 def _seed_dropout(*numbers: int) -> None:

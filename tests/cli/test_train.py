@@ -7,7 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from PIL import Image
+from typer.main import get_command
 
+import agln_fast
+from agln_fast.cli.app import app
 from agln_fast.training.config import TrainingConfig
 
 YAML = """
@@ -23,10 +26,11 @@ epochs: 3
 
 
 def test_every_field_of_the_config_is_a_flag(cli):
+    options = {name for option in get_command(app).commands["train"].params for name in option.opts}
+    assert {f"--{field.name.replace('_', '-')}" for field in fields(TrainingConfig)} < options
     code, text, _ = cli("train", "--help")
     assert code == 0
-    for field in fields(TrainingConfig):
-        assert f"--{field.name.replace('_', '-')}" in text
+    assert "--from" in text
 
 
 def test_yaml_flags_table_and_json(cli, tmp_path):
@@ -48,6 +52,33 @@ def test_yaml_flags_table_and_json(cli, tmp_path):
     assert (row["iteration"], row["epoch"]) == (1, 1.0)
 
 
+def test_from_starts_and_resume_goes_on_by_what_the_folder_says(cli, tmp_path):
+    settings = ["--train-samples", 2, "--val-samples", 1, "--batch-size", 2, "--crop", 64, "--base-size", 64]
+    run = tmp_path / "run"
+    first = ["train", "--from", "fpn_nano", "--fresh-classifier", "--epochs", 1, *settings, "-o", run]
+    code, text, error = cli(*first, "--json")
+    assert code == 0
+    said = f"starts from fpn_nano: {len(_entries()) - 2} tensors are loaded, 2 are fresh for other 12 classes"
+    assert said in error
+    assert json.loads(text)["start"].startswith(said)
+    assert "model: null" in (run / "config.yaml").read_text()
+
+    code, _, error = cli(*first, "--resume")
+    assert code == 2
+    assert "--from starts a training, --resume goes on with the one in" in error
+    code, text, error = cli("train", "-o", run, "--resume")
+    assert code == 0
+    assert said in error
+    assert "fpn_nano on scenes, seed 0" in text
+    code, _, error = cli("train", "-o", run, "--resume", "--epochs", 2)
+    assert code == 2
+    assert "holds another training, with epochs 1.0 instead of 2.0" in error
+
+
+def _entries():
+    return agln_fast.load_checkpoint("fpn_nano").state_dict()
+
+
 def test_errors_of_train(cli, tmp_path):
     for arguments, code, message in (
         (["--model", "fpn_nan"], 2, "did you mean 'fpn_nano'"),
@@ -55,6 +86,10 @@ def test_errors_of_train(cli, tmp_path):
         (["--base-lr", "-1"], 2, "must be from"),
         (["--config", tmp_path / "nothing.yaml"], 2, "cannot be read"),
         (["--encoder-weights", tmp_path / "nothing.pth"], 3, "no such file"),
+        (["--from", tmp_path / "nothing.pth"], 3, "no such file"),
+        (["--from", "fpn_nan"], 3, "did you mean 'fpn_nano'"),
+        (["--from", "fpn_nano", "--model", "agln_nano"], 2, "leave the model out, because the checkpoint tells"),
+        (["--from", "fpn_nano", "--weights", "ema"], 3, "holds no weights under 'ema': it is one state dict"),
     ):
         found, _, error = cli("train", "-o", tmp_path / "run", "--accelerator", "cpu", *arguments)
         assert (found, message in error) == (code, True), error

@@ -60,6 +60,11 @@ def test_yaml_round_trip_and_overrides(tmp_path: Path) -> None:
         ({"batch_size": "many"}, "batch_size must be int, got 'many'"),
         ({"seed": True}, "seed must be int, got True"),
         ({"batch_size": 16, "devices": 3}, "batch size 16 cannot be divided among 3"),
+        ({"weights": "ema"}, "weights: is about the checkpoint to start from; name it with --from"),
+        ({"fresh_classifier": True}, "fresh_classifier: is about the checkpoint to start from"),
+        ({"initial_weights": "a", "encoder_weights": "b"}, "encoder_weights: a checkpoint to start from"),
+        ({"initial_weights": "a", "loaded_rate": -1.0}, "loaded_rate -1.0: must be from 0 to 100"),
+        ({"initial_weights": "a", "model": "agln_nan"}, "did you mean 'agln_nano'"),
         ({"train_samples": 0.5}, "train_samples must be int or nothing"),
     ],
 )
@@ -83,3 +88,10 @@ def test_differences_name_what_would_be_another_run() -> None:
     harmless = TrainingConfig(workers=4, save_every=7, cache=False, accelerator="cpu", data_root="elsewhere")
     assert config.differences(harmless) == []
     assert config.differences(TrainingConfig(seed=3)) == ["seed 3 instead of 0"]
+
+
+def test_a_checkpoint_stands_for_the_model() -> None:
+    assert TrainingConfig().model == TrainingConfig().title == "agln_nano"
+    config = TrainingConfig(initial_weights="runs/street.safetensors")
+    assert (config.model, config.title, config.loaded_rate) == (None, "street", 0.1)
+    assert TrainingConfig.from_dict(config.to_dict()) == config
