@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agln_fast.cli.console import Json, err, out, print_json, progress_bar, shown
-from agln_fast.cli.request import WeightsName
+from agln_fast.cli.request import WeightsName, may_be_bundle
 from agln_fast.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def evaluate(
         _check_source(other, compare_backend, compare_precision, compare_weights, device, threads)
     dataset = open_dataset(data, split, data_root, size=wanted if data == "scenes" else None, length=limit)
     window = dataset[0].image.shape[:2] if data == "scenes" else wanted or (480, 480)
-    if data != "scenes" and wanted and _is_bundle(source) and (other is None or _is_bundle(other)):
+    if data != "scenes" and wanted and may_be_bundle(source) and (other is None or may_be_bundle(other)):
         raise ConfigError(f"size {size}: the engines of a bundle have theirs, and images of {data!r} their own")
     if find_spec("torchmetrics") is None:
         raise MissingPackageError("torchmetrics", "eval")
@@ -137,7 +137,7 @@ def _open(
     from agln_fast.runtime.networks import load_network
     from agln_fast.runtime.segmenter import load
 
-    if _is_bundle(path):
+    if may_be_bundle(path):
         return load(path, backend, precision=precision, device=device, threads=threads)
     network = load_checkpoint(path, weights=weights)
     fits = network.config.num_classes == len(dataset.class_set.classes)
@@ -163,7 +163,7 @@ def _check_source(
     from agln_fast.engines import check_network_precision, network_kinds
     from agln_fast.models.shipped import find_checkpoint
 
-    if _is_bundle(path):
+    if may_be_bundle(path):
         if weights is not None:
             raise ConfigError(f"weights {weights!r}: only checkpoints hold several, and {path} is a bundle")
         open_matching(path, backend, precision, device, threads)
@@ -176,13 +176,6 @@ def _check_source(
         )
     check_network_precision(precision or "fp32")
     find_checkpoint(path)
-
-
-def _is_bundle(path: Path) -> bool:
-    """Any folder but that of a training."""
-    from agln_fast.models.shipped import CONFIG_FILE
-
-    return path.is_dir() and not (path / CONFIG_FILE).exists()
 
 
 def _augmentation(scales: str | None, flip: bool, base_size: int | None) -> TestTimeAugmentation:

@@ -11,7 +11,7 @@ from rich.columns import Columns
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json
-from agln_fast.cli.request import WeightsName
+from agln_fast.cli.request import WeightsName, may_be_bundle
 from agln_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def inspect(
             out.print(f"trained, and shipped: {', '.join(list_checkpoints())}", highlight=False)
         return
     asked = None if size is None else IOContract(*parse_size(size))
-    bundle = open_bundle(model) if Path(model).is_dir() else None
+    bundle = open_bundle(model) if may_be_bundle(Path(model)) else None
     config: ModelConfig | None = None
     if bundle is not None:
         config = bundle.manifest.model

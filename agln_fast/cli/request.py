@@ -10,12 +10,19 @@ import typer
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle
 
-__all__ = ["WeightsName", "check_engine", "open_matching"]
+__all__ = ["WeightsName", "check_engine", "may_be_bundle", "open_matching"]
 
 WeightsName = Annotated[
     str | None,
     typer.Option("--weights", help="Of a checkpoint that holds several: the name of those to take, e.g. ema."),
 ]
+
+
+def may_be_bundle(path: Path) -> bool:
+    """Any folder but that of a training."""
+    from agln_fast.models.shipped import CONFIG_FILE
+
+    return path.is_dir() and not (path / CONFIG_FILE).exists()
 
 
 def check_engine(backend: str, precision: str | None, device: str | None, threads: int | None) -> None:

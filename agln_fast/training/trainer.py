@@ -116,6 +116,8 @@ def train(
     num_classes = len(train_set.class_set.classes)
     if state is None:
         trainer = _Trainer(fabric, config, begin(config, num_classes), train_set, val_set)
+        if trainer.start.remark and fabric.global_rank == 0:
+            _say(trainer.start.remark, progress)
     else:
         try:
             trainer = _Trainer(fabric, config, continue_from(state["start"], num_classes), train_set, val_set)
@@ -123,8 +125,6 @@ def train(
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = _first_line(error)
             raise CheckpointError(f"{folder / STATE_FILE}: damaged, or of another version ({what})") from None
-    if trainer.start.remark and fabric.global_rank == 0:
-        _say(trainer.start.remark, progress)
     _on_rank_zero(fabric, lambda: _prepare_folder(folder, config))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if fabric.device.type == "cuda":  # where the gradient of the bilinear resize would otherwise differ from run to run
