@@ -28,6 +28,7 @@ from agln_fast.figures.panels import check_index, check_panels
 from agln_fast.models.blocks import ContextFusionBlock
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork
+from agln_fast.plan.blocks import SCALES
 from agln_fast.runtime.images import ImageArray, pack
 from agln_fast.runtime.result import Labels
 
@@ -40,7 +41,6 @@ _Map: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _PANEL, _GAP = 1.9, 0.14
 _COLUMNS = 6  # input, three features, segmentation, ground truth
-_SCALES = "1/16", "1/8", "1/4"
 _CONSTANT = 1e-6  # smaller deviations, relative to the largest value, are rounding
 
 
@@ -343,7 +343,7 @@ def _describe(features: Features) -> str:
     if config.architecture == "agln":
         parts[0] = f"{config.decoder} AGLN ({config.formulation}) with {config.encoder}, {config.channels} channels"
         parts.append(f"N = {config.num_descriptors}")
-    parts.append(f"level {features.level} of the decoder ({_SCALES[features.level]} of the image)")
+    parts.append(f"level {features.level} of the decoder ({SCALES[features.level]} of the image)")
     if features.alpha is not None:
         parts += [f"block {features.block}", f"α = {features.alpha:.3g}"]
     if features.gamma is not None:

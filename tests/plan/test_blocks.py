@@ -1,0 +1,75 @@
+"""Names of blocks: the same for the modules and weights of every form of a network."""
+
+from __future__ import annotations
+
+import pytest
+
+from agln_fast.models.config import preset
+from agln_fast.plan.blocks import block_of, blocks_of
+from agln_fast.plan.fuse import fuse
+from agln_fast.plan.plan import ALGEBRA
+from agln_fast.plan.rewrites import rewrite
+
+FAMILY = (
+    "fcn8s_resnet18",
+    "fpn_resnet18s",
+    "agln_resnet50",
+    "agln_release_resnet18",
+    "agln_lite_resnet18",
+    "agln_straight_resnet18",
+    "agln_minus_resnet18",
+    "agln_minus_gap_resnet18",
+    "agln_minus_cr_resnet18",
+)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_weight_of_every_form_is_in_one_block_of_the_network(name, small_network):
+    network = small_network(name, width=1 / 32, channels=4)
+    names = [block.name for block in blocks_of(network.config)]
+    assert len(names) == len(set(names))
+    reference = {path: block_of(path) for path, _ in network.named_parameters()}
+    assert set(reference.values()) <= set(names)
+    for form in (rewrite(network, ALGEBRA), fuse(network)):
+        found = {block_of(f"network.{path}") for path, _ in form.named_parameters()}
+        assert found <= set(reference.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "block"),
+    [
+        ("encoder.conv1.0.weight", "encoder.stem"),
+        ("encoder.bn1", "encoder.stem"),
+        ("encoder.layer3.1.bn2.weight", "encoder.stage3"),
+        ("encoder.stages.2.1.last.weight", "encoder.stage3"),
+        ("decoder.reduce.0.weight", "decoder.reduce"),
+        ("decoder.sab.2.theta.weight", "decoder.sab.2"),
+        ("decoder.merge.2.aggregation.theta", "decoder.sab.2"),
+        ("decoder.cfb.1.0.sdm.phi.weight", "decoder.cfb.1.0.sdm"),
+        ("network.decoder.merge.1.fusions.0.distribution.phi", "decoder.cfb.1.0.sdm"),
+        ("decoder.merge.2.fusions.1.fuse.0", "decoder.cfb.2.1"),
+        ("decoder.cfb.2.1.enhance.0.weight", "decoder.cfb.2.1.enhance"),
+        ("decoder.merge.1", "decoder.merge.1"),
+        ("decoder.smooth.0.0", "decoder.smooth.0"),
+        ("mix.0.mixed.1.weight", "head"),
+        ("classifier.0.weight", "head"),
+        ("classifier.4.weight", "classifier"),
+        ("classifier.convolution.weight", "classifier"),
+        ("decoder", None),
+        ("mean", None),
+        ("encoders.layer1", None),
+    ],
+)
+def test_a_path_tells_its_block(path, block):
+    assert block_of(path) == block
+
+
+def test_titles_are_the_paper_s_words():
+    titles = dict(blocks_of(preset("agln_resnet50", 5)))
+    assert titles["decoder.cfb.1.1.sdm"] == "CFB 1/8 no. 2: semantic distribution M"
+    assert titles["decoder.cfb.0.0"] == "CFB 1/16 no. 1: output O"
+    assert titles["decoder.sab.2"] == "SAB 3"
+    assert "decoder.cfb.0.0.enhance" not in dict(blocks_of(preset("agln_release_resnet50", 5)))  # it has no Ψ
+    straight = dict(blocks_of(preset("agln_straight_resnet50", 5)))
+    assert "decoder.sab.1" not in straight
+    assert "decoder.cfb.2.1" not in straight
