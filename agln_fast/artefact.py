@@ -48,6 +48,7 @@ class Artefact:
     name: in messages, e.g. "openvino-fp32". kind: the name of the `EngineKind`.
     file: an ONNX file, weights, a graph or an engine of some library.
     model: of the network. contract, plan: what goes in and comes out, and the rewrites that were applied.
+    floating: blocks of the network that an int8 engine computes in floating point.
     versions: package -> version that it was made with. compute_capabilities: that it was made for, e.g. ("sm86",).
     read: the bytes of a file of it; those of a bundle are compared with their hash.
     """
@@ -61,6 +62,7 @@ class Artefact:
     plan: Plan = NO_PLAN
     versions: Mapping[str, str] = field(default_factory=dict)
     compute_capabilities: tuple[str, ...] = ()
+    floating: tuple[str, ...] = ()
     read: Callable[[Path], bytes] = from_disk
 
     @property

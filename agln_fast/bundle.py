@@ -90,6 +90,7 @@ class Bundle:
             plan=engine.plan,
             versions=engine.versions,
             compute_capabilities=engine.compute_capabilities,
+            floating=engine.floating,
             read=self._read,
         )
 

@@ -26,6 +26,7 @@ __all__ = [
     "LARGEST",
     "REBUILD",
     "SCHEMA_VERSION",
+    "Accuracy",
     "EngineRecord",
     "Manifest",
     "PlanChosenBy",
@@ -71,6 +72,29 @@ class Verification:
     device: str | None = None
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """What an engine loses against the fp32 reference network on a dataset; `agln_fast.evaluation.loss` defines it.
+
+    measure: "mIoU" against masks, or "agreement" with the reference, weighted by its margin, where there are none.
+    dataset, split, images: what it was measured on, and how many images.
+    reference, score: of the two, 0..1; the reference agrees with itself.
+    loss: reference minus score, percentage points. low, high: its 95 % bootstrap interval over the images.
+    backend: what ran: of an engine that cannot run where it is built, another backend with the same int8 graph.
+    """
+
+    measure: Literal["mIoU", "agreement"]
+    dataset: str
+    split: str
+    images: int
+    reference: float
+    score: float
+    loss: float
+    low: float
+    high: float
+    backend: str
+
+
 PlanChosenBy = Literal["timing", "cost model", "user", "fixed"]
 
 
@@ -85,6 +109,8 @@ class EngineRecord:
     compute_capabilities: e.g. ("sm80", "sm86"), empty for CPU engines.
     plan: the rewrites that were applied before it was compiled.
     plan_chosen_by: "timing" on the machine that built it, "cost model", "user", or "fixed" where there is no choice.
+    floating: blocks of the network that an int8 engine computes in floating point, because they cost most.
+    accuracy: what it loses on a dataset; None where nobody measured it.
     """
 
     name: str
@@ -97,6 +123,8 @@ class EngineRecord:
     verification: Verification | None = None
     plan: Plan = NO_PLAN
     plan_chosen_by: PlanChosenBy = "fixed"
+    floating: tuple[str, ...] = ()
+    accuracy: Accuracy | None = None
 
     @classmethod
     def of(cls, artefact: Artefact, target: str, plan_chosen_by: PlanChosenBy = "fixed") -> EngineRecord:
@@ -111,6 +139,7 @@ class EngineRecord:
             compute_capabilities=artefact.compute_capabilities,
             plan=artefact.plan,
             plan_chosen_by=plan_chosen_by,
+            floating=artefact.floating,
         )
 
     @property
@@ -280,12 +309,15 @@ def _engine(values: dict[str, Any]) -> EngineRecord:
         plan = Plan.from_dict(values["plan"])
     except ConfigError as error:
         raise ConfigError(f"engine {values['name']}: {error}") from None
+    accuracy = values.get("accuracy")
     return EngineRecord(
         **{
             **values,
             "compute_capabilities": tuple(values["compute_capabilities"]),
             "verification": values["verification"] and Verification(**values["verification"]),
             "plan": plan,
+            "floating": tuple(values.get("floating", ())),
+            "accuracy": accuracy and Accuracy(**accuracy),
         }
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ import rich
 
 from agln_fast import interruption
 from agln_fast.errors import BuildError, MissingPackageError
+from agln_fast.export.convolutions import convolution_blocks
 from agln_fast.telemetry import import_quietly
 
 __all__ = ["quantize_onnx"]
 
 _QUANTISED = ("Convolution", "GroupConvolution")
+_BEFORE_BIAS = "/WithoutBiases"  # OpenVINO's suffix to the name of a convolution that has some
 
 
-def quantize_onnx(graph: Path, path: Path, batches: Sequence[npt.NDArray[np.generic]]) -> None:
+def quantize_onnx(
+    graph: Path, path: Path, batches: Sequence[npt.NDArray[np.generic]], floating: Collection[str] = ()
+) -> None:
     """Quantise an fp32 graph by what `batches` look like inside, and write it as an OpenVINO IR.
 
     Only convolutions are: their weights with one scale for each output channel, their input with one for all, both
@@ -35,6 +39,7 @@ def quantize_onnx(graph: Path, path: Path, batches: Sequence[npt.NDArray[np.gene
         graph: as `export_onnx` writes it, in fp32.
         path: "NAME.xml"; the weights go into "NAME.bin" beside it. Both appear, or neither.
         batches: pictures to calibrate on, as the graph takes them.
+        floating: blocks (`convolution_blocks`) that are not quantised.
 
     Raises:
         MissingPackageError: NNCF or OpenVINO is not installed.
@@ -52,7 +57,10 @@ def quantize_onnx(graph: Path, path: Path, batches: Sequence[npt.NDArray[np.gene
         model = openvino.Core().read_model(graph)
     except RuntimeError as error:
         raise BuildError(f"{graph}: OpenVINO cannot read it: {_reason(error)}; export it again") from None
-    others = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() not in _QUANTISED]
+    blocks = convolution_blocks(graph) if floating else {}
+    kept = {name for name, block in blocks.items() if block in floating}
+    names = [(node.get_type_name(), node.get_friendly_name()) for node in model.get_ops()]
+    others = [name for kind, name in names if kind not in _QUANTISED or name.removesuffix(_BEFORE_BIAS) in kept]
     try:
         with _quiet(nncf):
             quantised = nncf.quantize(

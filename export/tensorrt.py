@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -64,6 +64,7 @@ def build_tensorrt_engine(
     *,
     flavour: Flavour,
     precision: Precision,
+    floating: Collection[str] = (),
     compute_capabilities: Sequence[str] = (),
     batch: tuple[int, int, int] | None = None,
     workspace_bytes: int | None = None,
@@ -76,7 +77,8 @@ def build_tensorrt_engine(
     the build at the library's next step.
 
     Args:
-        precision: of the convolutions in the ONNX model; with "fp32", TF32 is off.
+        precision: of the convolutions in the ONNX model; with "fp32", TF32 is off. With "int8", that of their inputs.
+        floating: names of the convolutions that are not in int8, where `precision` is.
         compute_capabilities: for tensorrt-rtx, what one engine shall serve (default: all of `RTX_CAPABILITIES`; no GPU
             is needed); for tensorrt, nothing else than the GPU of this machine.
         batch: smallest, usual and largest batch; needed where the model's batch may vary.
@@ -90,7 +92,7 @@ def build_tensorrt_engine(
         BuildError: the model cannot be parsed, built or written, or is not in `precision`.
         KeyboardInterrupt: Ctrl-C, or such a signal.
     """
-    choose("precision", precision, _PRECISIONS.values())
+    choose("precision", precision, PRECISIONS)
     if flavour == "tensorrt-rtx" and timing_cache is not None:
         raise ConfigError("timing cache: tensorrt-rtx has none, because it chooses kernels where they run")
     compute_capabilities = resolve_capabilities(flavour, compute_capabilities)
@@ -109,7 +111,7 @@ def build_tensorrt_engine(
         if not parser.parse_from_file(str(onnx_path)):
             raise BuildError(f"{onnx_path}: {flavour} cannot parse it: {_parse_error(parser, log)}")
         _check_names(network, onnx_path)
-        convolutions = _check_convolutions(library, network, precision, onnx_path)
+        convolutions = _check_convolutions(library, network, precision, floating, onnx_path)
 
         config = builder.create_builder_config()
         config.progress_monitor = monitor
@@ -129,7 +131,7 @@ def build_tensorrt_engine(
         if plan is None:
             monitor.withdraw()
             raise BuildError(f"{onnx_path}: {flavour} cannot build it: {_build_error(log)}")
-    in_plan = _check_plan(bytes(plan), convolutions, precision, onnx_path) if flavour == "tensorrt-rtx" else 0
+    in_plan = _check_plan(bytes(plan), convolutions, onnx_path) if flavour == "tensorrt-rtx" else 0
     if timing_cache is not None:
         with replacing(timing_cache, BuildError) as part:
             part.write_bytes(config.get_timing_cache().serialize())
@@ -183,41 +185,58 @@ def _check_names(network: Any, onnx_path: Path) -> None:
         raise BuildError(f"{onnx_path}: needs input 'image' and output 'labels' or 'logits', has {inputs}, {outputs}")
 
 
-def _check_convolutions(library: Any, network: Any, precision: Precision, onnx_path: Path) -> set[str]:
-    """Check that the input and the output of every convolution are in `precision`; return the convolutions' names."""
+def _check_convolutions(
+    library: Any, network: Any, precision: Precision, floating: Collection[str], onnx_path: Path
+) -> dict[str, Precision | None]:
+    """Check that every convolution is in `precision`; return the name of each one, and its precision, or None where it
+    may have any floating-point one.
+
+    In an int8 network a convolution of floating-point type is in int8 if its inputs were int8 before: the library takes
+    the pair for one.
+    """
     kinds = (library.LayerType.CONVOLUTION, library.LayerType.DECONVOLUTION)
-    layers = (network.get_layer(i) for i in range(network.num_layers))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    made_by = {layer.get_output(i).name: layer.type for layer in layers for i in range(layer.num_outputs)}
     convolutions = {layer.name: layer for layer in layers if layer.type in kinds}
     if not convolutions:
         raise BuildError(f"{onnx_path}: without a convolution, whose type is the network's precision")
+    expected = {name: None if name in floating else precision for name in convolutions}
     for name, layer in convolutions.items():
-        for tensor in (layer.get_input(0), layer.get_output(0)):
-            _check_type(tensor.dtype.name, precision, name, onnx_path)
-    return set(convolutions)
+        if precision == "int8":
+            inputs = filter(None, (layer.get_input(i) for i in range(layer.num_inputs)))  # weights are no tensor
+            makers = [made_by.get(tensor.name) for tensor in inputs]
+            types = ["INT8" if maker == library.LayerType.DEQUANTIZE else "FLOAT" for maker in makers]
+        else:
+            types = [tensor.dtype.name for tensor in (layer.get_input(0), layer.get_output(0))]
+        for kind in types:
+            _check_type(kind, expected[name], name, onnx_path)
+    return expected
 
 
-def _check_plan(plan: bytes, convolutions: set[str], precision: Precision, onnx_path: Path) -> int:
+def _check_plan(plan: bytes, convolutions: Mapping[str, Precision | None], onnx_path: Path) -> int:
     """Check the precision of the convolutions that `plan` lists, and return their number.
 
     Without a GPU a plan cannot be opened for inspection, but its text can be read. Convolutions that were turned into
-    matrix products are not listed as convolutions.
+    matrix products are not listed as convolutions. What one gives of int8 may have any type.
     """
     seen = set()
     for program in plan.split(_PROGRAM)[1:]:
         types = dict(_TENSOR.findall(program))
-        for name, *tensors in _CONVOLUTION.findall(program):
-            if name.decode() in convolutions:
+        for text, *tensors in _CONVOLUTION.findall(program):
+            if (name := text.decode()) in convolutions:
                 seen.add(name)
-                for kind in filter(None, map(types.get, tensors)):
-                    _check_type(kind.decode().upper(), precision, name.decode(), onnx_path)
+                expected = convolutions[name]
+                for kind in filter(None, map(types.get, tensors if expected != "int8" else tensors[1:])):
+                    _check_type(kind.decode().upper(), expected, name, onnx_path)
     return len(seen)
 
 
-def _check_type(kind: str, precision: Precision, name: str, onnx_path: Path) -> None:
+def _check_type(kind: str, precision: Precision | None, name: str, onnx_path: Path) -> None:
     found = _PRECISIONS.get(kind, kind.lower())
-    if found != precision:
+    if found != precision if precision else found == "int8":
+        wanted = precision or "floating point"
         raise BuildError(
-            f"{onnx_path}: convolution {name!r} is in {found}, not {precision} as asked: export it in {precision}"
+            f"{onnx_path}: convolution {name!r} is in {found}, not {wanted} as asked: export it in {wanted}"
         )
 
 

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import ParamSpec
 
 from agln_fast.artefact import Artefact
-from agln_fast.builder.judge import judge, scenes_to_judge
+from agln_fast.builder.judge import Judge
 from agln_fast.builder.options import BuildOptions, Wanted
 from agln_fast.builder.report import write_report
+from agln_fast.builder.sensitivity import Sensitivity
 from agln_fast.builder.steps import Steps, about
 from agln_fast.builder.tune import SHORT_S, choose_plan
 from agln_fast.builder.workshop import Workshop
 from agln_fast.bundle import Bundle, is_bundle, open_bundle, seal
 from agln_fast.data.classes import ClassSet, class_set, default_class_set
-from agln_fast.engines import REFERENCE
+from agln_fast.engines import KINDS, REFERENCE
 from agln_fast.errors import ConfigError, VerificationError, printable
 from agln_fast.files import whole_folder
 from agln_fast.forking import use_threads
@@ -34,13 +35,14 @@ from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.fuse import fused_plan
 from agln_fast.plan.plan import Plan
 from agln_fast.runtime.reference_file import REFERENCE_FILE, REFERENCE_IMAGES, write_reference
-from agln_fast.runtime.references import make_reference, sample_frames, sample_images
+from agln_fast.runtime.references import SAMPLES, make_reference, sample_frames, sample_images
 from agln_fast.runtime.verify import LEAST_ROUNDS, Reference
 
 __all__ = ["build", "make_bundle"]
 
 _READ, _REFERENCE, _WRITE = "read the checkpoint", "run the fp32 reference", "write the bundle"
 _CHOOSE, _MAKE, _COMPARE = "choose the plan of {}", "make {}", "compare {} with the reference"
+_MEASURE, _SEARCH = "run the fp32 reference on the data", "find what {} must leave in floating point"
 _CPU_MACS = 1e11  # multiply-adds a second of two cores, to tell how long the reference takes
 _LONGEST_REASON = 1000  # characters
 
@@ -89,20 +91,15 @@ def make_bundle(options: BuildOptions) -> Bundle:
         drafts.mkdir()
         created_with = _created_with()
         workshop = _open_workshop(network, classes, created_with, options, drafts)
-        work = _Work(workshop, options, steps, seconds)
+        judge = _open_judge(workshop, classes, references, options)
+        work = _Work(workshop, options, steps, judge, seconds)
+        work.measure_reference()
         plans = [work.choose_plan(engine) for engine in options.wanted]
-        artefacts = [
-            workshop.deliver(work.make(engine, plan), folder)
-            for engine, (plan, _) in zip(options.wanted, plans, strict=True)
-        ]
+        made, left_out = work.make_all(plans, folder)
         shutil.rmtree(drafts)
-        records = [
-            EngineRecord.of(artefact, engine.target, chosen_by)
-            for artefact, engine, (_, chosen_by) in zip(artefacts, options.wanted, plans, strict=True)
-        ]
-        engines, left_out = work.compare(artefacts, records, references, classes)
+        engines = work.compare(made, left_out)
         _check_left_out(left_out, options)
-        _keep_files_of(engines, records, folder)
+        _keep_files_of(engines, [each.record for each in made], folder)
         contract = options.contract
         manifest = Manifest(
             network.config, classes.classes, classes.palette, contract, tuple(engines), left_out, created_with
@@ -116,15 +113,27 @@ def make_bundle(options: BuildOptions) -> Bundle:
 
 def _agenda(options: BuildOptions) -> list[str]:
     """The names of all steps."""
-    made = [engine.name for engine in options.wanted if not engine.of_weights]
     return [
         _READ,
         _REFERENCE,
+        *([_MEASURE] if _may_weigh(options) else []),
         *(_CHOOSE.format(engine.name) for engine in options.wanted if _is_chosen(engine, options)),
-        *(_MAKE.format(name) for name in made),
+        *(step for engine in options.wanted for step in _steps_to_make(engine)),
         *(_COMPARE.format(engine.name) for engine in options.wanted),
         _WRITE,
     ]
+
+
+def _may_weigh(options: BuildOptions) -> bool:
+    """Whether an engine may be judged by what it loses; without data that is known once the classes are."""
+    precisions = {engine.precision for engine in options.wanted}
+    return "int8" in precisions or (options.data is not None and precisions != {"fp32"})
+
+
+def _steps_to_make(engine: Wanted) -> list[str]:
+    if engine.of_weights:
+        return []
+    return [*([_SEARCH.format(engine.name)] if engine.precision == "int8" else []), _MAKE.format(engine.name)]
 
 
 def _is_chosen(engine: Wanted, options: BuildOptions) -> bool:
@@ -159,15 +168,19 @@ def _refer(
     network: SegmentationNetwork, options: BuildOptions, steps: Steps, file: Path
 ) -> tuple[list[Reference], float]:
     """What the network makes of the samples, and the seconds that it took for an image; `file` is the bundle's own."""
-    contract = options.contract
-    frames = sample_frames(options.samples, contract)
+    contract, pictures = options.contract, options.pictures
+    of_the_user = options.samples is not None or pictures.dataset is not None
+    if options.samples is None and pictures.dataset is not None:
+        frames = pictures.samples(contract, SAMPLES)
+    else:
+        frames = sample_frames(options.samples, contract)
     cost = complexity(network.config, contract.height, contract.width)[-1]
     steps.start(_REFERENCE, about(len(frames) * (cost.convolution + cost.matmul) / _CPU_MACS))
     began = time.perf_counter()
     references = make_reference(network, contract, frames)
     seconds = (time.perf_counter() - began) / sum(len(reference.labels) for reference in references)
     kept = references
-    if options.samples is not None:  # which are the user's, and none of what is given away
+    if of_the_user:  # which are the user's, and none of what is given away
         frames = sample_images(REFERENCE_IMAGES, contract.height, contract.width)
         kept = make_reference(network, contract, frames)
     write_reference(file, frames, kept, contract, network.config.num_classes, options.min_agreement)
@@ -196,7 +209,28 @@ def _open_workshop(
         workspace_bytes=options.workspace_bytes,
         timing_cache=options.timing_cache,
         progress=options.progress,
+        pictures=options.pictures,
     )
+
+
+def _open_judge(workshop: Workshop, classes: ClassSet, references: Sequence[Reference], options: BuildOptions) -> Judge:
+    return Judge(
+        options.pictures,
+        classes,
+        KINDS[REFERENCE].make(workshop, "fp32"),
+        references,
+        options.max_miou_loss,
+        options.min_agreement,
+        options.threads,
+    )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An engine in the bundle's folder, and what is known of it."""
+
+    artefact: Artefact
+    record: EngineRecord
 
 
 @dataclass(frozen=True)
@@ -206,7 +240,17 @@ class _Work:
     workshop: Workshop
     options: BuildOptions
     steps: Steps
+    judge: Judge
     seconds: float
+
+    def measure_reference(self) -> None:
+        """Run the reference over what engines are judged by, if any is."""
+        if _may_weigh(self.options):
+            weighed = any(self.judge.weighs(engine.precision) for engine in self.options.wanted)
+            images = len(self.options.pictures.judged) if weighed else 0
+            self.steps.start(_MEASURE, about(images * self.seconds))
+            if weighed:
+                self.judge.yardstick  # noqa: B018
 
     def choose_plan(self, engine: Wanted) -> tuple[Plan, PlanChosenBy]:
         """The plan of `engine`, and who chose it."""
@@ -226,44 +270,56 @@ class _Work:
             threads=options.threads,
         )
 
-    def make(self, engine: Wanted, plan: Plan) -> Artefact:
-        """The file of `engine`; the one of a race, if there was one."""
+    def make_all(self, plans: Sequence[tuple[Plan, PlanChosenBy]], folder: Path) -> tuple[list[_Made], dict[str, str]]:
+        """All engines with their files in `folder`, and those that cannot be good enough: name -> why."""
+        made, left_out = [], {}
+        for engine, (plan, chosen_by) in zip(self.options.wanted, plans, strict=True):
+            try:
+                found = self.search(engine, plan)
+            except VerificationError as error:
+                left_out[engine.name] = printable(error, _LONGEST_REASON)
+                continue
+            artefact = self.workshop.deliver(self.make(engine, plan, found.floating), folder)
+            record = replace(EngineRecord.of(artefact, engine.target, chosen_by), accuracy=found.accuracy)
+            made.append(_Made(artefact, record))
+        return made, left_out
+
+    def search(self, engine: Wanted, plan: Plan) -> Sensitivity:
+        """What an int8 engine leaves in floating point; nothing, where nothing tells what it loses."""
+        if engine.precision != "int8":
+            return Sensitivity((), None, {})
+        weighs = self.judge.weighs(engine.precision)
+        images = len(self.options.pictures.judged) if weighs else 0
+        parameters = sum(each.numel() for each in self.workshop.network.parameters())
+        expected = engine.kind.seconds_to_make("int8", parameters, self.seconds) + images * self.seconds
+        self.steps.start(_SEARCH.format(engine.name), f"{about(expected)} or a few times as long" if weighs else "")
+        return self.judge.choose_floating(engine.kind, self.workshop, plan) if weighs else Sensitivity((), None, {})
+
+    def make(self, engine: Wanted, plan: Plan, floating: Sequence[str] = ()) -> Artefact:
+        """The file of `engine`; the one of a race or a search, if there was one."""
         if not engine.of_weights:
             graph = engine.kind.graph_type(engine.precision)
             parameters = sum(each.numel() for each in self.workshop.network.parameters())
             made = engine.kind.seconds_to_make(engine.precision, parameters, self.seconds)
             exported = 0.0 if graph is None or plan in self.workshop.plans(graph) else self._export_s()
             self.steps.start(_MAKE.format(engine.name), about(exported + made))
-        return engine.kind.make(self.workshop, engine.precision, plan)
+        return engine.kind.make(self.workshop, engine.precision, plan, *([floating] if floating else []))
 
-    def compare(
-        self,
-        artefacts: Sequence[Artefact],
-        records: Sequence[EngineRecord],
-        references: Sequence[Reference],
-        classes: ClassSet,
-    ) -> tuple[list[EngineRecord], dict[str, str]]:
-        """The records with their verification, but for engines that disagree: name -> how."""
-        engines, left_out = [], {}
-        reference = next(artefact for artefact in artefacts if artefact.kind == REFERENCE)
-        count = LEAST_ROUNDS * sum(len(each.labels) for each in references)
-        for artefact, record in zip(artefacts, records, strict=True):
-            images = count + 2 * scenes_to_judge(artefact, classes.classes)
+    def compare(self, made: Sequence[_Made], left_out: dict[str, str]) -> list[EngineRecord]:
+        """The records with their verification, but for engines that disagree: those go to `left_out`."""
+        engines = []
+        count = LEAST_ROUNDS * sum(len(each.labels) for each in self.judge.references)
+        for artefact, record in ((each.artefact, each.record) for each in made):
+            weighed = record.accuracy is None and self.judge.weighs(artefact.precision)
+            images = count + (len(self.options.pictures.judged) if weighed else 0)
             self.steps.start(_COMPARE.format(artefact.name), about(1 + images * self.seconds))
             try:
-                outcome = judge(
-                    artefact,
-                    references,
-                    classes.classes,
-                    reference,
-                    minimum=self.options.min_agreement,
-                    threads=self.options.threads,
-                )
+                outcome, accuracy = self.judge.judge(artefact, record.accuracy)
             except VerificationError as error:
                 left_out[artefact.name] = printable(error, _LONGEST_REASON)
             else:
-                engines.append(replace(record, verification=outcome))
-        return engines, left_out
+                engines.append(replace(record, verification=outcome, accuracy=accuracy))
+        return engines
 
     def _export_s(self) -> float:
         """Seconds of an export, about: tracing goes by modules."""

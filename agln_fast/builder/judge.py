@@ -1,68 +1,118 @@
-"""Engines, judged: by their agreement with the reference, and in int8 by what they cost in accuracy."""
+"""Engines, judged: by their agreement with the reference, and below fp32 by what they cost in accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 
 from agln_fast.artefact import Artefact
-from agln_fast.data.classes import class_set
-from agln_fast.data.scenes import Scenes
-from agln_fast.engines import open_engine
-from agln_fast.errors import VerificationError
-from agln_fast.evaluation.evaluate import compare
-from agln_fast.manifest import EngineRecord, Verification
-from agln_fast.runtime.segmenter import Segmenter
+from agln_fast.builder.pictures import Pictures, Unlabelled
+from agln_fast.builder.sensitivity import Sensitivity, choose_floating
+from agln_fast.data.classes import ClassSet, class_set
+from agln_fast.engines import EngineKind
+from agln_fast.engines.base import Workbench
+from agln_fast.errors import BackendError, ConfigError, MissingPackageError, VerificationError
+from agln_fast.evaluation.loss import Yardstick, has_masks, yardstick
+from agln_fast.manifest import Accuracy, Verification
+from agln_fast.plan.plan import Plan
+from agln_fast.precision import Precision
 from agln_fast.runtime.verify import Reference, verify_engine
 
-__all__ = ["judge", "scenes_to_judge"]
+__all__ = ["Judge"]
 
-_LARGEST_LOSS = 0.5  # points of mIoU
-
-
-def scenes_to_judge(artefact: Artefact, classes: Sequence[str]) -> int:
-    """How many scenes of the test split it is judged by: int8 engines of networks that know Scenes' classes."""
-    knows = tuple(classes) == class_set("scenes").classes
-    return len(Scenes("test")) if knows and artefact.precision == "int8" else 0
+_FEW = 8  # images to rank blocks by
 
 
-def judge(
-    artefact: Artefact,
-    references: Sequence[Reference],
-    classes: Sequence[str],
-    reference: Artefact,
-    *,
-    minimum: float | None = None,
-    threads: int | None = None,
-) -> Verification:
-    """Compare an engine with the fp32 reference (`verify_engine`), and in int8 its mIoU on Scenes, too.
+@dataclass(frozen=True)
+class Judge:
+    """What an engine has to be worth.
 
-    `classes` are the network's, `reference` is what runs it as it is.
-
-    Raises:
-        VerificationError: it disagrees, or loses more than half a point of mIoU.
+    pictures: the user's, by which all that is less precise than fp32 is judged; without them int8 is, on Scenes, if the
+    network knows Scenes' classes. limit: percentage points that it may lose. minimum: as of `verify_engine`; with
+    pictures of the user's, agreement alone is no reason to leave out what loses no more than `limit`.
+    reference: the network as it is. references: what it makes of some pictures.
     """
-    outcome = verify_engine(artefact, references, minimum=minimum, threads=threads)
-    if outcome.status == "passed" and scenes_to_judge(artefact, classes):
-        _check_miou(artefact, reference, threads)
-    return outcome
 
+    pictures: Pictures
+    classes: ClassSet
+    reference: Artefact
+    references: Sequence[Reference]
+    limit: float
+    minimum: float | None
+    threads: int | None
 
-def _check_miou(artefact: Artefact, reference: Artefact, threads: int | None) -> None:
-    test = Scenes("test")
-    with ExitStack() as stack:
-        of_reference, of_artefact = (
-            stack.enter_context(
-                Segmenter(
-                    EngineRecord.of(each, "cpu"), open_engine(each, threads=threads), each.contract, test.class_set
-                )
+    def weighs(self, precision: Precision) -> bool:
+        """Whether engines of this precision are judged by what they lose."""
+        if self.pictures.dataset is not None:
+            return precision != "fp32"
+        return precision == "int8" and self.classes.classes == class_set("scenes").classes
+
+    @cached_property
+    def _has_masks(self) -> bool:
+        dataset = self.pictures.judged
+        return not isinstance(self.pictures.dataset, Unlabelled) and has_masks(dataset)
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """The reference on the pictures that engines are judged by; it runs over them when it is first asked for.
+
+        Raises:
+            ConfigError: they have masks of another number of classes than the network.
+        """
+        dataset, ours = self.pictures.judged, len(self.classes.classes)
+        if self._has_masks and len(dataset.class_set.classes) != ours:
+            raise ConfigError(
+                f"data: {dataset.class_set.name} has {len(dataset.class_set.classes)} classes, the network {ours}: "
+                "give the data that it was trained for, or images without masks"
             )
-            for each in (reference, artefact)
-        )
-        outcome = compare(of_reference, of_artefact, test)
-    scores = [100 * evaluation.metrics.mean_iou for evaluation in (outcome.a, outcome.b)]
-    if scores[0] - scores[1] > _LARGEST_LOSS:
-        raise VerificationError(
-            f"{artefact.name}: {scores[1]:.2f} % mIoU on Scenes, the reference {scores[0]:.2f} %: "
-            f"loses more than {_LARGEST_LOSS} points"
-        )
+        return yardstick(self.reference, dataset, masks=self._has_masks, threads=self.threads)
+
+    @cached_property
+    def _quick(self) -> Yardstick:
+        return yardstick(self.reference, self.pictures.some(_FEW), masks=False, threads=self.threads)
+
+    def choose_floating(self, kind: EngineKind, bench: Workbench, plan: Plan) -> Sensitivity:
+        """The blocks that an int8 engine leaves in floating point, so that it loses no more than it may.
+
+        Raises:
+            VerificationError: it does, whatever is left out, or it cannot be run to its end.
+        """
+        try:
+            return choose_floating(
+                kind, bench, plan, self.yardstick.accuracy, lambda artefact: self._quick.accuracy(artefact), self.limit
+            )
+        except MissingPackageError:
+            raise
+        except BackendError as error:
+            raise VerificationError(f"{kind.name}-int8: {error}") from error
+
+    def judge(self, artefact: Artefact, known: Accuracy | None = None) -> tuple[Verification, Accuracy | None]:
+        """Compare an engine with the fp32 reference, and measure what it loses, if that is not `known`.
+
+        Raises:
+            VerificationError: it disagrees, or loses more than it may.
+        """
+        weighs = self.weighs(artefact.precision)
+        minimum = self.minimum
+        if minimum is None and weighs and self.pictures.dataset is not None:
+            minimum = 0.0
+        outcome = verify_engine(artefact, self.references, minimum=minimum, threads=self.threads)
+        if outcome.status != "passed" or not weighs:
+            return outcome, known
+        accuracy = known if known is not None and known.backend == artefact.kind else self._measure(artefact)
+        if accuracy.loss > self.limit:
+            raise VerificationError(
+                f"{artefact.name}: {100 * accuracy.score:.2f} % {accuracy.measure} on {accuracy.dataset}, the "
+                f"reference {100 * accuracy.reference:.2f} %: loses more than {self.limit:g} points; allow more with "
+                "--max-miou-loss, or leave this precision away"
+            )
+        return outcome, accuracy
+
+    def _measure(self, artefact: Artefact) -> Accuracy:
+        try:
+            return self.yardstick.accuracy(artefact)
+        except MissingPackageError:
+            raise
+        except BackendError as error:
+            raise VerificationError(f"{artefact.name}: {error}") from error

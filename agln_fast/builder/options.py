@@ -8,11 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from agln_fast import environment
+from agln_fast.builder.pictures import Pictures, Unlabelled
 from agln_fast.bundle import is_bundle
 from agln_fast.contract import (
     IMAGENET_MEAN,
@@ -25,8 +27,10 @@ from agln_fast.contract import (
     parse_size,
 )
 from agln_fast.data.classes import ClassSet, class_set
+from agln_fast.data.dataset import SegmentationDataset
+from agln_fast.data.registry import DATASETS, open_dataset
 from agln_fast.engines import KINDS, EngineKind, check_threads, targets
-from agln_fast.errors import ConfigError, choose, printable
+from agln_fast.errors import ConfigError, MissingPackageError, choose, printable
 from agln_fast.models.config import ModelConfig
 from agln_fast.plan.plan import FUSED, NO_PLAN, Plan, PlanChoice
 from agln_fast.precision import Precision, check_minimum, check_precision
@@ -41,6 +45,7 @@ __all__ = ["BuildOptions", "Wanted"]
 
 
 Kernels = Literal["auto", "none", "only", "both"]
+_DESCRIBES = (".yaml", ".yml", ".json", ".txt")
 _log = logging.getLogger("agln_fast.build")
 
 
@@ -71,8 +76,8 @@ class BuildOptions:
     path: the folder to write; ".agln" is appended unless it is there.
     size: (height, width) of the engine's input in pixels, or "HxW".
     precision: "fp32", "fp16", "bf16", "int8", "auto", or several, or a mapping from each target to these. "auto" is
-        fp16 on GPUs; on the CPU it is fp32, and bf16 where the CPU has it. int8 needs NNCF, and agrees if it loses at
-        most half a point of mIoU on Scenes, where the network has Scenes' classes. `load` takes the fastest.
+        fp16 on GPUs; on the CPU it is fp32, and bf16 where the CPU has it. int8 needs NNCF, and is kept if it loses at
+        most `max_miou_loss` on Scenes, where the network has Scenes' classes. `load` takes the fastest.
     targets: of `agln_fast.engines.targets`; "cuda" is the fused runtime on any CUDA device.
     plan: the rewrites before an engine is compiled: "auto" for the fastest ones for each engine (see `tune`), "none",
         or a `Plan` for all. Target "cuda" and the reference have rewrites of their own, and none.
@@ -86,8 +91,16 @@ class BuildOptions:
     compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
     workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
     timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
-    samples: image, folder or pattern to verify with; None for Scenes.
-    min_agreement: smallest share of equal labels, 0..1; None for 0.999 in fp32, 0.99 (weighted) in half.
+    data: what to calibrate and to judge engines by instead of Scenes: the name of a dataset (`open_dataset`), a
+        dataset, or an image, folder or pattern without masks. All that is less precise than fp32 is then kept by what
+        it loses on it. data_root, split: where a dataset lies, and which part of it.
+    calibration: images that int8 is calibrated on; None for 128, or half of `data` where it has fewer than 256. Engines
+        are judged by the others.
+    max_miou_loss: points of mIoU that an engine may lose against the fp32 reference; without masks points of the
+        agreement with it, see `agln_fast.evaluation.loss`.
+    samples: image, folder or pattern to verify with; None for some of `data`, or Scenes.
+    min_agreement: smallest share of equal labels, 0..1; None for 0.999 in fp32, 0.99 (weighted) in half, 0.97 in int8,
+        and with `data` none below fp32.
     tune_s: seconds for each engine to choose its plan in, see `tune`; None for a short race.
     threads: CPU threads for races and the verification.
     strict: deliver nothing if one engine disagrees.
@@ -99,7 +112,8 @@ class BuildOptions:
         ConfigError: a name or a value that makes no sense, or a destination that cannot be written.
         MissingPackageError: without a package that an engine is made by.
         BuildError: an engine that can only be made where it runs, on another machine.
-        ImageError: no image at `samples`.
+        ImageError: no image at `samples` or `data`.
+        DatasetError: `data` is missing, incomplete or damaged.
     """
 
     checkpoint: str | os.PathLike[str] | SegmentationNetwork
@@ -122,6 +136,11 @@ class BuildOptions:
     compute_capabilities: Sequence[str] = ()
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
+    data: str | os.PathLike[str] | SegmentationDataset | None = None
+    data_root: str | os.PathLike[str] | None = None
+    split: str = "val"
+    calibration: int | None = None
+    max_miou_loss: float = 0.5
     samples: str | os.PathLike[str] | None = None
     min_agreement: float | None = None
     tune_s: float | None = None
@@ -145,6 +164,9 @@ class BuildOptions:
             class_set(self.classes)
         if self.samples is not None:
             list_images(os.fspath(self.samples))
+        if not 0 <= self.max_miou_loss < math.inf:
+            raise ConfigError(f"max_miou_loss {self.max_miou_loss}: must be 0 or more percentage points, and end")
+        self.pictures  # noqa: B018
         self.destination  # noqa: B018
 
     @cached_property
@@ -185,7 +207,7 @@ class BuildOptions:
             resolved = [each for asked in precisions for each in (automatic if asked == "auto" else [asked])]
             for precision in map(check_precision, dict.fromkeys(resolved)):
                 for kind in [kind for kind in kinds if precision in kind.precisions]:
-                    variants = self._variants if kind.takes_kernels else (False,)
+                    variants = self._variants if kind.takes_kernels and precision != "int8" else (False,)
                     engines += [Wanted(kind, precision, target, kernels) for kernels in variants]
         engines += [Wanted(kind, "fp32", "cpu") for kind in KINDS.values() if kind.graph_type("fp32") is None]
         return list({engine.name: engine for engine in engines}.values())
@@ -201,6 +223,26 @@ class BuildOptions:
             _log.warning("engines without kernels of ours: %s", reason)
             return (False,)
         return False, True
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """What is calibrated on, and judged by."""
+        calibrates = any(engine.precision == "int8" for engine in self.wanted)
+        if self.calibration is not None and not calibrates:
+            raise ConfigError("calibration: only int8 engines are calibrated; add precision int8, or leave it away")
+        data = self._data()
+        if data is not None and not isinstance(data, Unlabelled) and find_spec("torchmetrics") is None:
+            raise MissingPackageError("torchmetrics", "eval")
+        return Pictures(data, self.calibration, calibrates)
+
+    def _data(self) -> SegmentationDataset | None:
+        data, root = self.data, self.data_root
+        if data is None or isinstance(data, SegmentationDataset):
+            if root is not None:
+                raise ConfigError("data_root is the folder of a dataset: name that with data, too")
+            return data
+        name = os.fspath(data)
+        return open_dataset(name, self.split, root) if root or _has_masks(name) else Unlabelled(name)
 
     @cached_property
     def destination(self) -> Path:
@@ -233,10 +275,21 @@ class BuildOptions:
         if self.timing_cache is not None and not set(caching) & set(asked):
             raise ConfigError(f"timing cache: only target {', '.join(map(str, caching))} has one")
         choose("kernels", self.kernels, get_args(Kernels))
+        if self.kernels == "only" and any(
+            engine.precision == "int8" and engine.kind.takes_kernels for engine in self.wanted
+        ):
+            raise ConfigError("kernels 'only': int8 engines have none of ours; give them up, or build int8 by itself")
         if self.kernels in ("both", "only") and not any(engine.kernels for engine in self.wanted):
             raise ConfigError(f"kernels {self.kernels!r}: only target tensorrt and tensorrt-rtx take kernels of ours")
         for engine in self.wanted:
             engine.kind.check_make(engine.precision, self.compute_capabilities)
+
+
+def _has_masks(data: str) -> bool:
+    """Whether it is a dataset, and not just images: by its name, or by a file that says what it holds."""
+    path = Path(data)
+    files = [path] if path.is_file() else path.glob("*") if path.is_dir() else []
+    return data in DATASETS or any(file.stem in ("data", "classes") and file.suffix in _DESCRIBES for file in files)
 
 
 def _destination(path: Path, overwrite: bool) -> Path:

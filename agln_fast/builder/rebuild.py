@@ -24,6 +24,8 @@ from agln_fast.precision import PRECISIONS
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from agln_fast.data.dataset import SegmentationDataset
+
 __all__ = ["Recipe", "read_recipe", "rebuild"]
 
 _FROM_CHECKPOINT = "build it from the checkpoint with `agln-fast build`"
@@ -89,6 +91,11 @@ def rebuild(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
+    data: str | os.PathLike[str] | SegmentationDataset | None = None,
+    data_root: str | os.PathLike[str] | None = None,
+    split: str = "val",
+    calibration: int | None = None,
+    max_miou_loss: float = 0.5,
     samples: str | os.PathLike[str] | None = None,
     min_agreement: float | None = None,
     tune_s: float | None = None,
@@ -102,7 +109,8 @@ def rebuild(
     Args:
         path: a bundle of this schema or an older one; only its manifest and weights are read.
         output: the folder to write; None for `path` itself with `overwrite`, else for its sibling NAME.rebuilt.agln.
-        samples, min_agreement, tune_s, threads, strict, overwrite, progress: as for `agln_fast.build`, which is called.
+        data, data_root, split, calibration, max_miou_loss, samples, min_agreement, tune_s, threads, strict, overwrite,
+            progress: as for `agln_fast.build`, which is called.
 
     Raises:
         BundleError: as `read_recipe`.
@@ -114,6 +122,11 @@ def rebuild(
         Path(path) / WEIGHTS_FILE,
         destination,
         **recipe.options,
+        data=data,
+        data_root=data_root,
+        split=split,
+        calibration=calibration,
+        max_miou_loss=max_miou_loss,
         samples=samples,
         min_agreement=min_agreement,
         tune_s=tune_s,

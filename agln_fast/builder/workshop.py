@@ -15,8 +15,8 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from agln_fast.artefact import Artefact
+from agln_fast.builder.pictures import Pictures
 from agln_fast.contract import IOContract
-from agln_fast.engines.base import CALIBRATION
 from agln_fast.export.onnx import export_onnx
 from agln_fast.models.checkpoint import save_checkpoint
 from agln_fast.models.config import ModelConfig
@@ -36,6 +36,7 @@ class Workshop:
     """What `EngineKind.make` works with; see `agln_fast.engines.base.Workbench`.
 
     folder: is there; each file gets a folder of its own in it. metadata: goes into each ONNX file.
+    pictures: to calibrate on, and to time with.
     spent: seconds of writing files so far.
     """
 
@@ -47,6 +48,7 @@ class Workshop:
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
     progress: Progress | None = None
+    pictures: Pictures = Pictures()  # noqa: RUF009  # which does not change
     _files: dict[Hashable, Path] = field(default_factory=dict, init=False)
     spent: float = field(default=0.0, init=False)
     _seconds: dict[Hashable, float] = field(default_factory=dict, init=False)
@@ -125,10 +127,18 @@ class Workshop:
         return replace(artefact, file=place)
 
     def calibration(self) -> list[npt.NDArray[Any]]:
-        """Scenes of the train split to quantise by, in batches of the smallest size that the contract allows."""
-        contract, size = self.contract, self.contract.min_batch
-        endless = cycle(sample_images(CALIBRATION, contract.height, contract.width, split="train"))
-        return [pack(list(islice(endless, size)), contract) for _ in range(-(-CALIBRATION // size))]
+        """Pictures to quantise by, in batches of the smallest size that the contract allows."""
+        return self._calibration
+
+    @cached_property
+    def _calibration(self) -> list[npt.NDArray[Any]]:
+        contract, pictures, size = self.contract, self.pictures, self.contract.min_batch
+        if pictures.dataset is None:
+            frames = sample_images(pictures.number, contract.height, contract.width, split="train")
+        else:
+            frames = pictures.frames(contract)
+        endless = cycle(frames)
+        return [pack(list(islice(endless, size)), contract) for _ in range(-(-len(frames) // size))]
 
     @cached_property
     def cost(self) -> CostModel:
@@ -137,6 +147,9 @@ class Workshop:
 
     @cached_property
     def sample(self) -> npt.NDArray[Any]:
-        """A batch of input, as large as the contract allows: a scene."""
-        frame = sample_images(1, self.contract.height, self.contract.width)
+        """A batch of input, as large as the contract allows: one picture."""
+        if self.pictures.dataset is None:
+            frame = sample_images(1, self.contract.height, self.contract.width)
+        else:
+            frame = self.pictures.samples(self.contract, 1)
         return pack(frame * self.contract.max_batch, self.contract)

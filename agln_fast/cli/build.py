@@ -18,7 +18,20 @@ from agln_fast.errors import ConfigError, VerificationError
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle
 
-__all__ = ["build", "print_built", "print_engines"]
+__all__ = ["Calibration", "Data", "DataRoot", "MaxLoss", "Split", "build", "print_built", "print_engines"]
+
+Data = Annotated[
+    str | None,
+    typer.Option(help="Your data, to calibrate and judge by: a dataset, or a folder of images without masks."),
+]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of a dataset on disk.")]
+Split = Annotated[str, typer.Option(help="Which part of the dataset.")]
+Calibration = Annotated[
+    int | None, typer.Option(help="Images that int8 is calibrated on; default 128, or half of a small dataset.")
+]
+MaxLoss = Annotated[
+    float, typer.Option(help="Points of mIoU that an engine may lose against fp32; without masks, of agreement.")
+]
 
 
 def build(
@@ -50,6 +63,11 @@ def build(
     sm: Annotated[list[str], typer.Option(help="Compute capability for tensorrt-rtx, e.g. sm86; repeatable.")] = [],  # noqa: B006
     workspace: Annotated[int | None, typer.Option(min=1, help="TensorRT's scratch memory, MiB.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache, read and updated.")] = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    split: Split = "val",
+    calibration: Calibration = None,
+    max_miou_loss: MaxLoss = 0.5,
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
     tune: Annotated[
@@ -87,6 +105,11 @@ def build(
         "compute_capabilities": sm,
         "workspace_bytes": None if workspace is None else workspace * 2**20,
         "timing_cache": timing_cache,
+        "data": data,
+        "data_root": data_root,
+        "split": split,
+        "calibration": calibration,
+        "max_miou_loss": max_miou_loss,
         "samples": samples,
         "min_agreement": min_agreement,
         "tune_s": tune,
@@ -132,7 +155,7 @@ def _colour(name: str, text: str) -> tuple[float, ...]:
 
 def print_engines(bundle: Bundle) -> None:
     """Show the bundle's engines with size, agreement and latency, and why some could not run."""
-    from agln_fast.builder.report import engine_table, obstacles
+    from agln_fast.builder.report import accuracies, engine_table, obstacles
 
     model, contract = bundle.manifest.model, bundle.manifest.contract
     title = f"{shown(bundle.path.name)}: {model.architecture}, {model.encoder}, {contract.height}x{contract.width}"
@@ -143,5 +166,5 @@ def print_engines(bundle: Bundle) -> None:
     for row in rows:
         table.add_row(*row)
     out.print(table)
-    for line in obstacles(bundle.manifest):
+    for line in [*accuracies(bundle.manifest), *obstacles(bundle.manifest)]:
         out.print(line, highlight=False, markup=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from agln_fast.cli.build import print_built
+from agln_fast.cli.build import Calibration, Data, DataRoot, MaxLoss, Split, print_built
 from agln_fast.cli.console import Json, progress_bar
 
 __all__ = ["rebuild"]
@@ -19,6 +19,11 @@ def rebuild(
         Path | None,
         typer.Option("-o", "--bundle", help="The bundle to write; default NAME.rebuilt.agln, NAME.agln with --force."),
     ] = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    split: Split = "val",
+    calibration: Calibration = None,
+    max_miou_loss: MaxLoss = 0.5,
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
     tune: Annotated[
@@ -41,6 +46,11 @@ def rebuild(
         built = rebuild_bundle(
             bundle,
             output,
+            data=data,
+            data_root=data_root,
+            split=split,
+            calibration=calibration,
+            max_miou_loss=max_miou_loss,
             samples=samples,
             min_agreement=min_agreement,
             tune_s=tune,

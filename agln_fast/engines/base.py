@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,7 @@ __all__ = ["CALIBRATION", "Array", "Engine", "EngineKind", "Port", "Workbench", 
 Array = npt.NDArray[np.generic]
 
 CALIBRATION = 128
-"""Pictures to quantise by."""
+"""Pictures to quantise by, where there are enough of them."""
 
 
 class Workbench(Protocol):
@@ -60,7 +60,7 @@ class Workbench(Protocol):
         """The ONNX file of the network, rewritten as `plan` says, with weights of type `kind`."""
 
     def calibration(self) -> Sequence[Array]:
-        """Batches of `CALIBRATION` pictures, as the contract describes them."""
+        """Batches of pictures to quantise by, as the contract describes them."""
 
     def file(self, name: str, key: Hashable, write: Callable[[Path], object]) -> Path:
         """The file that `write` writes, called `name` in a bundle; it is written when `key` is first asked for."""
@@ -175,9 +175,17 @@ class EngineKind(ABC):
         """
         return
 
+    def trial(self, bench: Workbench, plan: Plan, floating: Collection[str] = ()) -> Artefact:
+        """What computes as an int8 engine would, on any CPU, and is quickly made: to see what int8 costs."""
+        raise NotImplementedError(f"{self.name} has no int8")
+
     @abstractmethod
-    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+    def make(
+        self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN, floating: Collection[str] = ()
+    ) -> Artefact:
         """Make what an engine is opened from.
+
+        `floating` are blocks of the network that an int8 engine computes in floating point.
 
         Raises:
             BuildError, MissingPackageError: it cannot be made; see `check_make`.
@@ -207,6 +215,7 @@ class EngineKind(ABC):
         plan: Plan,
         file: Path,
         compute_capabilities: tuple[str, ...] = (),
+        floating: Collection[str] = (),
     ) -> Artefact:
         """What `make` returns, of the file that it made."""
         return Artefact(
@@ -219,6 +228,7 @@ class EngineKind(ABC):
             plan=plan,
             versions=self.versions(precision),
             compute_capabilities=compute_capabilities,
+            floating=tuple(floating),
         )
 
 

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -96,7 +96,9 @@ class Echo(EngineKind):
     def _obstacle(self, precision: Precision, where: str) -> str | None:
         return self._told
 
-    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+    def make(
+        self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN, floating: Collection[str] = ()
+    ) -> Artefact:
         return self.artefact(bench, precision, NO_PLAN, bench.weights())
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,9 @@ class OnnxRuntime(EngineKind):
             return f"onnxruntime cannot use device {where!r}: it has {', '.join(available)}"
         return _obstacle_to_fp16() if (precision, where) == ("fp16", "cpu") else None
 
-    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+    def make(
+        self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN, floating: Collection[str] = ()
+    ) -> Artefact:
         return self.artefact(bench, precision, plan, bench.graph(precision, plan))
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:

@@ -1,13 +1,13 @@
 """Kind `openvino`: the exported graph on OpenVINO's CPU plugin, in exactly the precision asked for.
 
 An int8 engine is an OpenVINO IR whose graph says itself what is quantised (`export.quantize`). The rest of it runs in
-bf16 where the CPU has it, and in fp32 elsewhere.
+bf16 where the CPU has it, and in fp32 elsewhere. A trial of one is an ONNX file (`export.qdq`), whose rest is in fp32.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +23,26 @@ from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.precision import Precision
 from agln_fast.telemetry import import_quietly
 
-__all__ = ["OpenVino", "OpenVinoEngine"]
+__all__ = ["OpenVino", "OpenVinoEngine", "quantised_graph"]
 
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
 _INTEGERS = ("i8", "u8")
 
 _opened_in: int | None = None  # the process that opened the first engine
+
+
+def quantised_graph(bench: Workbench, kind: Precision, plan: Plan, floating: Collection[str] = ()) -> Artefact:
+    """The int8 form of the ONNX graph of type `kind`, as ONNX: for TensorRT, and for OpenVINO to see what it costs."""
+    from agln_fast.export.qdq import leave_in_floating_point, quantize_to_qdq
+
+    graph, name, kept = bench.graph(kind, plan), "model.int8.onnx", tuple(sorted(floating))
+    key = "quantised graph", kind, plan
+    file = bench.file(name, (*key, ()), lambda path: quantize_to_qdq(graph, path, bench.calibration()))
+    if kept:
+        whole = file
+        file = bench.file(name, (*key, kept), lambda path: leave_in_floating_point(whole, graph, path, kept))
+    return OpenVino().artefact(bench, "int8", plan, file, floating=kept)
 
 
 class OpenVino(EngineKind):
@@ -75,15 +88,23 @@ class OpenVino(EngineKind):
             if find_spec(package) is None:
                 raise MissingPackageError(package, "int8")
 
-    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+    def trial(self, bench: Workbench, plan: Plan, floating: Collection[str] = ()) -> Artefact:
+        return quantised_graph(bench, "fp32", plan, floating)
+
+    def make(
+        self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN, floating: Collection[str] = ()
+    ) -> Artefact:
         if precision != "int8":
             return self.artefact(bench, precision, plan, bench.graph(self.graph_type(precision), plan))
         from agln_fast.export.quantize import quantize_onnx
 
-        def write(path: Path) -> None:
-            quantize_onnx(bench.graph("fp32", plan), path, bench.calibration())
+        kept = tuple(sorted(floating))
 
-        return self.artefact(bench, precision, plan, bench.file("model.int8.xml", ("int8", plan), write))
+        def write(path: Path) -> None:
+            quantize_onnx(bench.graph("fp32", plan), path, bench.calibration(), kept)
+
+        file = bench.file("model.int8.xml", ("int8", plan, kept), write)
+        return self.artefact(bench, precision, plan, file, floating=kept)
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         return OpenVinoEngine(artefact, threads)
@@ -103,7 +124,8 @@ class OpenVinoEngine(Engine):
         path, parts = str(artefact.file), [artefact.read(file) for file in artefact.files]
         if len(parts) == 1:
             parse_graph(parts[0], path)
-        rest = "bf16" if "BF16" in _capabilities(openvino) else "fp32"
+        is_trial = len(parts) == 1  # of what other libraries compute more exactly than in bf16
+        rest = "bf16" if "BF16" in _capabilities(openvino) and not is_trial else "fp32"
         hint = _HINTS[rest if self.precision == "int8" else self.precision]
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",

@@ -6,10 +6,11 @@ import hashlib
 import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,6 +18,7 @@ from agln_fast import cuda
 from agln_fast.artefact import LAYERS_FILE, Artefact
 from agln_fast.cuda import Device, Graph, Stream, TwinBuffer, compute_capability, device_count, has_bindings
 from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, check_ports
+from agln_fast.engines.openvino import quantised_graph
 from agln_fast.environment import cache_folder
 from agln_fast.errors import BackendError, MissingPackageError
 from agln_fast.memory import recall_bytes, remember_bytes
@@ -40,10 +42,13 @@ _TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
 
 
 class TensorRT(EngineKind):
-    """An engine runs with the very version of TensorRT and on the compute capability that it was built for."""
+    """An engine runs with the very version of TensorRT and on the compute capability that it was built for.
+
+    What is not quantised of an int8 one is fp16.
+    """
 
     name: ClassVar[Flavour] = "tensorrt"
-    precisions = ("fp32", "fp16", "bf16")
+    precisions = ("fp32", "fp16", "bf16", "int8")
     devices = ("cuda",)
     package = extra = target = "tensorrt"
     plans = "cost model"
@@ -53,6 +58,12 @@ class TensorRT(EngineKind):
 
     def automatic(self) -> tuple[Precision, ...]:
         return ("fp16",)
+
+    def graph_type(self, precision: Precision) -> Precision:
+        return "fp16" if precision == "int8" else precision
+
+    def timed_in(self, precision: Precision) -> Precision:
+        return self.graph_type(precision)
 
     def suits(self, plan: Plan, precision: Precision) -> Plan:
         # It has convolutions of Winograd's kind of its own, and is served as it is: nobody makes labels of logits.
@@ -96,6 +107,9 @@ class TensorRT(EngineKind):
 
     def check_make(self, precision: Precision, compute_capabilities: Sequence[str] = ()) -> None:
         self._capabilities(compute_capabilities)
+        for package in ("onnxruntime", "openvino") if precision == "int8" else ():  # one quantises, one shows the cost
+            if find_spec(package) is None:
+                raise MissingPackageError(package, "int8")
 
     def _capabilities(self, asked: Sequence[str]) -> tuple[str, ...]:
         """What an engine is built for; `asked` is for tensorrt-rtx alone."""
@@ -103,30 +117,40 @@ class TensorRT(EngineKind):
 
         return resolve_capabilities(self.name)
 
-    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+    def trial(self, bench: Workbench, plan: Plan, floating: Collection[str] = ()) -> Artefact:
+        return quantised_graph(bench, self.graph_type("int8"), plan, floating)
+
+    def make(
+        self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN, floating: Collection[str] = ()
+    ) -> Artefact:
         if plan.kernels:
             return self._make_with_layers(bench, precision, plan)
+        from agln_fast.export.convolutions import convolution_blocks
         from agln_fast.export.tensorrt import build_tensorrt_engine
 
         contract = bench.contract
         capabilities = self._capabilities(bench.compute_capabilities)
         ends = contract.min_batch, contract.max_batch, contract.max_batch  # smallest, usual, largest
-        file = bench.file(
-            f"model.{precision}.{self.suffix}.engine",
-            (self.name, precision, plan),
-            lambda path: build_tensorrt_engine(
-                bench.graph(precision, plan),
+        kept = tuple(sorted(floating))
+
+        def write(path: Path) -> None:
+            graph = bench.graph(self.graph_type(precision), plan)
+            blocks = convolution_blocks(graph) if kept else {}
+            build_tensorrt_engine(
+                self.trial(bench, plan, kept).file if precision == "int8" else graph,
                 path,
                 flavour=self.name,
                 precision=precision,
+                floating=[name for name, block in blocks.items() if block in kept],
                 compute_capabilities=capabilities,
                 batch=None if contract.min_batch == contract.max_batch else ends,
                 workspace_bytes=bench.workspace_bytes,
                 timing_cache=bench.timing_cache if self.has_timing_cache else None,
                 progress=bench.progress,
-            ),
-        )
-        return self.artefact(bench, precision, plan, file, capabilities)
+            )
+
+        file = bench.file(f"model.{precision}.{self.suffix}.engine", (self.name, precision, plan, kept), write)
+        return self.artefact(bench, precision, plan, file, capabilities, kept)
 
     def _make_with_layers(self, bench: Workbench, precision: Precision, plan: Plan) -> Artefact:
         from agln_fast.export.plugins import library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from agln_fast.artefact import Artefact
@@ -42,7 +43,9 @@ class NetworkKind(EngineKind):
 
         return None if torch.cuda.is_available() else "PyTorch finds no CUDA device; `agln-fast doctor` shows more"
 
-    def make(self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN) -> Artefact:
+    def make(
+        self, bench: Workbench, precision: Precision, plan: Plan = NO_PLAN, floating: Collection[str] = ()
+    ) -> Artefact:
         return self.artefact(bench, precision, NO_PLAN, bench.weights())
 
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:

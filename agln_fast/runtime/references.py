@@ -20,9 +20,11 @@ from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.runtime.images import fit, list_images, load_image, pack
 from agln_fast.runtime.verify import Reference, batch_sizes
 
-__all__ = ["make_reference", "sample_frames", "sample_images"]
+__all__ = ["SAMPLES", "make_reference", "sample_frames", "sample_images"]
 
-_SAMPLES = 4
+SAMPLES = 4
+"""Pictures to verify with, where nobody names some."""
+
 _LARGEST_DRAWN = 512  # pixels; larger scenes would take longer to draw than to segment
 
 
@@ -46,7 +48,7 @@ def sample_frames(samples: str | os.PathLike[str] | None, contract: IOContract) 
         ImageError: there is no image, or one cannot be used.
     """
     if samples is None:
-        return sample_images(_SAMPLES, contract.height, contract.width)
+        return sample_images(SAMPLES, contract.height, contract.width)
     # What slides over an image at run time is compared on the whole image here: the engine cannot tell.
     whole = replace(contract, resize="stretch")
     return [fit(load_image(path), whole)[0] for path in list_images(os.fspath(samples))]

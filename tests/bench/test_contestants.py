@@ -182,7 +182,7 @@ def test_files_are_made_once(workshop):
 
 
 def test_int8_is_quantised(network, tmp_path, monkeypatch):
-    monkeypatch.setattr("agln_fast.builder.workshop.CALIBRATION", 4)
+    monkeypatch.setattr("agln_fast.builder.pictures.CALIBRATION", 4)
     if contestant("planned openvino").obstacle("int8"):
         pytest.skip("needs NNCF, and a CPU with int8")
     recipe, _ = contestant("planned openvino").make(RaceWorkshop(network, IOContract(64, 64), tmp_path, 1), "int8")

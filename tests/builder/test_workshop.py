@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from agln_fast.artefact import Artefact
+from agln_fast.builder import pictures as pictures_module
 from agln_fast.builder import workshop as module
 from agln_fast.builder.workshop import Workshop
 from agln_fast.contract import IOContract
@@ -77,7 +78,7 @@ def test_files_are_delivered_under_names_of_their_own(workshop: Workshop, tmp_pa
 
 
 def test_calibration_fills_up_its_last_batch(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CALIBRATION", 3)
+    monkeypatch.setattr(pictures_module, "CALIBRATION", 3)
     first, second = workshop.calibration()
     assert first.shape == second.shape == (2, 64, 64, 3)
     assert np.array_equal(second[1], first[0])

@@ -131,7 +131,7 @@ def test_a_target_of_its_own(second, tmp_path, monkeypatch):
     assert targets() == ["cpu", "cuda", "npu", "tensorrt", "tensorrt-rtx"]
     options = BuildOptions("x.pth", tmp_path / "x", targets="npu")
     assert [engine.name for engine in options.wanted] == ["second-fp32", "fused-fp32", "torch-fp32"]
-    with pytest.raises(ConfigError, match="precision 'int8' is for target cpu, not for npu"):
+    with pytest.raises(ConfigError, match="precision 'int8' is for target cpu, tensorrt, tensorrt-rtx, not for npu"):
         BuildOptions("x.pth", tmp_path / "x", targets="npu", precision="int8")
 
 

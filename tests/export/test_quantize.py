@@ -19,7 +19,6 @@ from agln_fast.data.scenes import Scenes
 from agln_fast.errors import BuildError, ConfigError, MissingPackageError
 from agln_fast.export.onnx import export_onnx
 from agln_fast.export.quantize import quantize_onnx
-from agln_fast.export.tensorrt import build_tensorrt_engine
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.runtime.images import pack
 
@@ -278,9 +277,7 @@ def test_missing_packages_name_the_extra(package, tiny, tmp_path, monkeypatch):
         quantize_onnx(tiny, tmp_path / "model.xml", _batches(1))
 
 
-def test_int8_is_no_type_of_the_other_exports(small_network, tiny, tmp_path):
+def test_int8_is_no_type_of_an_export(small_network, tmp_path):
     with pytest.raises(ConfigError, match="ONNX export in 'int8': it is fp32, fp16, bf16; int8 is made of the fp32"):
         export_onnx(small_network(), tmp_path / "model.onnx", LABELS, "int8")
-    with pytest.raises(ConfigError, match="unknown precision 'int8'; known: fp32, fp16, bf16"):
-        build_tensorrt_engine(tiny, tmp_path / "model.engine", flavour="tensorrt-rtx", precision="int8")
     assert not list(tmp_path.iterdir())

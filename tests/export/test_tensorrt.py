@@ -133,9 +133,14 @@ def test_another_precision_in_the_plan_is_an_error() -> None:
         b'..header {\n tensor={ a=1 name="x" b=2 type=half }\n tensor={ name="w" type=float }\n'
         b' corrltn={ name="conv" output={"x" } input={"x" "w" "y" } }\n'
     )
-    assert _check_plan(plan, {"another"}, "fp16", Path("m.onnx")) == 0
+    assert _check_plan(plan, {"another": "fp16"}, Path("m.onnx")) == 0
+    assert _check_plan(plan, {"conv": None}, Path("m.onnx")) == 1
     with pytest.raises(BuildError, match="'conv' is in fp32, not fp16"):
-        _check_plan(plan, {"conv"}, "fp16", Path("m.onnx"))
+        _check_plan(plan, {"conv": "fp16"}, Path("m.onnx"))
+    with pytest.raises(BuildError, match="'conv' is in fp16, not int8"):
+        _check_plan(plan, {"conv": "int8"}, Path("m.onnx"))
+    with pytest.raises(BuildError, match="'conv' is in int8, not floating point"):
+        _check_plan(plan.replace(b"type=float", b"type=int8"), {"conv": None}, Path("m.onnx"))
 
 
 @needs_rtx
