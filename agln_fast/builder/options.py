@@ -160,6 +160,8 @@ class BuildOptions:
         check_threads(self.threads)
         if not isinstance(self.plan, Plan) and self.plan not in ("auto", "none"):
             raise ConfigError(f"plan {self.plan!r}: give 'auto', 'none', or an agln_fast.Plan")
+        if self.weights is not None and not isinstance(self.checkpoint, str | os.PathLike):
+            raise ConfigError(f"weights {self.weights!r}: only a file holds several, and this is a network in memory")
         if isinstance(self.classes, str):
             class_set(self.classes)
         if self.samples is not None:

@@ -370,6 +370,12 @@ def test_a_failed_rebuild_keeps_the_old_bundle(small_network, tmp_path, monkeypa
     assert agln_fast.open_bundle(tmp_path / "x.agln")
 
 
+def test_a_network_in_memory_has_one_set_of_weights(small_network, tmp_path):
+    with pytest.raises(ConfigError, match="weights 'ema': only a file holds several"):
+        BuildOptions(small_network(), tmp_path / "x", weights="ema")
+    BuildOptions("x.pth", tmp_path / "x", weights="ema")
+
+
 def test_sizes():
     assert parse_size("480x640") == parse_size("480X640") == parse_size((480, 640)) == (480, 640)
     for wrong in ("480", "axb", "480x640x3", "-1x5"):

@@ -72,6 +72,13 @@ def test_a_container_that_holds_itself_ends():
     assert find_weights(content).state["a"] is content["a"]
 
 
+def test_a_container_that_holds_nothing_but_itself_holds_nothing():
+    loop = {}
+    loop["ema"] = loop
+    state = {"a.x": torch.zeros(1), "b.x": torch.zeros(1)}
+    assert find_weights({"model": loop, "net": state}).state == state
+
+
 @pytest.mark.parametrize(
     "prefix",
     [
@@ -253,6 +260,11 @@ UNWANTED = {
         {"model": 0, "ema": 0},
         "emma",
         "under 'emma': it has them under 'model' and 'ema'; did you mean 'ema'",
+    ),
+    "part of a name": (
+        {"state_dict": 0, "model_ema": 0},
+        "model",
+        "no weights under 'model': it has them under 'state_",
     ),
     "plain": (0, "ema", "no weights under 'ema': it is one state dict"),
     "two averages": ({"ema": 0, "model_ema": 0}, "average", "no weights under 'average': it has them under"),
