@@ -13,6 +13,7 @@ from agln_fast import __version__, environment, interruption
 from agln_fast.cli.bench import bench
 from agln_fast.cli.build import build
 from agln_fast.cli.console import err, shown
+from agln_fast.cli.data import data
 from agln_fast.cli.doctor import doctor
 from agln_fast.cli.eval import evaluate
 from agln_fast.cli.inspect import inspect
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for verb in (build, rebuild, run, bench, verify, evaluate, train, scenes, visualize, inspect, plugins, doctor):
+for verb in (build, rebuild, run, bench, verify, evaluate, train, data, scenes, visualize, inspect, plugins, doctor):
     app.command("eval" if verb is evaluate else None)(verb)
 
 

@@ -9,12 +9,17 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from agln_fast import interruption
 from agln_fast.data.classes import ClassSet
+from agln_fast.errors import DatasetError
 
-__all__ = ["IGNORE_INDEX", "CachedDataset", "Sample", "SegmentationDataset"]
+__all__ = ["IGNORE_INDEX", "SPLIT_NAMES", "CachedDataset", "Sample", "SegmentationDataset", "SoundSamples"]
 
 IGNORE_INDEX = 255
 """Label of pixels that belong to no class: neither trained on nor counted."""
+
+SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val"}
+"""Other names of splits -> ours."""
 
 _Array: TypeAlias = npt.NDArray[np.uint8]
 
@@ -32,10 +37,12 @@ class SegmentationDataset(ABC):
 
     class_set: names and colours of the K classes.
     split: which part it is, e.g. "train".
+    skipped: a line for each sample that was left out because it cannot be used.
     """
 
     class_set: ClassSet
     split: str
+    skipped: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -52,7 +59,7 @@ class CachedDataset(SegmentationDataset):
     """Keeps in memory what it has read once: for datasets that are small, or slow to read, such as Scenes."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
-        self.class_set, self.split = dataset.class_set, dataset.split
+        self.class_set, self.split, self.skipped = dataset.class_set, dataset.split, dataset.skipped
         self._dataset = dataset
         self._samples: dict[int, Sample] = {}
 
@@ -68,3 +75,34 @@ class CachedDataset(SegmentationDataset):
         """Read all that has not been read."""
         for index in range(len(self)):
             self[index]
+
+
+class SoundSamples(SegmentationDataset):
+    """Those samples of a dataset that can be used; each is read once to find out."""
+
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        """
+        Raises:
+            DatasetError: none can.
+        """
+        self.class_set, self.split = dataset.class_set, dataset.split
+        self._dataset = dataset
+        self._indices: list[int] = []
+        skipped = []
+        for index in range(len(dataset)):
+            interruption.check()
+            try:
+                dataset[index]
+            except DatasetError as error:
+                skipped.append(str(error))
+            else:
+                self._indices.append(index)
+        self.skipped = (*dataset.skipped, *skipped)
+        if not self._indices:
+            raise DatasetError(f"none of the {len(self.skipped)} samples can be used; the first: {self.skipped[0]}")
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset[self._indices[index]]

@@ -13,15 +13,15 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from agln_fast.data.classes import class_set
-from agln_fast.data.dataset import IGNORE_INDEX, Sample, SegmentationDataset
+from agln_fast.data.dataset import IGNORE_INDEX, SPLIT_NAMES, Sample, SegmentationDataset
+from agln_fast.data.decoding import read_picture
 from agln_fast.errors import ConfigError, DatasetError, choose
 
 __all__ = ["ADE20K", "FolderDataset", "PascalContext", "PascalVOC"]
 
-_ALIASES = {"train_aug": "trainaug", "training": "train", "validation": "val"}
+_ALIASES = {**SPLIT_NAMES, "train_aug": "trainaug"}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 _VOC = "PASCAL VOC 2012: VOCtrainval_11-May-2012.tar from the PASCAL VOC homepage, host.robots.ox.ac.uk"
@@ -232,11 +232,8 @@ class ADE20K(FolderDataset):
 
 def _decode(path: Path, file_format: str, mode: str | None = None) -> npt.NDArray[np.uint8]:
     """Pixels of a JPEG or PNG in `mode`; without one they are palette indices or grey values, as they are."""
-    try:
-        with Image.open(path, formats=[file_format]) as image:
-            stored, pixels = image.mode, np.array(image.convert(mode) if mode else image)
-    except Exception as error:  # decoders raise whatever they stumble over in damaged bytes
-        raise DatasetError(f"{path}: cannot be read as {file_format} ({error}); restore it from the archive") from error
-    if not mode and stored not in ("P", "L"):
-        raise DatasetError(f"{path}: is of mode {stored}; a mask needs palette indices or 8-bit grey (modes P, L)")
-    return pixels
+    picture = read_picture(path, [file_format], "restore it from the archive")
+    if not mode and picture.mode not in ("P", "L"):
+        what = "a mask needs palette indices or 8-bit grey (modes P, L)"
+        raise DatasetError(f"{path}: is of mode {picture.mode}; {what}")
+    return np.array(picture.convert(mode) if mode else picture)

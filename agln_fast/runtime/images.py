@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from agln_fast import environment
 from agln_fast.contract import IOContract
+from agln_fast.data.decoding import FORMATS, image_suffixes
 from agln_fast.errors import ConfigError, ImageError, did_you_mean
 from agln_fast.runtime.bit_depth import (
     check_bit_depth,
@@ -54,8 +55,6 @@ ImageArray: TypeAlias = npt.NDArray[np.uint8]
 _Content: TypeAlias = bytes | bytearray | memoryview | IO[bytes]
 ImageSource: TypeAlias = "str | os.PathLike[str] | _Content | Image.Image | npt.NDArray[Any] | torch.Tensor"
 
-# Not all that Pillow knows: opening EPS would start Ghostscript, and several others are containers without a decoder.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 _HEADERS = 1 << 20  # bytes that a file may have beside 8 a pixel, which is RGBA of 16 bits uncompressed
 SOFTWARE = "agln-fast"  # the EXIF tag Software of what `Result.save` writes
 
@@ -161,7 +160,7 @@ def list_images(pattern: str | Path, *, recursive: bool = False) -> list[Path]:
         nested = any(entry.is_dir() for folder in folders for entry in folder.iterdir())
     except OSError as error:
         raise ImageError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+    suffixes = image_suffixes()
     images = sorted(file for file in files if file.suffix.lower() in suffixes)
     inputs = [image for image in images if not is_output(image)]
     if inputs:
@@ -284,7 +283,7 @@ def _clear_errors(name: str | Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ImageError(_missing(Path(name))) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: is not an image of a known format ({', '.join(_FORMATS)})") from error
+        raise ImageError(f"{name}: is not an image of a known format ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: is too large for Pillow: {error}") from error
     except Exception as error:  # decoders raise whatever they stumble over in damaged bytes
@@ -335,7 +334,7 @@ def _rewindable(file: IO[bytes], name: str, max_pixels: int) -> IO[bytes]:
 def _open(file: IO[bytes], name: str) -> tuple[Image.Image, int | None]:
     """The image in `file`, of which only the header is read, and the depth that it declares."""
     Image.init()
-    image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+    image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     # Phones write MPO: a JPEG whose further frames are thumbnails or depth maps, never an animation.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ImageError(f"{name}: has several frames; needs a still image, or one frame as a PIL image")
