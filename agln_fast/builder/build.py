@@ -153,9 +153,13 @@ def _read(options: BuildOptions) -> tuple[SegmentationNetwork, ClassSet]:
     else:
         network = load_checkpoint(options.checkpoint, options.config, weights=options.weights)
     asked, count = options.classes, network.config.num_classes
+    labelled = options.pictures.labelled
+    if labelled is not None:
+        labelled.check_classes(count, "the network")
     known = class_set(asked) if isinstance(asked, str) else asked
     if known is None:
-        return network, default_class_set(count)
+        of_data = None if labelled is None else labelled.class_set
+        return network, network.class_set or of_data or default_class_set(count)
     names = known.classes if isinstance(known, ClassSet) else tuple(known)
     if len(names) != count:
         raise ConfigError(f"classes: {len(names)} names for a network of {count} classes")

@@ -28,6 +28,7 @@ from agln_fast.contract import (
 )
 from agln_fast.data.classes import ClassSet, class_set
 from agln_fast.data.dataset import SegmentationDataset
+from agln_fast.data.layout import is_described
 from agln_fast.data.registry import DATASETS, open_dataset
 from agln_fast.engines import KINDS, EngineKind, check_threads, targets
 from agln_fast.errors import ConfigError, MissingPackageError, choose, printable
@@ -45,7 +46,6 @@ __all__ = ["BuildOptions", "Wanted"]
 
 
 Kernels = Literal["auto", "none", "only", "both"]
-_DESCRIBES = (".yaml", ".yml", ".json", ".txt")
 _log = logging.getLogger("agln_fast.build")
 
 
@@ -85,15 +85,17 @@ class BuildOptions:
         labels as kernels of ours ("only"), or both of them ("both"); "auto" for both where our layers can be compiled.
     batch: images a run, or (smallest, largest), or "SMALLEST..LARGEST".
     layout, output, resize, mean, std: see `IOContract`.
-    classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None to go by K.
+    classes: a class set, its name (`agln_fast.data.list_class_sets`), or the K names; None for those of the
+        checkpoint, of `data`, or else by K.
     config: what the network is, where the checkpoint cannot tell.
     weights: which of several weights of the checkpoint are taken, see `load_checkpoint`.
     compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
     workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
     timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
-    data: what to calibrate and to judge engines by instead of Scenes: the name of a dataset (`open_dataset`), a
-        dataset, or an image, folder or pattern without masks. All that is less precise than fp32 is then kept by what
-        it loses on it. data_root, split: where a dataset lies, and which part of it.
+    data: what to calibrate and to judge engines by instead of Scenes: a dataset as `open_dataset` takes it, or opened, or
+        an image, folder or pattern without masks. All that is less precise than fp32 is then kept by what it loses on
+        it. Names and colours of the classes are its own where neither `classes` nor the checkpoint gives them.
+        data_root, split, skip_bad: as there.
     calibration: images that int8 is calibrated on; None for 128, or half of `data` where it has fewer than 256. Engines
         are judged by the others.
     max_miou_loss: points of mIoU that an engine may lose against the fp32 reference; without masks points of the
@@ -138,7 +140,8 @@ class BuildOptions:
     timing_cache: Path | None = None
     data: str | os.PathLike[str] | SegmentationDataset | None = None
     data_root: str | os.PathLike[str] | None = None
-    split: str = "val"
+    split: str | None = None
+    skip_bad: bool = False
     calibration: int | None = None
     max_miou_loss: float = 0.5
     samples: str | os.PathLike[str] | None = None
@@ -240,11 +243,15 @@ class BuildOptions:
     def _data(self) -> SegmentationDataset | None:
         data, root = self.data, self.data_root
         if data is None or isinstance(data, SegmentationDataset):
-            if root is not None:
-                raise ConfigError("data_root is the folder of a dataset: name that with data, too")
+            for name in ("data_root", "split"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} belongs to the name of a dataset: name that with data, too")
             return data
-        name = os.fspath(data)
-        return open_dataset(name, self.split, root) if root or _has_masks(name) else Unlabelled(name)
+        if root is None and data not in DATASETS and not is_described(data):
+            if self.split is not None:
+                raise ConfigError(f"split {self.split!r}: {data} holds images without masks, and no splits")
+            return Unlabelled(data)
+        return open_dataset(data, self.split, root, skip_bad=self.skip_bad)
 
     @cached_property
     def destination(self) -> Path:
@@ -285,13 +292,6 @@ class BuildOptions:
             raise ConfigError(f"kernels {self.kernels!r}: only target tensorrt and tensorrt-rtx take kernels of ours")
         for engine in self.wanted:
             engine.kind.check_make(engine.precision, self.compute_capabilities)
-
-
-def _has_masks(data: str) -> bool:
-    """Whether it is a dataset, and not just images: by its name, or by a file that says what it holds."""
-    path = Path(data)
-    files = [path] if path.is_file() else path.glob("*") if path.is_dir() else []
-    return data in DATASETS or any(file.stem in ("data", "classes") and file.suffix in _DESCRIBES for file in files)
 
 
 def _destination(path: Path, overwrite: bool) -> Path:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +28,19 @@ class Unlabelled(SegmentationDataset):
     """Images without masks: a file, a folder or a pattern, as `list_images` takes it. Every pixel is ignored.
 
     Raises:
+        ConfigError: two have the same name but for the suffix, as images and masks have.
         ImageError: there is no image; one cannot be used, when it is read.
     """
 
     def __init__(self, images: str | os.PathLike[str]) -> None:
         self._files = list_images(os.fspath(images))
+        seen: dict[str, Path] = {}
+        for file in self._files:
+            if (other := seen.setdefault(file.stem, file)) is not file and other.parent == file.parent:
+                raise ConfigError(
+                    f"{file.parent}: {other.name} and {file.name} have one name; if one is the mask of the other, put "
+                    "images into images/, masks into masks/, and the names of the classes into classes.txt"
+                )
         self.class_set, self.split = replace(default_class_set(1), name="images without masks"), "all"
 
     def __len__(self) -> int:
@@ -85,6 +94,11 @@ class Pictures:
         if self.number > there - (self.dataset is not None):
             left = "" if self.dataset is None else ", and one at least must be left to judge by"
             raise ConfigError(f"calibration on {self.number} images: there are {there}{left}")
+
+    @property
+    def labelled(self) -> SegmentationDataset | None:
+        """The user's, if it has masks."""
+        return None if isinstance(self.dataset, Unlabelled) else self.dataset
 
     @property
     def number(self) -> int:

@@ -93,7 +93,7 @@ def rebuild(
     *,
     data: str | os.PathLike[str] | SegmentationDataset | None = None,
     data_root: str | os.PathLike[str] | None = None,
-    split: str = "val",
+    split: str | None = None,
     calibration: int | None = None,
     max_miou_loss: float = 0.5,
     samples: str | os.PathLike[str] | None = None,

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agln_fast.cli.console import Json, out, print_json, print_wide, progress_bar
+from agln_fast.cli.datasets import DataOrNone, DataRoot, SkipBad, Split, tell_skipped
 from agln_fast.cli.files import read_plan
 
 if TYPE_CHECKING:
     from agln_fast.bench.race.results import Results
+    from agln_fast.data.dataset import SegmentationDataset
 
 __all__ = ["bench"]
 
@@ -23,7 +25,7 @@ def bench(
         list[str] | None, typer.Argument(help="Presets; default FPN, AGLN, AGLN-Lite, ResNet-50.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="Height x width; default 256x256, and 512x512 with --full.")] = None,
-    num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 59,
+    num_classes: Annotated[int | None, typer.Option(help="Number of classes; default 59, or those of --data.")] = None,
     batch: Annotated[int, typer.Option(help="Images a run.")] = 1,
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or auto; several with commas.")] = "auto",
     target: Annotated[list[str], typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; may be repeated.")] = ["cpu"],  # noqa: B006
@@ -36,6 +38,13 @@ def bench(
         bool,
         typer.Option("--full", help="With torch.compile, int8, plans by timing, 150 classes, mIoU: an hour or more."),
     ] = False,
+    data: DataOrNone = None,
+    data_root: DataRoot = None,
+    split: Split = None,
+    skip_bad: SkipBad = False,
+    limit: Annotated[
+        int, typer.Option("-n", "--limit", min=1, help="Only so many samples of --data, evenly spread.")
+    ] = 100,
     budget: Annotated[float | None, typer.Option(help="Seconds for each part; default 270, none with --full.")] = None,
     ladder: Annotated[bool, typer.Option("--ladder", help="Rewrite by rewrite, on the first AGLN.")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Over sizes and batches, on the first AGLN.")] = False,
@@ -46,7 +55,9 @@ def bench(
     compare: Annotated[Path | None, typer.Option(help="Results to compare with.")] = None,
     json: Json = False,
 ) -> None:
-    """Time networks with random weights in turns on every engine that runs here, ours and others."""
+    """Time networks in turns on every engine that runs here, ours and others; weights are random but for those that
+    ship, whose mIoU on a dataset is measured with --data.
+    """
     from dataclasses import asdict
     from datetime import UTC, datetime
 
@@ -61,6 +72,11 @@ def bench(
     device = arguments.choose_device(target, device)
     pixels = parse_size(size or ("512x512" if full else "256x256"))
     chosen = networks or list(arguments.DEFAULT_NETWORKS)
+    dataset = None if data is None else _open_data(data, data_root, split, limit, skip_bad=skip_bad)
+    if num_classes is None:
+        num_classes = 59 if dataset is None else len(dataset.class_set.classes)
+    if dataset is not None:
+        dataset.check_classes(num_classes, "each network")
     arguments.check_cases(chosen, pixels, batch, num_classes)
     arguments.check_precisions(precision.split(","))
     arguments.check_counts(warmup, iters)
@@ -89,6 +105,7 @@ def bench(
         threads=threads,
         plan=plan_choice,
         tune_s=None if full else 0,
+        data=dataset,
     )
     cases = [Case(name, pixels, batch, num_classes) for name in chosen]
     if full and not networks:
@@ -99,6 +116,8 @@ def bench(
         results = load_results(save, "networks")
     with progress_bar("measurements") as progress:
         results = run(cases, entries, options, results, save=save, ladder=ladder, scaling=scaling, progress=progress)
+    if dataset is not None:
+        tell_skipped(dataset)
     if csv is not None:
         write_csv(results.rows, csv)
     if figures is not None:
@@ -109,6 +128,14 @@ def bench(
     _print(results)
     if old is not None:
         _print_comparison(old, results)
+
+
+def _open_data(data: str, root: Path | None, split: str | None, limit: int, *, skip_bad: bool) -> SegmentationDataset:
+    """The samples of `--data`, in memory once they are read: every contestant sees them."""
+    from agln_fast.data.dataset import CachedDataset, SomeSamples
+    from agln_fast.data.registry import open_dataset
+
+    return CachedDataset(SomeSamples(open_dataset(data, split, root, skip_bad=skip_bad), limit))
 
 
 def _command() -> str:

@@ -11,21 +11,21 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json, progress_bar, shown
+from agln_fast.cli.datasets import DataRoot, SkipBad, Split, tell_skipped
 from agln_fast.cli.files import read_plan, read_text
 from agln_fast.cli.request import WeightsName
 from agln_fast.errors import ConfigError, VerificationError
 
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle
+    from agln_fast.data.classes import ClassSet
 
-__all__ = ["Calibration", "Data", "DataRoot", "MaxLoss", "Split", "build", "print_built", "print_engines"]
+__all__ = ["Calibration", "DataOrImages", "MaxLoss", "build", "print_built", "print_engines"]
 
-Data = Annotated[
+DataOrImages = Annotated[
     str | None,
     typer.Option(help="Your data, to calibrate and judge by: a dataset, or a folder of images without masks."),
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of a dataset on disk.")]
-Split = Annotated[str, typer.Option(help="Which part of the dataset.")]
 Calibration = Annotated[
     int | None, typer.Option(help="Images that int8 is calibrated on; default 128, or half of a small dataset.")
 ]
@@ -52,7 +52,7 @@ def build(
     resize: Annotated[str, typer.Option(help="stretch, pad (keeps the ratio) or slide (needs logits).")] = "stretch",
     classes: Annotated[
         str | None,
-        typer.Option(help="Class set (pascal_voc, ade20k, …) or a text file, a name a line; default by count."),
+        typer.Option(help="Class set (pascal_voc, ade20k, …) or a class file; default the checkpoint's, or by count."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with the model config, where names cannot tell.")
@@ -63,9 +63,10 @@ def build(
     sm: Annotated[list[str], typer.Option(help="Compute capability for tensorrt-rtx, e.g. sm86; repeatable.")] = [],  # noqa: B006
     workspace: Annotated[int | None, typer.Option(min=1, help="TensorRT's scratch memory, MiB.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timing cache, read and updated.")] = None,
-    data: Data = None,
+    data: DataOrImages = None,
     data_root: DataRoot = None,
-    split: Split = "val",
+    split: Split = None,
+    skip_bad: SkipBad = False,
     calibration: Calibration = None,
     max_miou_loss: MaxLoss = 0.5,
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,
@@ -90,7 +91,6 @@ def build(
     from agln_fast.models.config import ModelConfig
     from agln_fast.models.shipped import find_checkpoint
 
-    is_file = classes is not None and Path(classes).is_file()
     options: dict[str, Any] = {
         "size": size,
         "precision": precision,
@@ -101,13 +101,14 @@ def build(
         "layout": layout,
         "output": kind,
         "resize": resize,
-        "classes": read_text(Path(classes or "")).splitlines() if is_file else classes,
+        "classes": _class_set(classes),
         "compute_capabilities": sm,
         "workspace_bytes": None if workspace is None else workspace * 2**20,
         "timing_cache": timing_cache,
         "data": data,
         "data_root": data_root,
         "split": split,
+        "skip_bad": skip_bad,
         "calibration": calibration,
         "max_miou_loss": max_miou_loss,
         "samples": samples,
@@ -120,13 +121,16 @@ def build(
     model = None if config is None else ModelConfig.from_json(read_text(config))
     check_file(timing_cache)
     asked = BuildOptions(checkpoint, output, config=model, weights=weights, strict=strict, **options)
+    dataset = asked.pictures.dataset
     find_checkpoint(checkpoint)
 
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.builder.build import make_bundle
 
     with progress_bar("steps") as progress:
-        bundle = make_bundle(replace(asked, progress=progress))
+        bundle = make_bundle(replace(asked, data=dataset, data_root=None, split=None, progress=progress))
+    if dataset is not None:
+        tell_skipped(dataset)
     print_built(bundle, json=json)
 
 
@@ -143,6 +147,15 @@ def print_built(bundle: Bundle, *, json: bool) -> None:
         out.print(f"wrote {bundle.path}", highlight=False, markup=False)
     if bundle.manifest.left_out:
         raise VerificationError(f"left out of {bundle.path}: {', '.join(bundle.manifest.left_out)}")
+
+
+def _class_set(option: str | None) -> str | ClassSet | None:
+    """What `--classes` stands for: the name of a class set, or what a class file says."""
+    from agln_fast.data.class_file import read_classes
+
+    if option is None or not Path(option).is_file():
+        return option
+    return read_classes(option).class_set(Path(option).stem)
 
 
 def _colour(name: str, text: str) -> tuple[float, ...]:

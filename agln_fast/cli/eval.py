@@ -11,11 +11,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agln_fast.cli.console import Json, err, out, print_json, progress_bar, shown
+from agln_fast.cli.datasets import Data, DataRoot, SkipBad, Split, tell_skipped, warn_of_names
 from agln_fast.cli.request import WeightsName, may_be_bundle
 from agln_fast.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
-    from agln_fast.data.dataset import SegmentationDataset
+    from agln_fast.contract import Resize
     from agln_fast.evaluation.evaluate import Comparison, Evaluation
     from agln_fast.runtime.augmentation import TestTimeAugmentation
     from agln_fast.runtime.segmenter import Segmenter
@@ -34,11 +35,10 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default the engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     weights: WeightsName = None,
-    data: Annotated[str, typer.Option(help="scenes, pascal_voc, pascal_context_59, pascal_context_60, ade20k.")] = (
-        "scenes"
-    ),
-    data_root: Annotated[Path | None, typer.Option(help="Folder of a dataset on disk.")] = None,
-    split: Annotated[str, typer.Option(help="Which part of the dataset.")] = "val",
+    data: Data = "scenes",
+    data_root: DataRoot = None,
+    split: Split = None,
+    skip_bad: SkipBad = False,
     size: Annotated[
         str | None,
         typer.Option(help="Height x width: of the scenes; of a checkpoint's window elsewhere, default 480x480."),
@@ -83,7 +83,8 @@ def evaluate(
     _check_source(source, backend, precision, weights, device, threads)
     if other is not None:
         _check_source(other, compare_backend, compare_precision, compare_weights, device, threads)
-    dataset = open_dataset(data, split, data_root, size=wanted if data == "scenes" else None, length=limit)
+    scenes_size = wanted if data == "scenes" else None
+    dataset = open_dataset(data, split, data_root, size=scenes_size, length=limit, skip_bad=skip_bad)
     window = dataset[0].image.shape[:2] if data == "scenes" else wanted or (480, 480)
     if data != "scenes" and wanted and may_be_bundle(source) and (other is None or may_be_bundle(other)):
         raise ConfigError(f"size {size}: the engines of a bundle have theirs, and images of {data!r} their own")
@@ -95,10 +96,13 @@ def evaluate(
     from agln_fast.evaluation.evaluate import evaluate as evaluate_engine
 
     def opened(path: Path, backend: str, precision: str | None, weights: str | None) -> Segmenter:
-        return _open(path, backend, precision, weights, device, threads, window, dataset)
+        # Scenes are windows: several go in a batch.
+        resize: Resize = "stretch" if data == "scenes" else "slide"
+        return _open(path, backend, precision, weights, device, threads, window, resize)
 
     comparison = None
     with opened(source, backend, precision, weights) as a, progress_bar("images") as progress:
+        warn_of_names(a.class_set, dataset.class_set)
         if other is None:
             result = evaluate_engine(a, dataset, tta=augmentation, progress=progress)
         else:
@@ -109,6 +113,7 @@ def evaluate(
         _draw_confusion(result, confusion)
     names = _names(comparison, source, other) if comparison is not None and other is not None else ("", "")
     drawn = flips is not None and comparison is not None and _draw_flips(comparison, names, flips)
+    tell_skipped(dataset)
     if json:
         print_json((comparison or result).to_dict())
         return
@@ -129,7 +134,7 @@ def _open(
     device: str | None,
     threads: int | None,
     window: tuple[int, int],
-    dataset: SegmentationDataset,
+    resize: Resize,
 ) -> Segmenter:
     """A bundle's engine, or the network of a checkpoint under windows of the size `window`."""
     from agln_fast.engines import REFERENCE
@@ -140,16 +145,12 @@ def _open(
     if may_be_bundle(path):
         return load(path, backend, precision=precision, device=device, threads=threads)
     network = load_checkpoint(path, weights=weights)
-    fits = network.config.num_classes == len(dataset.class_set.classes)
     return load_network(
         network,
         size=window,
-        resize="stretch"
-        if dataset.class_set.name == "scenes"
-        else "slide",  # scenes are windows: several go in a batch
+        resize=resize,
         backend=REFERENCE if backend == "auto" else backend,
         precision=precision or "fp32",
-        class_set=dataset.class_set if fits else None,
         device=device,
         threads=threads,
     )

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from agln_fast.cli.build import Calibration, Data, DataRoot, MaxLoss, Split, print_built
+from agln_fast.cli.build import Calibration, DataOrImages, MaxLoss, print_built
 from agln_fast.cli.console import Json, progress_bar
+from agln_fast.cli.datasets import DataRoot, Split
 
 __all__ = ["rebuild"]
 
@@ -19,9 +20,9 @@ def rebuild(
         Path | None,
         typer.Option("-o", "--bundle", help="The bundle to write; default NAME.rebuilt.agln, NAME.agln with --force."),
     ] = None,
-    data: Data = None,
+    data: DataOrImages = None,
     data_root: DataRoot = None,
-    split: Split = "val",
+    split: Split = None,
     calibration: Calibration = None,
     max_miou_loss: MaxLoss = 0.5,
     samples: Annotated[str | None, typer.Option(help="Image, folder or pattern to verify with.")] = None,

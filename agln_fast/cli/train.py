@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agln_fast.cli.console import Json, out, print_json, progress_bar
+from agln_fast.cli.datasets import tell_skipped
 from agln_fast.training.config import TrainingConfig
 
 __all__ = ["train"]
@@ -51,9 +52,8 @@ def train(
     Example: agln-fast train --from agln_nano --data pascal_voc --data-root VOCdevkit -o runs/voc
     """
     from agln_fast.cli.places import check_folder
-    from agln_fast.data.registry import open_dataset
     from agln_fast.errors import ConfigError, TrainingError
-    from agln_fast.training.folder import CONFIG_FILE, check_start
+    from agln_fast.training.folder import CONFIG_FILE, check_start, open_split
 
     given = {name: value for name, value in flags.items() if value is not None}
     if resume and "initial_weights" in given:
@@ -66,13 +66,7 @@ def train(
     settings = TrainingConfig.from_dict(given) if config is None else TrainingConfig.from_yaml(config, **given)
     check_start(settings, output, resume=resume)
     check_folder(output, TrainingError)
-    train_set, val_set = (
-        open_dataset(settings.data, split, settings.data_root, length=length)
-        for split, length in (
-            (settings.train_split, settings.train_samples),
-            (settings.val_split, settings.val_samples),
-        )
-    )
+    train_set, val_set = open_split(settings, "train"), open_split(settings, "val")
 
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.training.trainer import train
@@ -81,6 +75,7 @@ def train(
         run = train(settings, output, resume=resume, progress=progress, train_set=train_set, val_set=val_set)
     if run.rank > 0:  # one of several processes speaks
         return
+    tell_skipped(train_set, val_set)
     if json:
         log = [asdict(row) for row in run.log]
         print_json({"weights": str(run.weights), "start": run.start or None, "log": log})

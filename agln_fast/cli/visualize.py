@@ -62,7 +62,7 @@ def visualize(
     from agln_fast.models.checkpoint import load_checkpoint
 
     network = load_checkpoint(checkpoint, weights=weights)
-    names = given or default_class_set(network.config.num_classes)
+    names = given or network.class_set or default_class_set(network.config.num_classes)
     if ids is not None:
         _check_ids(labels, ids, network.config.num_classes)
     features = collect_features(network, frame, level=level, block=block)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import PurePath
 
@@ -43,6 +43,29 @@ class ClassSet:
             if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
                 raise ConfigError(f"class set {self.name!r}: colour {colour!r} is not three numbers from 0 to 255")
 
+    def to_json(self) -> str:
+        """The form of the JSON files in this folder, in one line."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ClassSet:
+        """The inverse of `to_json`; anything else in the text is left aside.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        try:
+            values = json.loads(text)
+            name, title, classes = values["name"], values["title"], tuple(values["classes"])
+            palette = tuple((red, green, blue) for red, green, blue in values["palette"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConfigError(f"no class set ({type(error).__name__})") from None
+        if not all(isinstance(word, str) for word in (name, title, *classes)):
+            raise ConfigError("no class set (a name is no text)")
+        if not all(type(value) is int for colour in palette for value in colour):
+            raise ConfigError("no class set (a colour is no numbers)")
+        return cls(name, title, classes, palette)
+
 
 def list_class_sets() -> list[str]:
     """Names that `class_set` knows, sorted."""
@@ -58,9 +81,7 @@ def class_set(name: str) -> ClassSet:
         ConfigError: there is no class set of that name.
     """
     choose("class set", name, list_class_sets())
-    values = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    palette = tuple((red, green, blue) for red, green, blue in values["palette"])
-    return ClassSet(name, values["title"], tuple(values["classes"]), palette)
+    return ClassSet.from_json((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def default_class_set(num_classes: int) -> ClassSet:

@@ -11,9 +11,17 @@ import numpy.typing as npt
 
 from agln_fast import interruption
 from agln_fast.data.classes import ClassSet
-from agln_fast.errors import DatasetError
+from agln_fast.errors import ConfigError, DatasetError
 
-__all__ = ["IGNORE_INDEX", "SPLIT_NAMES", "CachedDataset", "Sample", "SegmentationDataset", "SoundSamples"]
+__all__ = [
+    "IGNORE_INDEX",
+    "SPLIT_NAMES",
+    "CachedDataset",
+    "Sample",
+    "SegmentationDataset",
+    "SomeSamples",
+    "SoundSamples",
+]
 
 IGNORE_INDEX = 255
 """Label of pixels that belong to no class: neither trained on nor counted."""
@@ -51,6 +59,19 @@ class SegmentationDataset(ABC):
     def __getitem__(self, index: int) -> Sample:
         """Sample number `index`, from the end if it is negative; IndexError where there is none."""
 
+    def check_classes(self, count: int, network: str) -> None:
+        """Refuse a network, called `network`, of another number of classes.
+
+        Raises:
+            ConfigError: it has another.
+        """
+        known = len(self.class_set.classes)
+        if known != count:
+            raise ConfigError(
+                f"{network} has {count} classes, dataset {self.class_set.name} has {known}: take the dataset that the "
+                "network was trained on"
+            )
+
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
@@ -75,6 +96,21 @@ class CachedDataset(SegmentationDataset):
         """Read all that has not been read."""
         for index in range(len(self)):
             self[index]
+
+
+class SomeSamples(SegmentationDataset):
+    """At most `count` samples of a dataset, evenly spread over it."""
+
+    def __init__(self, dataset: SegmentationDataset, count: int) -> None:
+        self.class_set, self.split, self.skipped = dataset.class_set, dataset.split, dataset.skipped
+        self._dataset = dataset
+        self._count = min(count, len(dataset))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset[range(self._count)[index] * len(self._dataset) // self._count]
 
 
 class SoundSamples(SegmentationDataset):

@@ -15,7 +15,7 @@ from agln_fast.data.masks import MaskCode, MaskFormat
 from agln_fast.data.partners import Partners, first_few, from_csv, from_patterns
 from agln_fast.errors import DatasetError, choose, printable
 
-__all__ = ["ALL", "Layout", "read_layout"]
+__all__ = ["ALL", "Layout", "is_described", "read_layout"]
 
 ALL = "all"
 """The one split of a folder that has none."""
@@ -77,6 +77,17 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
     partners = _find_partners(settings, home, where)
     name = home.resolve().name if file is None or file.stem == "data" else file.stem
     return Layout(home, printable(name), partners, _splits(settings, partners, home, where), classes, code)
+
+
+def is_described(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a dataset, well or badly made, and not images alone: a file that describes one, or a folder with such
+    a file, with a class file, with `images/` or with `pairs.csv`."""
+    given = Path(path)
+    if given.is_dir():
+        return (given / "images").is_dir() or any(
+            (given / name).is_file() for name in (*_SETTINGS, *_CLASSES, "pairs.csv")
+        )
+    return given.suffix.lower() in SUFFIXES
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from rich.progress import Progress
 from agln_fast import interruption
 from agln_fast.data.classes import ClassSet
 from agln_fast.data.dataset import Sample, SegmentationDataset
-from agln_fast.errors import ConfigError
 from agln_fast.figures.flips import Flips
 from agln_fast.metrics import SegmentationMetrics
 from agln_fast.runtime.augmentation import TestTimeAugmentation
@@ -178,15 +177,11 @@ class _Tally:
     """Counts one engine's labels over a dataset."""
 
     def __init__(self, segmenter: Segmenter, dataset: SegmentationDataset, tta: bool | TestTimeAugmentation) -> None:
-        ours, theirs = segmenter.class_set, dataset.class_set
-        if len(ours.classes) != len(theirs.classes):
-            raise ConfigError(
-                f"engine {segmenter.engine.name} has {len(ours.classes)} classes ({ours.name}), dataset {theirs.name} "
-                f"has {len(theirs.classes)}: evaluate on the dataset that the network was trained on"
-            )
+        count = len(segmenter.class_set.classes)
+        dataset.check_classes(count, f"engine {segmenter.engine.name}")
         self._segmenter, self._dataset = segmenter, dataset
         self._tta = TestTimeAugmentation() if tta is True else tta or None
-        self._metrics = SegmentationMetrics(len(theirs.classes))
+        self._metrics = SegmentationMetrics(count)
         self._samples, self._milliseconds = 0, 0.0
 
     def count(self, samples: list[Sample], *, margin: bool = False) -> list[Result]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from agln_fast.data.classes import ClassSet
 from agln_fast.errors import CheckpointError, ConfigError, printable
 from agln_fast.files import replacing
 from agln_fast.forking import use_threads
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("agln_fast.checkpoint")
-_METADATA_KEY = "agln_fast.config"
+_METADATA_KEY, _CLASSES_KEY = "agln_fast.config", "agln_fast.classes"
 _LEVELS = "432"  # the release numbers descriptors and levels by stage: d4 is ours 0, d3 is 1, d2 is 2
 
 # Names in released checkpoints -> ours. Their lists run fine to coarse, ours coarse to fine.
@@ -151,13 +152,26 @@ def _checkpoint(weights: Weights, name: str, config: ModelConfig | None) -> Chec
     with torch.device("meta"):
         network = SegmentationNetwork(config)
     _fill(network, state, name, f"{config.architecture} with {config.encoder}")
+    if _CLASSES_KEY in metadata:
+        network.class_set = _read_classes(metadata[_CLASSES_KEY], config.num_classes, name)
     return Checkpoint(network.eval(), account, stated)
+
+
+def _read_classes(text: str, count: int, name: str) -> ClassSet:
+    """The inverse of `ClassSet.to_json`, of as many classes as the network of the file `name` has."""
+    try:
+        classes = ClassSet.from_json(text)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: its metadata holds no usable classes: {printable(error)}") from None
+    if len(classes.classes) != count:
+        raise CheckpointError(f"{name}: its metadata names {len(classes.classes)} classes, the network has {count}")
+    return classes
 
 
 def save_checkpoint(
     model: SegmentationNetwork, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write weights and config as `.safetensors`, whole or not at all.
+    """Write weights, config and classes as `.safetensors`, whole or not at all.
 
     Args:
         dtype: of the convolutions' weights, e.g. `torch.float16` for half the size; all else stays float32, because
@@ -173,9 +187,12 @@ def save_checkpoint(
         name: (tensor.detach().to("cpu", dtype) if tensor.ndim > 1 else tensor.detach().cpu()).contiguous()
         for name, tensor in model.state_dict().items()
     }
+    metadata = {_METADATA_KEY: model.config.to_json()}
+    if model.class_set is not None:
+        metadata[_CLASSES_KEY] = model.class_set.to_json()
     with replacing(path, CheckpointError) as part:
         # Not `save_file`: it would make the file readable for its owner only, whatever the umask.
-        part.write_bytes(save(state, metadata={_METADATA_KEY: model.config.to_json()}))
+        part.write_bytes(save(state, metadata=metadata))
 
 
 def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> None:

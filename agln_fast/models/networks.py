@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from agln_fast.data.classes import ClassSet
 from agln_fast.errors import ConfigError
 from agln_fast.models.blocks import (
     AveragePoolingBlock,
@@ -93,11 +94,15 @@ def check_image(x: Tensor) -> None:
 
 
 class SegmentationNetwork(nn.Module):
-    """A network of the family: normalised image (B, 3, H, W) -> logits (B, K, H, W), for any H, W >= 32."""
+    """A network of the family: normalised image (B, 3, H, W) -> logits (B, K, H, W), for any H, W >= 32.
+
+    class_set: names and colours of the K classes, where its training or its checkpoint told; else None.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.class_set: ClassSet | None = None
         self.encoder = ResNet(config.encoder, width=config.width, dilated=config.architecture == "fcn8s")
         self.decoder: FPNDecoder | None = None
         features = self.encoder.stage_channels[-1]

@@ -37,7 +37,7 @@ def load_network(
         resize: how images get there; with "slide" the input is a window.
         backend: "torch", the network as it is, in eager PyTorch; "fused", rewritten, and on CUDA with fused kernels.
         precision: "fp32", "bf16" or "fp16"; with "torch" the latter two under `torch.autocast`.
-        class_set: what the labels mean; None to go by their number.
+        class_set: what the labels mean; None for what the checkpoint says, or else by their number.
         device: "cpu", "cuda", "cuda:1"; None for "cpu", or with "fused" for "cuda" where there is one.
         threads: CPU threads; None for `AGLN_FAST_THREADS`, and without it PyTorch's own choice.
         max_batch: the most windows, or images, that go through the network at once.
@@ -58,7 +58,7 @@ def load_network(
     if not isinstance(network, SegmentationNetwork):
         network = load_checkpoint(network)
     num_classes = network.config.num_classes
-    class_set = default_class_set(num_classes) if class_set is None else class_set
+    class_set = class_set or network.class_set or default_class_set(num_classes)
     if len(class_set.classes) != num_classes:
         raise ConfigError(
             f"class set {class_set.name!r} has {len(class_set.classes)} classes, the network {num_classes}: "

@@ -7,10 +7,11 @@ import types
 import typing
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from agln_fast.errors import ConfigError, MissingPackageError, choose
+from agln_fast.data.document import read_document
+from agln_fast.data.registry import check_dataset, is_path
+from agln_fast.errors import ConfigError, choose
 from agln_fast.models.config import preset
 
 __all__ = ["RECIPES", "Recipe", "TrainingConfig"]
@@ -40,6 +41,7 @@ RECIPES = {
 
 
 _DEFAULT_MODEL = "agln_nano"
+_OWN_RECIPE = Recipe(base_lr=0.001, epochs=120)  # the paper's, for encoders with ImageNet weights
 _ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")  # those of Lightning Fabric
 _HARMLESS = ("data_root", "accelerator", "workers", "cache", "save_every")
 
@@ -81,12 +83,13 @@ class TrainingConfig:
     model: str | None = _option(
         None, "Preset, such as agln_resnet101 (`agln-fast inspect` names them all); default agln_nano, or as --from."
     )
-    data: str = _option("scenes", "Dataset: scenes, pascal_voc, pascal_context_59, pascal_context_60, ade20k.")
-    data_root: str | None = _option(None, "Folder of the dataset; scenes needs none.")
+    data: str = _option("scenes", f"Dataset: {', '.join(RECIPES)}, or the folder or data.yaml of your own.")
+    data_root: str | None = _option(None, "Folder of a published dataset.")
     train_split: str = _option("train", "Split to train on.")
     val_split: str = _option("val", "Split to validate on.")
     train_samples: int | None = _option(None, "Take only so many, the first ones; default all.")
     val_samples: int | None = _option(None, "Take only so many, the first ones; default all.")
+    skip_bad: bool = _option(False, "Leave out samples that cannot be used, and count them.")
     encoder_weights: str | None = _option(None, "ImageNet weights for the encoder (torchvision's names).")
     initial_weights: str | None = _option(
         None,
@@ -116,7 +119,10 @@ class TrainingConfig:
     save_every: int = _option(100, "Iterations between saved states.")
 
     def __post_init__(self) -> None:
-        for name, value in asdict(RECIPES[choose("dataset", self.data, RECIPES)]).items():
+        check_dataset(self.data)
+        if is_path(self.data):  # which is found again from any folder
+            object.__setattr__(self, "data", os.path.abspath(self.data))
+        for name, value in asdict(RECIPES.get(self.data, _OWN_RECIPE)).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name, (low, high) in _LIMITS.items():
@@ -178,16 +184,7 @@ class TrainingConfig:
             ConfigError: no such file, not YAML, not a mapping, or as `from_dict`.
             MissingPackageError: PyYAML is not installed.
         """
-        try:
-            import yaml
-        except ImportError:
-            raise MissingPackageError("yaml", "train") from None
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+        values = read_document(path, ConfigError)
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: needs `field: value` lines, got {type(values).__name__}")
         return cls.from_dict({**values, **overrides})
@@ -198,10 +195,12 @@ class TrainingConfig:
 
     def differences(self, other: TrainingConfig) -> list[str]:
         """Fields, with both values, that would make another run of it; where data lie and what computes does not."""
+        moved = is_path(self.data) and is_path(other.data)
         return [
             f"{item.name} {getattr(other, item.name)!r} instead of {getattr(self, item.name)!r}"
             for item in fields(self)
-            if item.name not in _HARMLESS and getattr(self, item.name) != getattr(other, item.name)
+            if item.name not in (*_HARMLESS, *(["data"] if moved else []))
+            and getattr(self, item.name) != getattr(other, item.name)
         ]
 
 

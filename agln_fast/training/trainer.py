@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 from agln_fast import interruption
 from agln_fast.data.augment import Augmentation
 from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, SegmentationDataset
-from agln_fast.data.registry import open_dataset
 from agln_fast.errors import AglnError, CheckpointError, ConfigError, TrainingError, printable
 from agln_fast.files import replacing
 from agln_fast.metrics import SegmentationMetrics
@@ -33,7 +32,7 @@ from agln_fast.models.checkpoint import save_checkpoint
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.training.batches import Batches, Crops, Images, collate
 from agln_fast.training.config import TrainingConfig
-from agln_fast.training.folder import CONFIG_FILE, LOG_FILE, STATE_FILE, WEIGHTS_FILE, check_start
+from agln_fast.training.folder import CONFIG_FILE, LOG_FILE, STATE_FILE, WEIGHTS_FILE, check_start, open_split
 from agln_fast.training.start import Start, begin
 from agln_fast.training.start import resume as continue_from
 
@@ -104,10 +103,8 @@ def train(
     check_start(config, folder, resume=resume)
     fabric = _fabric(config)
     state = _on_rank_zero(fabric, lambda: _read_run(folder, config))
-    train_set = train_set or open_dataset(
-        config.data, config.train_split, config.data_root, length=config.train_samples
-    )
-    val_set = val_set or open_dataset(config.data, config.val_split, config.data_root, length=config.val_samples)
+    train_set = train_set or open_split(config, "train")
+    val_set = val_set or open_split(config, "val")
     if config.cache:
         train_set, val_set = CachedDataset(train_set), CachedDataset(val_set)
         if config.workers:  # they are forked, and share what is there already
@@ -157,6 +154,7 @@ class _Trainer:
         self.total = max(1, round(config.epochs * len(train_set) / config.batch_size))
         if fabric.device.type == "cuda" and fabric.world_size > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        network.class_set = train_set.class_set  # which its checkpoint then remembers
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(
             start.parameter_groups(config.loaded_rate),

@@ -171,7 +171,7 @@ def draw_pareto(rows: Sequence[Row]) -> Figure:
     _log_ticks(axes.xaxis)
     axes.margins(y=0.08)
     axes.set_xlabel(f"ms, {case_names(by_case(measured))[0]}", fontsize=_TEXT, color=INK)
-    axes.set_ylabel("mIoU on Scenes, %", fontsize=_TEXT, color=INK)
+    axes.set_ylabel("mIoU, %", fontsize=_TEXT, color=INK)
     _title(axes, "(a) measured")
     _draw_table_viii(figure, 4.05, top, height)
     families = dict(_family(row.network) for row in measured) | dict(_FAMILIES.values())

@@ -47,7 +47,7 @@ NOTES = (
     "ms: uint8 image to uint8 labels, both in host memory, median; p95: 95th percentile. ratio: how many times as fast "
     "as the best peer of the same precision class, fp32 or less (10th–90th percentile); ≈ 1 where that range holds 1. "
     "MB: peak memory; file MB: what is stored; build s: from the network to an engine that is ready. agreement: labels "
-    "equal to the fp32 reference's. mIoU: per cent, on Scenes, of the trained networks. "
+    "equal to the fp32 reference's. mIoU: per cent, on Scenes or what --data names, of the trained networks. "
     "A column that could not be measured for all of a table is left out."
 )
 """What the columns of the tables are."""

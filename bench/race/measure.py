@@ -25,8 +25,9 @@ from agln_fast.bench.race.weights import random_network
 from agln_fast.bench.race.workshop import Opened, RaceWorkshop, Recipe
 from agln_fast.contract import IOContract
 from agln_fast.data.classes import class_set
-from agln_fast.data.dataset import Sample
+from agln_fast.data.dataset import CachedDataset, SegmentationDataset
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
+from agln_fast.decode import decode
 from agln_fast.engines import check_threads
 from agln_fast.engines.base import Array
 from agln_fast.engines.torch_network import dtype_of
@@ -37,6 +38,7 @@ from agln_fast.models.complexity import complexity
 from agln_fast.models.shipped import list_checkpoints
 from agln_fast.plan.plan import NO_PLAN, PlanChoice
 from agln_fast.precision import Precision
+from agln_fast.runtime.images import fit
 from agln_fast.runtime.references import make_reference, sample_frames
 from agln_fast.runtime.turns import rounds
 from agln_fast.runtime.verify import Reference
@@ -101,6 +103,7 @@ class Options:
         memory and accuracy, and says so.
     threads: CPU threads of every contestant; None for `AGLN_FAST_THREADS`, or PyTorch's choice.
     plan, tune_s: see `Workshop`.
+    data: what mIoU is measured on, at any size of input; None for Scenes, at theirs.
     frames: scenes to compare labels on, 1 to 4; 0 for none. memory, accuracy: whether to measure them.
     """
 
@@ -111,6 +114,7 @@ class Options:
     threads: int | None = None
     plan: PlanChoice = "auto"
     tune_s: float | None = 0
+    data: SegmentationDataset | None = None
     frames: int = 2
     memory: bool = True
     accuracy: bool = True
@@ -305,14 +309,18 @@ class _Bench:
             return None
 
     def _accuracy(self, contender: _Contender) -> float | None:
-        """mIoU in percent, of a trained network at the size of its pictures."""
-        case, entry = self._case, contender.entry
-        if not (self._options.accuracy and case.trained and (case.size, case.batch) == (SCENE_SIZE, 1)):
+        """mIoU in percent, of a trained network: on Scenes at the size of its pictures, or on what is asked for."""
+        case, entry, data = self._case, contender.entry, self._options.data
+        if data is not None and not case.trained:
+            self._leave_out(f"mIoU of {entry.name} on {data.class_set.name}", "weights are random")
+            return None
+        suits = case.batch == 1 and (data is not None or case.size == SCENE_SIZE)
+        if not (self._options.accuracy and case.trained and suits):
             return None
         if self._clock.left < 0:
             self._leave_out(f"mIoU of {entry.name}", "the time was over")
             return None
-        return _miou(contender.opened)
+        return _miou(contender.opened, case.size, _scenes() if data is None else data)
 
     def _row(self, contender: _Contender, contenders: Sequence[_Contender]) -> Row:
         case, entry, times = self._case, contender.entry, contender.times
@@ -370,14 +378,15 @@ def _rate(device: str, precision: Precision, threads: int) -> float | None:
 
 
 @cache
-def _scenes() -> list[Sample]:
-    split = Scenes("test")
-    return [split[index] for index in range(len(split))]
+def _scenes() -> SegmentationDataset:
+    return CachedDataset(Scenes("test"))
 
 
-def _miou(opened: Opened) -> float:
-    """Percent, on Scenes' test split, at its own size."""
-    metrics = SegmentationMetrics(len(Scenes("test").class_set.classes))
-    for sample in _scenes():
-        metrics.update(opened.run(sample.image[None])[0], sample.labels)
+def _miou(opened: Opened, size: tuple[int, int], dataset: SegmentationDataset) -> float:
+    """Percent. Images are stretched to the input's size (height, width), labels brought back to theirs."""
+    metrics, contract = SegmentationMetrics(len(dataset.class_set.classes)), IOContract(*size)
+    for sample in dataset:
+        interruption.check()
+        labels = opened.run(fit(sample.image, contract)[0][None])[0]
+        metrics.update(decode(labels, sample.labels.shape), sample.labels)
     return 100 * metrics.mean_iou

@@ -31,8 +31,8 @@ class Row:
     peak_fraction: 2 * gmacs * batch / time, over the rate of this machine's own matrix product in that precision.
         Of the plain network: a rewritten one can be above 1.
     agreement: share of pixels, 0..1, with the label of the fp32 reference.
-    miou: percent on Scenes' test split, in this very contestant; None where the network is none of those that ship,
-        trained, or runs at another size than theirs.
+    miou: percent on Scenes' test split, or on the dataset of --data, in this very contestant; None where the network is
+        none of those that ship, trained, or runs at another size than theirs without --data.
     """
 
     network: str

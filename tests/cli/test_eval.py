@@ -109,7 +109,7 @@ class _Photographs(SegmentationDataset):
 def test_checkpoints_slide_over_photographs(cli, checkpoint, bundle, monkeypatch):
     seen = []
 
-    def opened(name, split, root, *, size, length):
+    def opened(name, split, root, *, size, length, skip_bad):
         seen.append((name, split, root, size, length))
         return _Photographs()
 
