@@ -16,6 +16,7 @@ from agln_fast.cli.request import WeightsName, may_be_bundle
 from agln_fast.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
+    from agln_fast.bundle import Bundle
     from agln_fast.contract import Resize
     from agln_fast.evaluation.evaluate import Comparison, Evaluation
     from agln_fast.runtime.augmentation import TestTimeAugmentation
@@ -80,11 +81,13 @@ def evaluate(
         check_figure(picture)
     augmentation = _augmentation(scales, flip, base_size) if tta else False
     wanted = None if size is None else parse_size(size)
-    _check_source(source, backend, precision, weights, device, threads)
+    sources = [_check_source(source, backend, precision, weights, device, threads)]
     if other is not None:
-        _check_source(other, compare_backend, compare_precision, compare_weights, device, threads)
+        sources.append(_check_source(other, compare_backend, compare_precision, compare_weights, device, threads))
     scenes_size = wanted if data == "scenes" else None
     dataset = open_dataset(data, split, data_root, size=scenes_size, length=limit, skip_bad=skip_bad)
+    for bundle in filter(None, sources):
+        dataset.check_classes(len(bundle.manifest.classes), f"bundle {bundle.path}")
     window = dataset[0].image.shape[:2] if data == "scenes" else wanted or (480, 480)
     if data != "scenes" and wanted and may_be_bundle(source) and (other is None or may_be_bundle(other)):
         raise ConfigError(f"size {size}: the engines of a bundle have theirs, and images of {data!r} their own")
@@ -158,8 +161,8 @@ def _open(
 
 def _check_source(
     path: Path, backend: str, precision: str | None, weights: str | None, device: str | None, threads: int | None
-) -> None:
-    """Refuse what `_open` could not open, as far as names and files tell."""
+) -> Bundle | None:
+    """Refuse what `_open` could not open, as far as names and files tell; the bundle, if it is one."""
     from agln_fast.cli.request import check_engine, open_matching
     from agln_fast.engines import check_network_precision, network_kinds
     from agln_fast.models.shipped import find_checkpoint
@@ -167,8 +170,7 @@ def _check_source(
     if may_be_bundle(path):
         if weights is not None:
             raise ConfigError(f"weights {weights!r}: only checkpoints hold several, and {path} is a bundle")
-        open_matching(path, backend, precision, device, threads)
-        return
+        return open_matching(path, backend, precision, device, threads)
     check_engine(backend, precision, device, threads)
     if backend not in ("auto", *network_kinds()):
         able = ", ".join(network_kinds())
@@ -177,6 +179,7 @@ def _check_source(
         )
     check_network_precision(precision or "fp32")
     find_checkpoint(path)
+    return None
 
 
 def _augmentation(scales: str | None, flip: bool, base_size: int | None) -> TestTimeAugmentation:

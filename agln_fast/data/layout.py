@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -167,17 +167,29 @@ def _splits(settings: Mapping[str, Any], partners: Partners, home: Path, where: 
         if not isinstance(given, dict) or not all(isinstance(text, str) for item in given.items() for text in item):
             raise DatasetError(f"{where}: splits needs lines such as `train: train.txt`, or the name of a sub-folder")
         return {name: _members(text, name, partners, home, where) for name, text in given.items()}
-    lists = [(name, home / f"{name}.txt") for name in (*_USUAL, *SPLIT_NAMES) if (home / f"{name}.txt").is_file()]
-    if lists:
-        return {SPLIT_NAMES.get(name, name): partners.names_in(file, home) for name, file in lists}
+    if lists := _usual((file.stem for file in home.glob("*.txt")), where):
+        return {name: partners.names_in(home / f"{stem}.txt", home) for name, stem in lists.items()}
     if partners.splits:
-        return {SPLIT_NAMES.get(name, name): names for name, names in partners.splits.items()}
+        others = {name: name for name in partners.splits if SPLIT_NAMES.get(name, name) not in _USUAL}
+        return {name: partners.splits[text] for name, text in {**_usual(partners.splits, where), **others}.items()}
     names = sorted({*partners.images, *partners.masks})
-    folders = {name.partition("/")[0] for name in names if "/" in name}
-    usual = [folder for folder in (*_USUAL, *SPLIT_NAMES) if folder in folders]
-    if usual:
-        return {SPLIT_NAMES.get(folder, folder): _below(folder, names) for folder in usual}
+    if folders := _usual({name.partition("/")[0] for name in names if "/" in name}, where):
+        return {name: _below(folder, names) for name, folder in folders.items()}
     return {ALL: names}
+
+
+def _usual(texts: Iterable[str], where: str) -> dict[str, str]:
+    """The usual splits among some names: ours -> what it is called there."""
+    found: dict[str, str] = {}
+    for text in sorted(texts):
+        name = SPLIT_NAMES.get(text, text)
+        if name in found:
+            raise DatasetError(
+                f"{where}: {found[name]} and {text} are both the split {name!r}; keep one, or say `splits`"
+            )
+        if name in _USUAL:
+            found[name] = text
+    return {name: found[name] for name in _USUAL if name in found}
 
 
 def _members(text: str, split: str, partners: Partners, home: Path, where: str) -> list[str]:

@@ -118,16 +118,10 @@ class MaskCode:
         return labels.astype(np.uint8)
 
     def _read_ids(self, picture: Image.Image, name: str) -> _Labels:
-        values = np.asarray(picture)
-        if picture.mode in ("RGB", "RGBA"):
-            if (values[..., 1:3] != values[..., :1]).any():
-                raise DatasetError(f"{name}: is in colours, and mask_format is ids")
-            values = values[..., 0]
-        elif values.ndim == 3:  # with alpha
-            values = values[..., 0]
-        if values.dtype == np.int32:
-            values = np.where((values < 0) | (values >= _VALUES), _VALUES, values)
-        return self._by_value[values.astype(np.int32)]
+        if picture.mode in ("RGB", "RGBA") and not _is_grey(picture):
+            raise DatasetError(f"{name}: is in colours, and mask_format is ids")
+        values = _values(picture)
+        return self._by_value[np.where((values < 0) | (values >= _VALUES), _VALUES, values)]
 
     def _read_colours(self, picture: Image.Image, name: str) -> _Labels:
         if self.classes.colours is None:
@@ -148,7 +142,7 @@ class MaskCode:
         if (by_id == _UNKNOWN).any():
             return by_colour
         row, column = np.argwhere(by_colour != by_id)[0]
-        value = np.asarray(picture)[row, column]
+        value = _values(picture)[row, column]
         raise DatasetError(
             f"{name}: the value {int(value)} is the id of {self._name(by_id[row, column])} and has the colour of "
             f"{self._name(by_colour[row, column])}; say which with mask_format: ids or colors"
@@ -159,11 +153,7 @@ class MaskCode:
 
     def _complaint(self, picture: Image.Image, labels: _Labels, name: str) -> str:
         is_colour = self.format == "colors" or (self.format == "auto" and picture.mode in ("RGB", "RGBA"))
-        if is_colour:
-            keys = _colours(picture)[labels == _UNKNOWN]
-        else:
-            values = np.asarray(picture)
-            keys = (values[..., 0] if values.ndim == 3 else values)[labels == _UNKNOWN]
+        keys = _colours(picture)[labels == _UNKNOWN] if is_colour else _values(picture)[labels == _UNKNOWN]
         found, counts = np.unique(keys, return_counts=True)
         largest = np.argsort(-counts, kind="stable")[:_FIRST_FEW]
         few = ", ".join(
@@ -178,6 +168,19 @@ class MaskCode:
         if not is_colour and self.classes.values is None:
             known += f", {self._values[0]} to {self._values[-1]}"
         return f"{name}: holds {kind} that are no class: {few}{more}; {known}; {hint}"
+
+
+def _values(picture: Image.Image) -> npt.NDArray[np.int32]:
+    """(H, W): what may be the id of each pixel."""
+    if picture.format == "GIF" and _is_grey(picture):  # it has a palette in any case, which writers put in their order
+        picture = picture.convert("RGB")
+    values = np.asarray(picture).astype(np.int32)
+    return values[..., 0] if values.ndim == 3 else values  # without alpha, or of equal channels
+
+
+def _is_grey(picture: Image.Image) -> bool:
+    rgb = np.asarray(picture.convert("RGB"))
+    return bool((rgb[..., 1:] == rgb[..., :1]).all())
 
 
 def _number(colour: Colour) -> int:

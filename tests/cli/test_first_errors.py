@@ -14,7 +14,8 @@ from PIL import Image
 from agln_fast.bundle import Bundle
 
 # Each: arguments, exit code, words of the message. {bundle}, {weights}, {image}, {text} (no image) and {there} (a
-# folder that is not empty) exist; {new} does not. The bundle has the engines of a CPU build in fp32, labels out.
+# folder that is not empty), {own} (an image and its mask, two classes) exist; {new} does not. The bundle has
+# the engines of a CPU build in fp32, labels out, five classes.
 BUILD = "build {weights} -o {new}.agln"
 RUN = "run {bundle} {image} -o {new}"
 EVAL = "eval {bundle}"
@@ -73,6 +74,10 @@ CASES = [
     (f"{BUILD} --timing-cache x", 2, "only target tensorrt has one"),
     (f"{BUILD} --samples {{new}}.png", 4, "no such file"),
     (f"{BUILD} --samples {{there}}", 4, "none of its"),
+    (f"{BUILD} --data scene", 2, "did you mean 'scenes'"),
+    (f"{BUILD} --data {{there}}", 9, "has no classes.txt"),
+    (f"{BUILD} --data {{own}} --split val", 2, "not divided into splits"),
+    (f"{BUILD} --data {{own}} --data-root x", 2, "leave --data-root"),
     (f"{BUILD} --min-agreement 2", 2, "must be from 0 to 1"),
     (f"{BUILD} --threads 0", 2, "threads 0"),
     ("rebuild nothing.agln", 5, "no such bundle"),
@@ -97,6 +102,8 @@ CASES = [
     (f"{RUN} --threads 100000", 2, "threads 100000"),
     ("verify nothing.agln", 5, "no such bundle"),
     ("verify {bundle} --samples {new}", 4, "no such file"),
+    ("verify {bundle} --data {own}", 2, "has 5 classes, dataset own has 2"),
+    ("verify {bundle} --data {own} --samples {image}", 2, "give one of them"),
     ("verify {bundle} --min-agreement -1", 2, "must be from 0 to 1"),
     ("verify {bundle} --device warp", 2, "unknown device 'warp'"),
     ("verify {bundle} --threads 0", 2, "threads 0"),
@@ -114,6 +121,8 @@ CASES = [
     (f"{EVAL} --data scene", 2, "did you mean 'scenes'"),
     (f"{EVAL} --data ade20k", 2, "give its folder with --data-root"),
     (f"{EVAL} --data ade20k --data-root {{new}}", 9, "holds no complete split"),
+    (f"{EVAL} --data {{own}}", 2, "has 5 classes, dataset own has 2"),
+    (f"{EVAL} --data {{new}}/x", 9, "no such folder"),
     (f"{EVAL} --data-root x", 2, "leave --data-root"),
     (f"{EVAL} --split tset", 2, "did you mean 'test'"),
     (f"{EVAL} --size 64", 2, "give height x width"),
@@ -132,6 +141,13 @@ CASES = [
     (f"{TRAIN} --model agln_nan", 2, "did you mean 'agln_nano'"),
     (f"{TRAIN} --data scene", 2, "did you mean 'scenes'"),
     (f"{TRAIN} --data ade20k", 2, "give its folder with --data-root"),
+    (f"{TRAIN} --data {{own}}", 2, "not divided into splits"),
+    (f"{TRAIN} --data {{there}}", 9, "has no classes.txt"),
+    ("data {own} --split val", 2, "not divided into splits"),
+    ("data {own} -o x.gif", 4, "suffix '.gif'"),
+    ("data {there}", 9, "has no classes.txt"),
+    ("data {new}", 9, "no such folder"),
+    ("data scene", 2, "did you mean 'scenes'"),
     (f"{TRAIN} --train-split trian", 2, "did you mean 'train'"),
     (f"{TRAIN} --val-split vla", 2, "did you mean 'val'"),
     (f"{TRAIN} --train-samples 0", 2, "must be at least 1"),
@@ -172,6 +188,8 @@ CASES = [
     ("bench agln_resnet5", 2, "did you mean 'agln_resnet50'"),
     ("bench --size 5", 2, "size '5'"),
     ("bench --num-classes 0", 2, "num_classes 0"),
+    ("bench --data {own} --num-classes 5", 2, "each network has 5 classes, dataset own has 2"),
+    ("bench --data {new}/x", 9, "no such folder"),
     ("bench --batch 0", 2, "batch 0"),
     ("bench --precision fp8", 2, "unknown precision 'fp8'"),
     ("bench --target gpu", 2, "unknown target 'gpu'"),
@@ -230,7 +248,11 @@ def answers(
     (folder / "there.agln").mkdir()
     Image.new("RGB", (64, 48)).save(folder / "image.png")
     (folder / "text").write_text("not what you take it for")
-    places = {name: folder / name for name in ("there", "text", "new")}
+    for part, mode in (("images", "RGB"), ("masks", "L")):
+        (folder / "own" / part).mkdir(parents=True)
+        Image.new(mode, (64, 48)).save(folder / "own" / part / "x.png")
+    (folder / "own" / "classes.txt").write_text("a\nb\n")
+    places = {name: folder / name for name in ("there", "text", "new", "own")}
     places |= {"bundle": bundle.path, "weights": small_checkpoint, "image": folder / "image.png"}
     calls = [[word.format(**places) for word in case.split()] for case, _, _ in CASES]
     found = subprocess.run(
@@ -244,7 +266,7 @@ def answers(
         check=False,
     )
     assert found.returncode == 0, found.stderr
-    made = {path.name for path in folder.iterdir()} - {"there", "there.agln", "image.png", "text"}
+    made = {path.name for path in folder.iterdir()} - {"there", "there.agln", "image.png", "text", "own"}
     assert not made, "a refused call leaves nothing behind"
     return {case: tuple(answer) for (case, _, _), answer in zip(CASES, json.loads(found.stdout), strict=True)}
 

@@ -125,3 +125,23 @@ def test_senseless_class_set_is_refused(
 def test_no_classes_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="0 classes"):
         default_class_set(0)
+
+
+def test_a_class_set_as_text_and_back() -> None:
+    ours = ClassSet("mine", "Mine", ("Bäume", "b"), ((1, 2, 3), (4, 5, 6)))
+    assert ClassSet.from_json(ours.to_json()) == ours
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "7", "{}", '{"name": "a", "title": "a", "classes": ["a"], "palette": [[0, 0]]}',
+        '{"name": "a", "title": "a", "classes": [7], "palette": [[0, 0, 0]]}',
+        '{"name": "a", "title": "a", "classes": ["a"], "palette": [[0, 0, 0.5]]}',
+        '{"name": "a", "title": "a", "classes": ["a", "b"], "palette": [[0, 0, 0]]}', "[" * 200_000,
+    ],
+    ids=["empty", "number", "no-names", "two-numbers", "a-name-of-a-number", "half", "lengths", "deep"],
+)  # fmt: skip
+def test_text_that_is_no_class_set(text: str) -> None:
+    with pytest.raises(ConfigError, match="class"):
+        ClassSet.from_json(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 import agln_fast
 from agln_fast.bench.race.weights import random_network, released_state_dict
+from agln_fast.data.classes import ClassSet
 from agln_fast.errors import CheckpointError, ConfigError
 from agln_fast.models.checkpoint import _width, infer_config, load_weights
 from agln_fast.models.config import ModelConfig
@@ -310,6 +312,33 @@ def test_missing_file_and_folder(tmp_path):
 def test_foreign_metadata_is_refused(small_network, tmp_path):
     save_file(small_network().state_dict(), tmp_path / "x.safetensors", metadata={"agln_fast.config": '{"encoder": 3}'})
     with pytest.raises(CheckpointError, match="metadata holds no usable config"):
+        agln_fast.load_checkpoint(tmp_path / "x.safetensors")
+
+
+CLASSES = ClassSet("street", "Street", tuple("abcde"), tuple((index, 7, 255) for index in range(5)))
+
+
+@pytest.mark.parametrize("classes", [CLASSES, None], ids=["known", "unknown"])
+def test_names_and_colours_of_the_classes_are_kept(small_network, tmp_path, classes):
+    network = small_network()
+    network.class_set = classes
+    agln_fast.save_checkpoint(network, tmp_path / "x.safetensors")
+    assert agln_fast.load_checkpoint(tmp_path / "x.safetensors").class_set == classes
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (CLASSES.to_json()[:-1], "metadata holds no usable classes"),
+        (replace(CLASSES, classes=CLASSES.classes[:4], palette=CLASSES.palette[:4]).to_json(), "names 4 classes, the"),
+    ],
+    ids=["damaged", "of-another-network"],
+)
+def test_foreign_classes_are_refused(small_network, tmp_path, text, told):
+    network = small_network()
+    metadata = {"agln_fast.config": network.config.to_json(), "agln_fast.classes": text}
+    save_file(network.state_dict(), tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=told):
         agln_fast.load_checkpoint(tmp_path / "x.safetensors")
 
 
