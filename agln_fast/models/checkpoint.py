@@ -5,6 +5,7 @@ Files are read by `weights_file`; here their tensors become networks.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -190,9 +191,20 @@ def save_checkpoint(
     metadata = {_METADATA_KEY: model.config.to_json()}
     if model.class_set is not None:
         metadata[_CLASSES_KEY] = model.class_set.to_json()
-    with replacing(path, CheckpointError) as part:
+    with replacing(path, CheckpointError) as part, part.open("wb") as file:
         # Not `save_file`: it would make the file readable for its owner only, whatever the umask.
-        part.write_bytes(save(state, metadata=metadata))
+        file.writelines(_in_order(save(state, metadata=metadata)))
+
+
+def _in_order(content: bytes) -> tuple[bytes, bytes, memoryview]:
+    """The parts of a safetensors file with its metadata in an order that does not change, so that equal checkpoints are
+    equal files."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]
 
 
 def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> None:

@@ -13,6 +13,7 @@ from agln_fast.bench.race import measure as module
 from agln_fast.bench.race import memory
 from agln_fast.bench.race.contestants import PYTORCH, Contestant
 from agln_fast.bench.race.measure import FEWEST_ROUNDS, Case, Entry, Options, measure
+from agln_fast.data.dataset import SomeSamples
 from agln_fast.data.scenes import SCENE_SIZE, Scenes
 from agln_fast.errors import BackendError, ConfigError
 from agln_fast.metrics import SegmentationMetrics
@@ -176,7 +177,7 @@ def test_a_whole_row(monkeypatch):
     """The accuracy is that of the trained network itself, counted here by itself."""
     scenes = Scenes("test")
     samples = [scenes[index] for index in range(12)]
-    monkeypatch.setattr(module, "_scenes", lambda: samples)
+    monkeypatch.setattr(module, "_scenes", lambda: SomeSamples(Scenes("test", length=12), 12))
     segment, metrics = load_network("agln_nano", size=SCENE_SIZE, resize="stretch", threads=1), SegmentationMetrics(12)
     for sample in samples:
         metrics.update(segment(sample.image).labels, sample.labels)
