@@ -213,6 +213,19 @@ def test_accuracy_is_of_a_trained_network_at_the_size_of_its_pictures(case, fake
     assert row.miou is None
 
 
+def test_accuracy_on_data_of_the_user_is_at_the_size_of_their_masks(fakes):
+    """The fake gives class 0, sky, everywhere: its IoU is its share of the pixels, that of all others 0."""
+    fakes("fine", [0.01])
+    data = SomeSamples(Scenes("val", size=(32, 48), length=2), 2)
+    options = replace(TIMES_ALONE, accuracy=True, data=data)
+    (row,) = measure([CASE], [Entry("fine", "fp32")], options).rows
+    truth = np.concatenate([sample.labels.ravel() for sample in data])
+    assert row.miou == pytest.approx(100 * (truth == 0).mean() / len(np.unique(np.append(truth, 0))))
+    found = measure([replace(CASE, network="fpn_resnet18")], [Entry("fine", "fp32")], options)
+    assert found.rows[0].miou is None
+    assert "mIoU of fine fp32 on scenes: weights are random" in found.left_out[0]
+
+
 def test_int8_has_no_ceiling():
     assert module._rate("cpu", "int8", 1) is None
 
