@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from agln_fast.errors import ConfigError, choose
@@ -90,6 +90,10 @@ class IOContract:
         if self.layout == "uint8_nhwc":
             return batch, self.height, self.width, 3
         return batch, 3, self.height, self.width
+
+    def whole(self) -> IOContract:
+        """As it is, but that where windows would slide over an image all of it is stretched into one."""
+        return replace(self, resize="stretch") if self.resize == "slide" else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

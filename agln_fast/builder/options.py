@@ -92,8 +92,8 @@ class BuildOptions:
     compute_capabilities: for tensorrt-rtx, e.g. ("sm86",); none for all that it supports.
     workspace_bytes: limit of TensorRT's scratch memory; None for the library's own.
     timing_cache: file that tensorrt reads and updates; tensorrt-rtx has none.
-    data: what to calibrate and to judge engines by instead of Scenes: a dataset as `open_dataset` takes it, or opened, or
-        an image, folder or pattern without masks. All that is less precise than fp32 is then kept by what it loses on
+    data: what to calibrate and to judge engines by instead of Scenes: a dataset as `open_dataset` takes it, or opened;
+        or an image, folder or pattern without masks. What is less precise than fp32 is then kept by what it loses on
         it. Names and colours of the classes are its own where neither `classes` nor the checkpoint gives them.
         data_root, split, skip_bad: as there.
     calibration: images that int8 is calibrated on; None for 128, or half of `data` where it has fewer than 256. Engines

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from agln_fast.contract import IOContract
 from agln_fast.data.classes import default_class_set
-from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, Sample, SegmentationDataset
+from agln_fast.data.dataset import IGNORE_INDEX, CachedDataset, Sample, SegmentationDataset, SomeSamples
 from agln_fast.data.scenes import Scenes
 from agln_fast.engines.base import CALIBRATION
 from agln_fast.errors import ConfigError
@@ -130,17 +130,12 @@ class Pictures:
 
         What slides over an image sees the whole of it.
         """
-        return [_framed(self._source[index].image, contract) for index in self._calibration]
+        return [fit(self._source[index].image, contract.whole())[0] for index in self._calibration]
 
     def some(self, count: int) -> SegmentationDataset:
         """Of those that are judged by, at most `count`, evenly spread."""
-        there = len(self.judged)
-        return _Some(self.judged, [place * there // min(count, there) for place in range(min(count, there))])
+        return SomeSamples(self.judged, count)
 
     def samples(self, contract: IOContract, count: int) -> list[_Frame]:
         """`some` of the user's, as `frames`."""
-        return [_framed(sample.image, contract) for sample in self.some(count)]
-
-
-def _framed(image: _Frame, contract: IOContract) -> _Frame:
-    return fit(image, replace(contract, resize="stretch") if contract.resize == "slide" else contract)[0]
+        return [fit(sample.image, contract.whole())[0] for sample in self.some(count)]

@@ -26,7 +26,7 @@ from agln_fast.plan.cost import CostModel
 from agln_fast.plan.plan import Plan
 from agln_fast.precision import Precision
 from agln_fast.runtime.images import pack
-from agln_fast.runtime.references import dataset_frames, sample_images
+from agln_fast.runtime.references import sample_images
 
 __all__ = ["Workshop"]
 

@@ -162,5 +162,5 @@ def _references(bundle: Bundle, source: str | SegmentationDataset | None, thread
     if source is None or isinstance(source, str):
         frames = sample_frames(source, contract)
     else:
-        frames = dataset_frames(source, contract, len(source))
+        frames = dataset_frames(source, contract)
     return make_reference(network, contract, frames)

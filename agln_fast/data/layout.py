@@ -80,8 +80,10 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
 
 
 def is_described(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a dataset, well or badly made, and not images alone: a file that describes one, or a folder with such
-    a file, with a class file, with `images/` or with `pairs.csv`."""
+    """Whether it is a dataset, well or badly made, and not images alone.
+
+    That is a file that describes one, or a folder with such a file, a class file, `images/` or `pairs.csv`.
+    """
     given = Path(path)
     if given.is_dir():
         return (given / "images").is_dir() or any(

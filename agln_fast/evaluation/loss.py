@@ -168,7 +168,7 @@ class _ByAgreement(Yardstick):
     def __init__(self, artefact: Artefact, dataset: SegmentationDataset, threads: int | None) -> None:
         super().__init__(dataset, threads)
         contract = artefact.contract
-        self._contract = replace(contract, resize="stretch") if contract.resize == "slide" else contract
+        self._contract = contract.whole()
         self._samples = dataset
         self._labels: list[npt.NDArray[Any]] = []
         self._weights: list[npt.NDArray[np.float16]] = []  # all images' at once: half the memory

@@ -13,7 +13,7 @@ import torch
 
 from agln_fast import interruption
 from agln_fast.contract import IOContract
-from agln_fast.data.dataset import SegmentationDataset, SomeSamples
+from agln_fast.data.dataset import SegmentationDataset
 from agln_fast.data.scenes import Scenes
 from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import VerificationError
@@ -55,16 +55,13 @@ def sample_frames(samples: str | os.PathLike[str] | None, contract: IOContract) 
     return [fit(load_image(path), whole)[0] for path in list_images(os.fspath(samples))]
 
 
-def dataset_frames(
-    dataset: SegmentationDataset, contract: IOContract, count: int | None = None
-) -> list[npt.NDArray[np.uint8]]:
-    """Frames (height, width, 3) of the contract's size: images of a dataset, at most `count`, evenly spread over it.
+def dataset_frames(dataset: SegmentationDataset, contract: IOContract) -> list[npt.NDArray[np.uint8]]:
+    """Frames (height, width, 3) of the contract's size: the images of a dataset.
 
     Raises:
         DatasetError: one of them cannot be used.
     """
-    whole = replace(contract, resize="stretch")
-    return [fit(sample.image, whole)[0] for sample in SomeSamples(dataset, count or _SAMPLES)]
+    return [fit(sample.image, contract.whole())[0] for sample in dataset]
 
 
 def make_reference(

@@ -7,6 +7,7 @@ import types
 import typing
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from agln_fast.data.document import read_document
