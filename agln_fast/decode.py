@@ -20,19 +20,22 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Axis", "aligned_scale", "best_classes", "decode", "labels_dtype", "upsample_labels"]
+__all__ = ["Axis", "axis_scale", "best_classes", "decode", "labels_dtype", "upsample_labels"]
 
 _STRIP_BYTES = 2**19  # fastest of 64 KiB to 1 MiB: scores stay in the cache of a core, calls are few
 _CELLS = 16  # the least that are taken at once: loops run over cells
 
 
-def aligned_scale(source: int, target: int) -> float:
-    """Source positions from one target position to the next along an axis (align_corners=True)."""
-    return (source - 1) / max(1, target - 1)
+def axis_scale(source: int, target: int, align_corners: bool = True) -> float:
+    """Source positions from one target position to the next along an axis."""
+    return (source - 1) / max(1, target - 1) if align_corners else source / target
 
 
 class Axis(NamedTuple):
-    """Where T target positions lie along a source axis of S positions (align_corners=True), rounded as in PyTorch.
+    """Where T target positions lie along a source axis of S positions, rounded as in PyTorch.
+
+    With aligned corners target t lies at scale · t; without, at max(0, scale · (t + ½) - ½), or behind the last source
+    position, where it has the value of that.
 
     There are C = max(1, S - 1) cells, each between a source position and the one after it.
     """
@@ -49,9 +52,9 @@ class Axis(NamedTuple):
     """[C] how many are in it."""
 
     @classmethod
-    def between(cls, source: int, target: int) -> Self:
-        scale = np.float32(aligned_scale(source, target))
-        position = scale * np.arange(target, dtype=np.float32)
+    def between(cls, source: int, target: int, align_corners: bool = True) -> Self:
+        scale, shift = np.float32(axis_scale(source, target, align_corners)), np.float32(0 if align_corners else 0.5)
+        position = np.maximum(scale * (np.arange(target, dtype=np.float32) + shift) - shift, 0)
         cell = np.minimum(position.astype(np.intp), max(0, source - 2))
         cells = np.arange(max(1, source - 1))
         count = np.bincount(cell, minlength=len(cells))
@@ -68,13 +71,14 @@ def labels_dtype(num_classes: int) -> str:
     return "uint8" if num_classes <= 256 else "int32"
 
 
-def decode(output: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+def decode(output: npt.NDArray[Any], size: tuple[int, int], *, align_corners: bool = True) -> npt.NDArray[Any]:
     """What an engine gives for one image, logits (K, h, w) or labels (h, w) -> labels (H, W), resampled once.
 
-    Logits are resized, then compared; labels are those of the nearest pixels. C-contiguous.
+    Logits are resized, as the network resizes them, then compared; labels are those of the nearest pixels.
+    C-contiguous.
     """
     if output.ndim == 3:
-        return upsample_labels(output, size)
+        return upsample_labels(output, size, align_corners=align_corners)
     if output.shape == size:
         return np.ascontiguousarray(output)
     nearest = [((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in zip(size, output.shape, strict=True)]
@@ -95,19 +99,20 @@ def best_classes(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def upsample_labels(logits: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+def upsample_labels(logits: npt.NDArray[Any], size: tuple[int, int], *, align_corners: bool = True) -> npt.NDArray[Any]:
     """`label_upsample` of one image, from array to array.
 
     Args:
         logits: (K, h, w) of any floating-point type, finite. What is not finite gives some label, and no error.
         size: (H, W) of the result, pixels; smaller than (h, w) is allowed.
+        align_corners: whether the centres of the outermost pixels meet, or their outer edges.
 
     Returns:
         (H, W) class ids, C-contiguous, of `labels_dtype`.
     """
     classes, height, width = logits.shape
     flat = np.ascontiguousarray(logits, np.float32).reshape(classes, height * width)
-    rows, columns = Axis.between(height, size[0]), Axis.between(width, size[1])
+    rows, columns = Axis.between(height, size[0], align_corners), Axis.between(width, size[1], align_corners)
     if size[0] * size[1] < height * width:  # many source pixels lie around no target pixel
         labels = np.empty(size, labels_dtype(classes))
         mixed = np.ones((len(rows.after), len(columns.after)), np.bool_)

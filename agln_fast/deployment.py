@@ -43,7 +43,7 @@ class DeployedNetwork(nn.Module):
         ):
             # The logits (B, K, H, W) never exist.
             size = self.contract.height, self.contract.width
-            return label_upsample(network.logits(x), size).to(self.labels_dtype)
+            return label_upsample(network.logits(x), size, align_corners=network.align_corners).to(self.labels_dtype)
         logits: Tensor = network(x)
         if self.contract.output == "logits":
             return logits.float()

@@ -1,4 +1,4 @@
-"""Where a pixel of a bilinearly resized map (align_corners=True) comes from, for kernels. It loads Triton."""
+"""Where a pixel of a bilinearly resized map comes from, for kernels. It loads Triton."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ __all__ = ["corners"]
 
 
 @triton.jit
-def corners(o, source, scale):
-    """Source rows (or columns) before and after each target row (or column), and the weight of the latter."""
+def corners(o, source, scale, aligned: tl.constexpr):
+    """Source rows (or columns) before and after each target row (or column), and the weight of the latter.
+
+    aligned: whether the corners are; see `agln_fast.decode.Axis`.
+    """
     position = scale * o.to(tl.float32)
+    if not aligned:
+        position = tl.maximum(scale * (o.to(tl.float32) + 0.5) - 0.5, 0.0)
     before = tl.minimum(position.to(tl.int32), source - 1)
     after = tl.minimum(before + 1, source - 1)
     return before, after, tl.minimum(tl.maximum(position - before.to(tl.float32), 0.0), 1.0)

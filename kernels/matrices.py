@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agln_fast.decode import aligned_scale
+from agln_fast.decode import axis_scale
 
 __all__ = ["shifted_upsample_matrix", "upsample_matrix"]
 
@@ -16,7 +16,7 @@ def upsample_matrix(source: int, target: int, like: Tensor) -> Tensor:
 
     A row has two entries that are not zero, which sum to 1.
     """
-    position = np.arange(target) * aligned_scale(source, target)
+    position = np.arange(target) * axis_scale(source, target)
     matrix = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(source)))
     # As a list it becomes a constant of an exported graph, rather than the operations that make it.
     return torch.tensor(matrix.tolist(), dtype=like.dtype, device=like.device)

@@ -49,6 +49,17 @@ def released_shapes(network: str, num_classes: int) -> dict[str, list[int]]:
     return shapes
 
 
+def stored_shapes(network: str, *, narrow: bool = False) -> dict[str, list[int]]:
+    """Names and shapes of a checkpoint of torchvision or MMSegmentation, such as "mmseg_fcn_r50_19c".
+
+    narrow: at an eighth of the width.
+    """
+    shapes: dict[str, list[int]] = json.loads((GOLDEN / f"{network}.keys.json").read_text())
+    if narrow:  # numbers below 32 are kernels, colours and classes
+        shapes = {name: [side // 8 if side >= 32 else side for side in shape] for name, shape in shapes.items()}
+    return shapes
+
+
 def normalised_image(shape: tuple[int, ...], salt: str) -> Tensor:
     """The input that belongs to the salt."""
     return torch.from_numpy(_random(salt, "image").normal(0, 1, shape).astype(np.float32))

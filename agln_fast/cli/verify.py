@@ -145,7 +145,8 @@ def _scores(
     scores = {}
     for engine in engines:
         opened = open_engine(bundle.artefact(engine.name), device=device, threads=threads)
-        with Segmenter(engine, opened, manifest.contract, names) as segmenter:
+        aligned = manifest.model.align_corners
+        with Segmenter(engine, opened, manifest.contract, names, align_corners=aligned) as segmenter:
             scores[engine.name] = evaluate(segmenter, dataset).metrics.mean_iou
     return scores
 

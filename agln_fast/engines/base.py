@@ -238,7 +238,8 @@ def as_promised(output: Array, artefact: Artefact) -> Array:
     contract = artefact.contract
     if contract.output == "logits" or not artefact.plan.low_resolution_labels:
         return output
-    return np.stack([decode(logits, (contract.height, contract.width)) for logits in output])
+    size, aligned = (contract.height, contract.width), bool(artefact.model.align_corners)
+    return np.stack([decode(logits, size, align_corners=aligned) for logits in output])
 
 
 class Port(NamedTuple):

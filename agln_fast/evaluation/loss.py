@@ -149,7 +149,8 @@ class _ByMasks(Yardstick):
         dataset, classes = self._samples, artefact.model.num_classes
         opened = open_engine(artefact, threads=self._threads)
         hits, sizes = [], []
-        with Segmenter(EngineRecord.of(artefact, "cpu"), opened, artefact.contract, dataset.class_set) as segmenter:
+        record, aligned = EngineRecord.of(artefact, "cpu"), artefact.model.align_corners
+        with Segmenter(record, opened, artefact.contract, dataset.class_set, align_corners=aligned) as segmenter:
             for sample in dataset:
                 interruption.check()
                 metrics = SegmentationMetrics(classes)

@@ -89,13 +89,13 @@ def collect_features(network: SegmentationNetwork, image: ImageArray, *, level: 
         block: in the chain of that level; the last one by default. Both count from the end if negative.
 
     Raises:
-        ConfigError: the network has no decoder (FCN-8s), there is no such level or block, or the image is smaller than
-            32 pixels.
+        ConfigError: the network has no pyramid of features (FCN), there is no such level or block, or the image is
+            smaller than 32 pixels.
     """
     decoder = network.decoder
-    if decoder is None:
+    if not isinstance(decoder, FPNDecoder):
         raise ConfigError(
-            f"{network.config.architecture} has no decoder: its features cannot be shown; take fpn or agln"
+            f"{network.config.architecture} has no pyramid of features: its features cannot be shown; take fpn or agln"
         )
     level = check_index("level", level, len(decoder.lateral))
     chain = cast(nn.ModuleList, decoder.cfb[level]) if isinstance(decoder, AGLNDecoder) else None

@@ -27,9 +27,12 @@ __all__ = [
 ]
 
 
-def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Bilinear with aligned corners, to the last two numbers of `size`: the only resize of the whole family."""
-    return F.interpolate(x, tuple(size[-2:]), mode="bilinear", align_corners=True)
+def resize(x: Tensor, size: torch.Size | tuple[int, int], align_corners: bool | None = True) -> Tensor:
+    """Bilinear, to the last two numbers of `size`: the only resize of the whole family.
+
+    With aligned corners the centres of the outermost pixels meet, otherwise their outer edges.
+    """
+    return F.interpolate(x, tuple(size[-2:]), mode="bilinear", align_corners=align_corners)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:

@@ -21,12 +21,13 @@ from agln_fast.data.classes import ClassSet
 from agln_fast.errors import CheckpointError, ConfigError, printable
 from agln_fast.files import replacing
 from agln_fast.forking import use_threads
-from agln_fast.models.config import ModelConfig
+from agln_fast.models.config import Architecture, ModelConfig
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.models.resnet import ResNet
 from agln_fast.models.shipped import find_checkpoint
 from agln_fast.models.weights_account import Account
-from agln_fast.models.weights_file import StateDict, Weights, read_safetensors, read_weights
+from agln_fast.models.weights_fcn import fcn_names
+from agln_fast.models.weights_file import CLASSES_KEY, StateDict, Weights, read_safetensors, read_weights
 
 __all__ = [
     "Checkpoint",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("agln_fast.checkpoint")
-_METADATA_KEY, _CLASSES_KEY = "agln_fast.config", "agln_fast.classes"
+_METADATA_KEY = "agln_fast.config"
 _LEVELS = "432"  # the release numbers descriptors and levels by stage: d4 is ours 0, d3 is 1, d2 is 2
 
 # Names in released checkpoints -> ours. Their lists run fine to coarse, ours coarse to fine.
@@ -84,10 +85,11 @@ def load_checkpoint(
     """Load a network, in eval mode and float32, on the CPU.
 
     Args:
-        path: a released `.pth` / `.pth.tar` of AGLN, FPN or FCN (a state dict, or a dict that holds one under
-            "state_dict", "model" and others; with or without prefixes such as "module."), a `.safetensors` file of
-            `save_checkpoint` or of others, the `.index.json` of one that is cut in shards, or the name of a checkpoint
-            that ships with the package (`list_checkpoints`). What a file is, its content tells, not its suffix.
+        path: a released `.pth` / `.pth.tar` of AGLN, FPN or FCN, or FCN of torchvision or MMSegmentation (a state dict,
+            or a dict that holds one under "state_dict", "model" and others; with or without prefixes such as
+            "module."), a `.safetensors` file of `save_checkpoint` or of others, the `.index.json` of one that is cut in
+            shards, or the name of a checkpoint that ships with the package (`list_checkpoints`). What a file is, its
+            content tells, not its suffix.
         config: what the network is; None to take it from the file's metadata or infer it from names and shapes.
         weights: where the file holds several, which are taken: the name that they stand under, or "ema" for the moving
             average; None for the trained ones. What was taken, stripped, converted and ignored is logged in a line.
@@ -134,7 +136,11 @@ def _checkpoint(weights: Weights, name: str, config: ModelConfig | None) -> Chec
     """The network that `weights` belong to, with them; `name` is what errors call the file."""
     state, metadata, account = weights
     released = any(key.startswith("head.") for key in state)
-    state = {_our_name(key): tensor for key, tensor in state.items()}
+    try:
+        fcn = fcn_names(state, account)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    state = fcn or {_our_name(key): tensor for key, tensor in state.items()}
     stated = _METADATA_KEY in metadata
     if config is None and stated:
         try:
@@ -143,7 +149,7 @@ def _checkpoint(weights: Weights, name: str, config: ModelConfig | None) -> Chec
             raise CheckpointError(f"{name}: its metadata holds no usable config: {printable(error)}") from None
     if config is None:
         try:
-            config, remarks = infer_config(state)
+            config, remarks = infer_config(state, "fcn8s" if fcn is None else "fcn")
         except ConfigError as error:
             raise CheckpointError(f"{name}: {error}") from None
         # The network of the release has both halves of the LRM: under its names nothing is in doubt.
@@ -153,8 +159,13 @@ def _checkpoint(weights: Weights, name: str, config: ModelConfig | None) -> Chec
     with torch.device("meta"):
         network = SegmentationNetwork(config)
     _fill(network, state, name, f"{config.architecture} with {config.encoder}")
-    if _CLASSES_KEY in metadata:
-        network.class_set = _read_classes(metadata[_CLASSES_KEY], config.num_classes, name)
+    if CLASSES_KEY in metadata:
+        try:
+            network.class_set = _read_classes(metadata[CLASSES_KEY], config.num_classes, name)
+        except CheckpointError as error:
+            if stated:
+                raise
+            _log.warning("%s", error)  # others may count a background that the network does not have
     return Checkpoint(network.eval(), account, stated)
 
 
@@ -190,7 +201,7 @@ def save_checkpoint(
     }
     metadata = {_METADATA_KEY: model.config.to_json()}
     if model.class_set is not None:
-        metadata[_CLASSES_KEY] = model.class_set.to_json()
+        metadata[CLASSES_KEY] = model.class_set.to_json()
     with replacing(path, CheckpointError) as part, part.open("wb") as file:
         # Not `save_file`: it would make the file readable for its owner only, whatever the umask.
         file.writelines(_in_order(save(state, metadata=metadata)))
@@ -223,10 +234,11 @@ def load_backbone(model: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     model.encoder.train(training)
 
 
-def infer_config(state: Mapping[str, Tensor]) -> tuple[ModelConfig, list[str]]:
+def infer_config(state: Mapping[str, Tensor], without_decoder: Architecture = "fcn8s") -> tuple[ModelConfig, list[str]]:
     """Tell from names and shapes what network `state` belongs to, and what had to be assumed.
 
-    `state` has our names (or released ones, already translated).
+    `state` has our names (or others, already translated). `without_decoder`: the architecture of what has no decoder:
+    "fcn8s" and "fcn" have the same names.
 
     Raises:
         ConfigError: it is no network of the family.
@@ -243,15 +255,19 @@ def infer_config(state: Mapping[str, Tensor]) -> tuple[ModelConfig, list[str]]:
     depths = tuple(_count(state, rf"encoder\.layer{stage}\.(\d+)\.conv1\.weight") for stage in (1, 2, 3, 4))
     if (bottleneck, depths) not in _DEPTHS:
         raise ConfigError(f"the encoder has {depths} blocks a stage: no ResNet-18, -34, -50 or -101")
-    encoder = _DEPTHS[bottleneck, depths] + ("s" if "encoder.conv1.0.weight" in state else "")
+    encoder = _DEPTHS[bottleneck, depths]
+    if "encoder.conv1.0.weight" in state:
+        encoder += "c" if shape("encoder.conv1.6.weight") == shape("encoder.layer1.0.conv1.weight") else "s"
     values: dict[str, Any] = {
         "encoder": encoder,
         "num_classes": num_classes,
         "width": _width([shape(f"encoder.layer{stage}.0.conv1.weight") for stage in (1, 2, 3, 4)]),
         "channels": hidden // 2,
     }
+    if "decoder.convs.0.0.weight" in state:
+        return ModelConfig.from_dict({**values, "architecture": "fcn", "concat_input": True}), []
     if "decoder.reduce.0.weight" not in state:
-        return ModelConfig.from_dict({**values, "architecture": "fcn8s"}), []
+        return ModelConfig.from_dict({**values, "architecture": without_decoder}), []
     if "decoder.sab.0.phi.weight" not in state:
         return ModelConfig.from_dict({**values, "architecture": "fpn"}), []
 

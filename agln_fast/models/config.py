@@ -11,10 +11,12 @@ from agln_fast.errors import ConfigError, choose
 
 __all__ = ["Architecture", "Encoder", "Formulation", "ModelConfig", "list_models", "preset"]
 
-Architecture = Literal["fcn8s", "fpn", "agln"]
+Architecture = Literal["fcn8s", "fcn", "fpn", "agln"]
 Formulation = Literal["paper", "release"]
 Encoder = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet18s", "resnet34s", "resnet50s", "resnet101s"
+    "resnet18", "resnet34", "resnet50", "resnet101",
+    "resnet18s", "resnet34s", "resnet50s", "resnet101s",
+    "resnet18c", "resnet34c", "resnet50c", "resnet101c",
 ]  # fmt: skip
 
 _DESCRIPTORS = {"paper": 128, "release": 64}
@@ -25,11 +27,16 @@ _LIMITS = {"num_classes": 32767, "channels": 4096, "num_descriptors": 4096}
 class ModelConfig:
     """A member of the AGLN family. Equal configs build equal networks.
 
-    architecture: "fcn8s" (dilated encoder, no decoder), "fpn" (the baseline) or "agln".
-    encoder: ResNet depth; a trailing "s" is the deep stem of three 3x3 convolutions.
+    architecture: "fcn8s" (dilated encoder, no decoder), "fcn" (the same of torchvision and MMSegmentation), "fpn" (the
+        baseline) or "agln".
+    encoder: ResNet depth; a trailing "s" or "c" is a deep stem of three 3x3 convolutions, to 64, 64 and 128 channels
+        with "s", to 32, 32 and 64 with "c", as in MMSegmentation's ResNetV1c.
     num_classes: K.
     width: factor on all encoder channels, for small models.
     channels: C, the channels of the decoder (the classifier's hidden layer has 2C).
+    align_corners: of every resize; None for no with "fcn", which alone has the choice, and yes with all others.
+    concat_input: "fcn" only: MMSegmentation's head, whose last 3x3 convolution reads the last stage beside what two
+        others made of it; otherwise torchvision's, a single one.
     The rest concerns "agln" only:
     formulation: the paper's equations, or the network its authors released (docs/models.md).
     decoder: Fig. 4: "straight", one CFB per level, or "dense", chains of one, two and three.
@@ -45,6 +52,8 @@ class ModelConfig:
     num_classes: int
     width: float = 1.0
     channels: int = 256
+    align_corners: bool | None = None
+    concat_input: bool = False
     formulation: Formulation = "paper"
     decoder: Literal["straight", "dense"] = "dense"
     pooling: Literal["attention", "average"] = "attention"
@@ -68,15 +77,22 @@ class ModelConfig:
         if self.num_descriptors is None:
             default = 1 if self.pooling == "average" else _DESCRIPTORS[self.formulation]
             object.__setattr__(self, "num_descriptors", default)
+        if self.align_corners is None:
+            object.__setattr__(self, "align_corners", self.architecture != "fcn")
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
                 raise ConfigError(f"{name} {value!r}: must be a whole number from 1 to {limit}")
         for field in fields(self):
-            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
+            if field.type in ("bool", "bool | None") and not isinstance(getattr(self, field.name), bool):
                 raise ConfigError(f"{field.name} {getattr(self, field.name)!r}: must be true or false")
         if not isinstance(self.width, int | float) or isinstance(self.width, bool) or not 1 / 64 <= self.width <= 8:
             raise ConfigError(f"width {self.width!r}: must be a number from 1/64 to 8")
+        if self.architecture != "fcn" and (self.concat_input or not self.align_corners):
+            name = "concat_input" if self.concat_input else "align_corners"
+            raise ConfigError(
+                f"{name} {getattr(self, name)}: only architecture 'fcn' has it, not {self.architecture!r}"
+            )
         if self.pooling == "average" and self.num_descriptors != 1:
             raise ConfigError(f"num_descriptors {self.num_descriptors}: average pooling gives exactly 1")
 
@@ -118,6 +134,8 @@ class ModelConfig:
 _GEM: dict[str, Any] = {"decoder": "straight", "channel_resampling": False, "spatial_gating": False}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "fcn8s": {"architecture": "fcn8s"},
+    "fcn": {"architecture": "fcn"},
+    "fcn_concat": {"architecture": "fcn", "concat_input": True},
     "fpn": {"architecture": "fpn"},
     "agln": {},
     "agln_lite": {"lite": True},

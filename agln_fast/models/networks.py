@@ -19,7 +19,29 @@ from agln_fast.models.blocks import (
 from agln_fast.models.config import ModelConfig, preset
 from agln_fast.models.resnet import ResNet
 
-__all__ = ["AGLNDecoder", "FPNDecoder", "SegmentationNetwork", "check_image", "create_model"]
+__all__ = ["AGLNDecoder", "FCNDecoder", "FPNDecoder", "SegmentationNetwork", "check_image", "create_model"]
+
+
+class FCNDecoder(nn.Module):
+    """What MMSegmentation's `FCNHead` has before its last 3x3 convolution: c4 (B, C4, H/8, W/8), and two 3x3
+    convolutions of it to 2C channels, concatenated: (B, C4 + 2C, H/8, W/8).
+    """
+
+    def __init__(self, in_channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = 2 * config.channels
+        self.convs = nn.ModuleList(conv_bn_relu(channels, hidden, 3) for channels in (in_channels, hidden))
+        self.out_channels = in_channels + hidden
+
+    def forward(self, *stages: Tensor) -> Tensor:
+        return torch.cat(self.features(*stages), 1)
+
+    def features(self, *stages: Tensor) -> list[Tensor]:
+        """The two that `forward` concatenates."""
+        c4 = y = stages[-1]
+        for convolution in self.convs:
+            y = convolution(y)
+        return [c4, y]
 
 
 class FPNDecoder(nn.Module):
@@ -103,10 +125,13 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.class_set: ClassSet | None = None
-        self.encoder = ResNet(config.encoder, width=config.width, dilated=config.architecture == "fcn8s")
-        self.decoder: FPNDecoder | None = None
+        self.encoder = ResNet(config.encoder, width=config.width, dilated=config.architecture in ("fcn8s", "fcn"))
+        self.decoder: FPNDecoder | FCNDecoder | None = None
         features = self.encoder.stage_channels[-1]
-        if config.architecture != "fcn8s":
+        if config.concat_input:
+            self.decoder = FCNDecoder(features, config)
+            features = self.decoder.out_channels
+        elif config.architecture in ("fpn", "agln"):
             decoder = FPNDecoder if config.architecture == "fpn" else AGLNDecoder
             self.decoder = decoder(self.encoder.stage_channels, config)
             features = 4 * config.channels
@@ -119,7 +144,7 @@ class SegmentationNetwork(nn.Module):
         check_image(x)
         stages = self.encoder(x)
         features = stages[-1] if self.decoder is None else self.decoder(*stages)
-        return resize(self.classifier(features), x.shape)
+        return resize(self.classifier(features), x.shape, self.config.align_corners)
 
 
 def create_model(name: str, num_classes: int, **overrides: Any) -> SegmentationNetwork:

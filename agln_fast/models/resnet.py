@@ -1,7 +1,8 @@
 """The encoder: ResNet (He et al., 2016) with torchvision's parameter names, so that its ImageNet weights load.
 
-Differences from torchvision, all optional: the deep stem of three 3x3 convolutions, a width factor, and dilation
-(stages 3 and 4 keep the resolution of stage 2, for FCN-8s).
+Differences from torchvision, all optional: a deep stem of three 3x3 convolutions, a width factor, and dilation (stages
+3 and 4 keep the resolution of stage 2, for FCN). The first block of a dilated stage has the dilation of the stage
+before, as torchvision's with `replace_stride_with_dilation` and MMSegmentation's with `contract_dilation`.
 """
 
 from __future__ import annotations
@@ -79,10 +80,11 @@ class ResNet(nn.Module):
 
     def __init__(self, encoder: Encoder, *, width: float = 1.0, dilated: bool = False) -> None:
         super().__init__()
-        block, depths = _BLOCKS[encoder.removesuffix("s")]
+        block, depths = _BLOCKS[encoder.rstrip("sc")]
         planes = [max(1, round(width * p)) for p in (64, 128, 256, 512)]
-        if encoder.endswith("s"):
-            half = planes[0]
+        if encoder.endswith(("s", "c")):
+            channels = 2 * planes[0] if encoder.endswith("s") else planes[0]
+            half = max(1, channels // 2)
             self.conv1: nn.Module = nn.Sequential(
                 nn.Conv2d(3, half, 3, 2, 1, bias=False),
                 nn.BatchNorm2d(half),
@@ -90,9 +92,8 @@ class ResNet(nn.Module):
                 nn.Conv2d(half, half, 3, 1, 1, bias=False),
                 nn.BatchNorm2d(half),
                 nn.ReLU(),
-                nn.Conv2d(half, 2 * half, 3, 1, 1, bias=False),
+                nn.Conv2d(half, channels, 3, 1, 1, bias=False),
             )
-            channels = 2 * half
         else:
             channels = planes[0]
             self.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)

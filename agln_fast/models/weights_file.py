@@ -22,6 +22,7 @@ from torch import Tensor
 
 from agln_fast.errors import CheckpointError, printable
 from agln_fast.models.weights_account import Account
+from agln_fast.models.weights_fcn import CLASSES_KEY, stored_classes
 from agln_fast.models.weights_names import CONTAINERS, Found, find_weights, kind_of
 from agln_fast.models.weights_pickle import (
     MOST_PICKLE_BYTES,
@@ -32,7 +33,7 @@ from agln_fast.models.weights_pickle import (
 )
 from agln_fast.models.weights_safetensors import read_shards, read_tensors
 
-__all__ = ["StateDict", "Weights", "read_safetensors", "read_weights"]
+__all__ = ["CLASSES_KEY", "StateDict", "Weights", "read_safetensors", "read_weights"]
 
 StateDict = dict[str, Tensor]
 
@@ -212,7 +213,7 @@ def _from_archive(archive: zipfile.ZipFile, size: int, wanted: str | None) -> We
             raise CheckpointError(f"damaged: its storage '{printable(key)}' holds more than it claims; {_FETCH}")
         return _entry(archive, f"{root}data/{key}")
 
-    return _loaded(find_weights(content, wanted), record, size, swapped)
+    return _loaded(find_weights(content, wanted), record, size, swapped)._replace(metadata=stored_classes(content))
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytearray:
@@ -246,7 +247,7 @@ def _from_legacy(file: BinaryIO, size: int, wanted: str | None) -> Weights:
         file.seek(offset)
         return _exactly(file, min(count, nbytes))
 
-    return _loaded(find_weights(content, wanted), record, size)
+    return _loaded(find_weights(content, wanted), record, size)._replace(metadata=stored_classes(content))
 
 
 def _exactly(source: IO[bytes], count: int) -> bytearray:

@@ -25,7 +25,7 @@ from agln_fast.kernels.matrices import upsample_matrix
 from agln_fast.kernels.semantic_distribution import semantic_distribution
 from agln_fast.kernels.upsample_bilinear import upsample_bilinear
 from agln_fast.models.blocks import AveragePoolingBlock, ContextFusionBlock, SemanticAggregationBlock, resize
-from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork, check_image
+from agln_fast.models.networks import AGLNDecoder, FCNDecoder, FPNDecoder, SegmentationNetwork, check_image
 
 __all__ = [
     "Aggregation",
@@ -67,8 +67,10 @@ def _map(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(x.shape[0], *like.shape[2:], x.shape[2]).permute(0, 3, 1, 2)
 
 
-def _resized(x: Tensor, size: torch.Size, attention: Attention) -> Tensor:
-    return upsample_bilinear(x, size) if attention == "kernels" else resize(x, size)
+def _resized(x: Tensor, size: torch.Size, attention: Attention, align_corners: bool = True) -> Tensor:
+    if attention == "kernels":
+        return upsample_bilinear(x, size, align_corners=align_corners)
+    return resize(x, size, align_corners)
 
 
 class Aggregation(nn.Module):
@@ -331,15 +333,18 @@ class Concatenation(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         *coarse, finest = features
-        return torch.cat([*(resize(x, finest.shape) for x in coarse), finest], 1) if coarse else finest
+        if not coarse:
+            return finest
+        size = finest.shape[2:]
+        return torch.cat([*(x if x.shape[2:] == size else resize(x, size) for x in coarse), finest], 1)
 
 
 class InferenceNetwork(nn.Module):
     """Normalised image (B, 3, H, W) -> logits (B, K, H, W), for any H, W >= 32, in the dtype of the weights.
 
-    `encoder` gives the stages, `decoder` makes features of them, coarse to fine; FCN-8s has none, and its only feature
-    is the last stage. `mix` is conv5 of all features with its ReLU, `classifier` the 1x1 convolution to the classes.
-    `full_size`: see `low_resolution_labels`.
+    `encoder` gives the stages, `decoder` makes features of them, coarse to fine; without one, as in FCN-8s, the only
+    feature is the last stage. `mix` is conv5 of all features with its ReLU, `classifier` the 1x1 convolution to the
+    classes. `full_size`: see `low_resolution_labels`. `align_corners`: of the last resize.
     """
 
     def __init__(self, model: SegmentationNetwork) -> None:
@@ -356,17 +361,18 @@ class InferenceNetwork(nn.Module):
         model = copy.deepcopy(model).requires_grad_(False)
         self.config = model.config
         self.encoder = model.encoder
-        self.decoder = None if model.decoder is None else Decoder(model.decoder)
+        self.decoder = Decoder(model.decoder) if isinstance(model.decoder, FPNDecoder) else model.decoder
         *mix, _dropout, classifier = model.classifier
         self.mix = nn.Sequential(Concatenation(), *mix)
         self.classifier = classifier
         self.full_size = True
+        self.align_corners = bool(model.config.align_corners)
         self.attention: Attention = "channels"
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.logits(x)
-        return _resized(logits, x.shape[2:], self.attention) if self.full_size else logits
+        return _resized(logits, x.shape[2:], self.attention, self.align_corners) if self.full_size else logits
 
     def logits(self, x: Tensor) -> Tensor:
         """Before the last resize: (B, K, h, w).
@@ -376,9 +382,16 @@ class InferenceNetwork(nn.Module):
         """
         check_image(x)
         stages = self.encoder(x)
-        features = [stages[-1]] if self.decoder is None else self.decoder(*stages)
-        logits: Tensor = self.classifier(self.mix(features))
+        logits: Tensor = self.classifier(self.mix(self._features(stages)))
         return logits
+
+    def _features(self, stages: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
+        if self.decoder is None:
+            return [stages[-1]]
+        features: list[Tensor] = (
+            self.decoder.features(*stages) if isinstance(self.decoder, FCNDecoder) else self.decoder(*stages)
+        )
+        return features
 
     def copy(self) -> Self:
         """A network of its own, to rewrite, with the weights in the same memory: no rewrite changes one in place."""
@@ -388,7 +401,7 @@ class InferenceNetwork(nn.Module):
 
     def levels(self) -> list[Level]:
         """Of the decoder, from 1/16 to 1/4."""
-        return [] if self.decoder is None else cast(list[Level], list(self.decoder.merge))
+        return cast(list[Level], list(self.decoder.merge)) if isinstance(self.decoder, Decoder) else []
 
     def aggregations(self) -> Iterator[tuple[int, Aggregation]]:
         """Every SAB, with the number by which its readers know it."""

@@ -14,12 +14,14 @@ from agln_fast.runtime.sliding import Run, slide
 __all__ = ["multiscale"]
 
 
-def multiscale(run: Run, image: ImageArray, contract: IOContract, tta: TestTimeAugmentation) -> Scores:
+def multiscale(
+    run: Run, image: ImageArray, contract: IOContract, tta: TestTimeAugmentation, *, align_corners: bool = True
+) -> Scores:
     """Mean class probabilities (K, H, W) float32 of `image` (H, W, 3) over the scales of `tta`, and over flips.
 
     At each scale the image is resized (bilinear, antialiased where it shrinks, as training does), windows of the
-    contract's size slide over it (`slide`), and the mean of their logits is brought to H x W (bilinear,
-    align_corners=True). The softmax is taken there, for the image and its mirror image apart, and the probabilities
+    contract's size slide over it (`slide`), and the mean of their logits is brought to H x W (bilinear, as the network
+    itself resizes). The softmax is taken there, for the image and its mirror image apart, and the probabilities
     are averaged, as mmsegmentation does; PyTorch-Encoding sums exp(logits + mirrored logits), in which one confident
     scale outweighs all others.
 
@@ -33,7 +35,7 @@ def multiscale(run: Run, image: ImageArray, contract: IOContract, tta: TestTimeA
             if total is None:
                 total = zeros((len(logits), height, width), logits)
             top = 0
-            for strip in resized(logits, (height, width)):
+            for strip in resized(logits, (height, width), align_corners=align_corners):
                 total[:, top : top + strip.shape[1]] += softmax(strip)
                 top += strip.shape[1]
     assert total is not None, "there is at least one scale"

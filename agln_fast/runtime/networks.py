@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from agln_fast.contract import IOContract, Resize
-from agln_fast.data.classes import ClassSet, default_class_set
+from agln_fast.data.classes import ClassSet
 from agln_fast.engines import REFERENCE, check_device, check_network_precision, check_threads, network_kinds
 from agln_fast.errors import ConfigError
 from agln_fast.forking import use_threads
@@ -65,4 +65,5 @@ def load_network(
             "give the one that it was trained on"
         )
     opened = kinds[backend].open_network(network, contract, precision=checked, device=device, threads=threads)
-    return Segmenter(EngineRecord(f"{backend}-{checked}", backend, checked, "", "cpu"), opened, contract, class_set)
+    record = EngineRecord(f"{backend}-{checked}", backend, checked, "", "cpu")
+    return Segmenter(record, opened, contract, class_set, align_corners=network.config.align_corners)

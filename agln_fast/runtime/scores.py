@@ -42,10 +42,10 @@ def strips(scores: Scores) -> Iterator[Scores]:
         yield scores[:, rows]
 
 
-def resized(logits: Scores, size: tuple[int, int]) -> Iterator[Scores]:
-    """(K, h, w) -> strips (K, rows, W) of (K, H, W), from top to bottom: bilinear, align_corners=True."""
-    source_height, source_width = logits.shape[1:]
-    down, across = Axis.between(source_height, size[0]), Axis.between(source_width, size[1])
+def resized(logits: Scores, size: tuple[int, int], *, align_corners: bool = True) -> Iterator[Scores]:
+    """(K, h, w) -> strips (K, rows, W) of (K, H, W), from top to bottom: bilinear, as the network resizes."""
+    sides = zip(logits.shape[1:], size, strict=True)
+    down, across = (Axis.between(source, target, align_corners) for source, target in sides)
     before, after = across.cell, across.after[across.cell]
     for rows in _rows(logits, size):
         upper = down.cell[rows]

@@ -95,8 +95,10 @@ def _open(bundle: Bundle, backend: str, precision: str | None, device: str | Non
                 if refusal := _refusal(engine):
                     raise BackendError(f"engine {engine.name} is refused here: {refusal}")
                 opened = open_engine(bundle.artefact(engine.name), device=device, threads=threads)
-                names = ClassSet("bundle", bundle.path.stem, bundle.manifest.classes, bundle.manifest.palette)
-                return Segmenter(engine, opened, bundle.manifest.contract, names)
+                manifest = bundle.manifest
+                names = ClassSet("bundle", bundle.path.stem, manifest.classes, manifest.palette)
+                aligned = manifest.model.align_corners
+                return Segmenter(engine, opened, manifest.contract, names, align_corners=aligned)
             except BackendError as error:
                 reasons.append(str(error))
     raise BackendError(f"{bundle.path}: {'; '.join(reasons)}")
@@ -138,11 +140,21 @@ class Segmenter:
     It belongs to the process that opened it, also after a fork.
     """
 
-    def __init__(self, engine: EngineRecord, backend: Engine, contract: IOContract, class_set: ClassSet) -> None:
-        """`backend` is `engine` opened; the segmenter closes it."""
+    def __init__(
+        self,
+        engine: EngineRecord,
+        backend: Engine,
+        contract: IOContract,
+        class_set: ClassSet,
+        *,
+        align_corners: bool | None = True,
+    ) -> None:
+        """`backend` is `engine` opened; the segmenter closes it. `align_corners`: the model's, for the resize of logits
+        to an image's own size."""
         self.engine = engine
         self.contract = contract
         self.class_set = class_set
+        self._align_corners = bool(align_corners)
         self._backend = backend
         self._gate = Gate("this segmenter", "load the bundle again")
 
@@ -226,10 +238,11 @@ class Segmenter:
                 rows = slice(placement.top, placement.top + placement.height)
                 columns = slice(placement.left, placement.left + placement.width)
                 output = output[..., rows, columns]
-                labels = cast(Labels, decode(output, size))
+                labels = cast(Labels, decode(output, size, align_corners=self._align_corners))
                 ahead = None
                 if margin and self.contract.output == "logits":
-                    ahead = np.concatenate([lead(strip) for strip in resized(output, size)])
+                    scores = resized(output, size, align_corners=self._align_corners)
+                    ahead = np.concatenate([lead(strip) for strip in scores])
                 post = time.perf_counter() - last
                 timing = Timing(1e3 * (ready - began) / n, 1e3 * clock.engine / n, 1e3 * post)
                 yield Result(labels, image, self.class_set, timing, ahead)
@@ -253,7 +266,8 @@ class Segmenter:
             ready = time.perf_counter()
             run = partial(self._run_frames, clock := _Clock())
             if tta:
-                bands: Iterable[Scores] = [multiscale(run, image, self.contract, tta)]
+                whole = multiscale(run, image, self.contract, tta, align_corners=self._align_corners)
+                bands: Iterable[Scores] = [whole]
             else:
                 bands = (logits[0] for logits in slide(run, image, self.contract))
             parts = [

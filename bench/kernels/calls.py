@@ -26,7 +26,7 @@ class Case:
 
     batch, side: maps are (batch, C, side, side). channels, descriptors, classes: C, N, K.
     pattern: of logits: "noise", or "regions", in which neighbours have the same label, as networks see them.
-    resamples, gates, adds: whether R, M and a residual are there.
+    resamples, gates, adds: whether R, M and a residual are there. aligned: whether a resize's corners are.
     draws: whether data are random, or whatever lies in the memory.
     """
 
@@ -42,6 +42,7 @@ class Case:
     resamples: bool = True
     gates: bool = True
     adds: bool = True
+    aligned: bool = True
     generator: torch.Generator | None = None
     draws: bool = True
 
@@ -143,8 +144,14 @@ def _bias_relu(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     return (y if residual is None else y.add_(residual)).relu_()
 
 
-def _labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return resize(logits, size).argmax(1).to(torch.uint8)
+def _labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
+    return resize(logits, size, align_corners).argmax(1).to(torch.uint8)
+
+
+_ALIGNMENT: dict[str, Any] = {
+    "keywords": lambda case: {"align_corners": case.aligned},
+    "odd": ({}, {"aligned": False}),
+}
 
 
 def _logits(case: Case) -> _Arguments:
@@ -236,13 +243,16 @@ CALLS = {
         _labels,
         _logits,
         variants=tuple({"classes": k, "pattern": pattern} for k in (59, 150) for pattern in ("regions", "noise")),
+        **_ALIGNMENT,
     ),
     "separable_conv": Call(
         _separable,
         _depthwise_first,
         multiply_adds=lambda x, depthwise, pointwise, bias: (9 + len(pointwise)) * x.numel(),
     ),
-    "upsample_bilinear": Call(resize, lambda case: (case.map(side=-(-case.side // 2)), (case.side, case.side))),
+    "upsample_bilinear": Call(
+        resize, lambda case: (case.map(side=-(-case.side // 2)), (case.side, case.side)), **_ALIGNMENT
+    ),
     "upsample_taps": Call(_sum_of_taps, _taps),
 }
 """Each op of `agln_fast.kernels.registration.OPS`, by its name."""

@@ -219,7 +219,7 @@ def _tile(settings: str) -> str:
     for name, _, value in (setting.partition("=") for setting in settings.split()):
         if name.startswith("B") or value not in ("0", "1"):
             words.append(f"{name.removeprefix('B')}{value}")
-        elif value == "1" and name not in ("HAS_R", "GATES"):
+        elif value == "1" and name not in ("HAS_R", "GATES", "ALIGNED"):
             words.append(name)
     return " ".join(words)
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agln_fast.decode import aligned_scale
+from agln_fast.decode import axis_scale
 from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.label_upsample.reference import empty_labels
 from agln_fast.kernels.launch import LaunchConfig
@@ -47,10 +47,10 @@ def _first(b_top, b_class):
 
 
 @triton.jit
-def _around(o, first, last, source, scale):
+def _around(o, first, last, source, scale, ALIGNED: tl.constexpr):
     """Source rows (or columns): the o-th of those that hold all corners of the target rows from first to last."""
-    before, _, _ = corners(first, source, scale)
-    _, after, _ = corners(last, source, scale)
+    before, _, _ = corners(first, source, scale, ALIGNED)
+    _, after, _ = corners(last, source, scale, ALIGNED)
     return tl.minimum(before + o, after)
 
 
@@ -71,11 +71,12 @@ def _labels_around(
     AH: tl.constexpr,
     AW: tl.constexpr,
     LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """The lowest and the highest label of the source pixels around the target from (y, x) to (last_y, last_x)."""
     o_s, o_k = tl.arange(0, AH * AW), tl.arange(0, BK)
-    row = _around(o_s // AW, y, last_y, source_h, scale_y)
-    column = _around(o_s % AW, x, last_x, source_w, scale_x)
+    row = _around(o_s // AW, y, last_y, source_h, scale_y, ALIGNED)
+    column = _around(o_s % AW, x, last_x, source_w, scale_x, ALIGNED)
     p_v = p_image + (row.to(tl.int64) * source_w + column)[:, None] * step + o_k[None, :]
     b_top = tl.full([AH * AW, BK], float("-inf"), tl.float32)
     b_class = tl.zeros([AH * AW, BK], tl.int32)
@@ -96,11 +97,22 @@ def _interpolated(p_ul, p_ur, p_ll, p_lr, w_ul, w_ur, w_ll, w_lr):
 
 @triton.jit
 def _labels_between(
-    p_image, K, step, o_y, o_x, source_h, source_w, scale_y, scale_x, LANES: tl.constexpr, REST: tl.constexpr
+    p_image,
+    K,
+    step,
+    o_y,
+    o_x,
+    source_h,
+    source_w,
+    scale_y,
+    scale_x,
+    LANES: tl.constexpr,
+    REST: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """The best class of each target pixel (o_y, o_x) [BP], interpolated."""
-    upper, lower, weight_y = corners(o_y, source_h, scale_y)
-    left, right, weight_x = corners(o_x, source_w, scale_x)
+    upper, lower, weight_y = corners(o_y, source_h, scale_y, ALIGNED)
+    left, right, weight_x = corners(o_x, source_w, scale_x, ALIGNED)
     w_ul, w_ur = ((1 - weight_y) * (1 - weight_x))[:, None], ((1 - weight_y) * weight_x)[:, None]
     w_ll, w_lr = (weight_y * (1 - weight_x))[:, None], (weight_y * weight_x)[:, None]
     o_upper, o_lower = upper.to(tl.int64) * source_w, lower.to(tl.int64) * source_w
@@ -141,6 +153,7 @@ def _label_kernel(
     AROUND_W: tl.constexpr,
     LANES: tl.constexpr,
     REST: tl.constexpr,  # whether K is no multiple of LANES
+    ALIGNED: tl.constexpr,  # whether the corners are
 ):
     i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles_x = tl.cdiv(TARGET_W, BW)
@@ -170,21 +183,24 @@ def _label_kernel(
             AROUND_H,
             AROUND_W,
             LANES,
+            ALIGNED,
         )
     if lowest == highest:
         tl.store(p_labels, tl.full([BH * BW], lowest, tl.int32).to(labels.dtype.element_ty), mask=m_p)
     else:
-        b_label = _labels_between(p_image, K, step, o_y, o_x, SOURCE_H, SOURCE_W, scale_y, scale_x, LANES, REST)
+        b_label = _labels_between(
+            p_image, K, step, o_y, o_x, SOURCE_H, SOURCE_W, scale_y, scale_x, LANES, REST, ALIGNED
+        )
         tl.store(p_labels, b_label.to(labels.dtype.element_ty), mask=m_p)
 
 
-def label_upsample(logits: Tensor, size: Sequence[int], config: LaunchConfig) -> Tensor:
+def label_upsample(logits: Tensor, size: Sequence[int], config: LaunchConfig, *, align_corners: bool = True) -> Tensor:
     """As the reference; the arguments are checked. `config` sets tiles H and W of the target, and K."""
     (batch, classes, *source), (height, width) = logits.shape, size
     labels = empty_labels(logits, size)
     lanes = _LOAD_BYTES // logits.element_size()
     rows = _in_rows(logits, lanes)
-    scales = [*map(aligned_scale, source, size)]
+    scales = [axis_scale(*sides, align_corners) for sides in zip(source, size, strict=True)]
     bh, bw = config.tile["H"], config.tile["W"]
     around = [_side(block, scale) for block, scale in zip((bh, bw), scales, strict=True)]
     if around[0] * around[1] > _MOST_AROUND:
@@ -206,6 +222,7 @@ def label_upsample(logits: Tensor, size: Sequence[int], config: LaunchConfig) ->
             AROUND_W=around[1],
             LANES=lanes,
             REST=classes % lanes > 0,
+            ALIGNED=align_corners,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

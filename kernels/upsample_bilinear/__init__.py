@@ -1,4 +1,4 @@
-"""The resize of a feature map: bilinear, with aligned corners."""
+"""The resize of a map: bilinear, with aligned corners or without."""
 
 from agln_fast.kernels.upsample_bilinear.op import upsample_bilinear
 

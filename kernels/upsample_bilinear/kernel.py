@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agln_fast.decode import aligned_scale
+from agln_fast.decode import axis_scale
 from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.launch import LaunchConfig, block
 from agln_fast.kernels.layout import empty_maps
@@ -40,11 +40,12 @@ def _resize_kernel(
     stride_yp,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether the corners are
 ):
     i_p, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_p, o_c = i_p * BP + tl.arange(0, BP), i_c * BC + tl.arange(0, BC)
-    upper, lower, weight_y = corners(o_p // W, SOURCE_H, scale_y)
-    left, right, weight_x = corners(o_p % W, SOURCE_W, scale_x)
+    upper, lower, weight_y = corners(o_p // W, SOURCE_H, scale_y, ALIGNED)
+    left, right, weight_x = corners(o_p % W, SOURCE_W, scale_x, ALIGNED)
     mask = (o_p < H * W)[:, None] & (o_c < C)[None, :]
     b_wy, b_wx = weight_y[:, None], weight_x[:, None]
     p_x = x + i_b * stride_xb + o_c.to(tl.int64)[None, :] * stride_xc
@@ -60,7 +61,7 @@ def _resize_kernel(
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-def upsample_bilinear(x: Tensor, size: Sequence[int], config: LaunchConfig) -> Tensor:
+def upsample_bilinear(x: Tensor, size: Sequence[int], config: LaunchConfig, *, align_corners: bool = True) -> Tensor:
     """As the reference; the arguments are checked. `config` sets tiles P of the target, and C."""
     y = empty_maps(x, size=size)
     (batch, channels, *source), (height, width) = x.shape, size
@@ -74,11 +75,12 @@ def upsample_bilinear(x: Tensor, size: Sequence[int], config: LaunchConfig) -> T
             *source,
             height,
             width,
-            *map(aligned_scale, source, size),
+            *(axis_scale(*sides, align_corners) for sides in zip(source, size, strict=True)),
             *flat.stride(),
             *y.flatten(2).stride(),
             BP=bp,
             BC=bc,
+            ALIGNED=align_corners,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

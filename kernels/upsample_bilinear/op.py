@@ -14,7 +14,7 @@ from agln_fast.kernels.upsample_bilinear import reference
 __all__ = ["upsample_bilinear"]
 
 
-def _check(x: Tensor, size: Sequence[int]) -> None:
+def _check(x: Tensor, size: Sequence[int], *, align_corners: bool = True) -> None:
     check_tensor("x", x, ("B", "C", "h", "w"))
     check_size(size)
 
@@ -23,6 +23,6 @@ upsample_bilinear = register(
     __package__,
     reference.upsample_bilinear,
     check=_check,
-    tiles=lambda x, size: (x,),
-    fake=lambda x, size: empty_maps(x, size=size),
+    tiles=lambda x, size, *, align_corners=True: (x,),
+    fake=lambda x, size, *, align_corners=True: empty_maps(x, size=size),
 )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agln_fast.decode import aligned_scale
+from agln_fast.decode import axis_scale
 from agln_fast.kernels.bilinear import corners
 from agln_fast.kernels.launch import LaunchConfig, block
 from agln_fast.kernels.layout import empty_maps
@@ -36,7 +36,7 @@ def _sums(p_map, row, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p
     sums = b_sum, b_sum, b_sum
     for dx in range(3):
         column = o_x + (dx - 1)
-        left, right, weight = corners(column, source_w, scale_x)
+        left, right, weight = corners(column, source_w, scale_x, True)
         m_tap = ((column >= 0) & (column < W))[:, None] & m_c[None, :]
         p_left, p_right = p_row + (left * stride_p)[:, None], p_row + (right * stride_p)[:, None]
         b_weight = weight[:, None]
@@ -83,7 +83,7 @@ def _upsample_kernel(
     walk = ()  # for each map: a source row, its sums, and those of the row after it
     for i in tl.static_range(len(maps)):
         taps, source_h, source_w, scale_y, scale_x, stride_b, stride_c, stride_p = maps[i]
-        upper, lower, _ = corners(start, source_h, scale_y)
+        upper, lower, _ = corners(start, source_h, scale_y, True)
         p_map = taps + i_b * stride_b
         above = _sums(p_map, upper, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p)
         below = _sums(p_map, lower, o_x, o_c, m_c, C, W, source_w, scale_x, stride_c, stride_p)
@@ -98,7 +98,7 @@ def _upsample_kernel(
         for i in tl.static_range(len(maps)):
             taps, source_h, source_w, scale_y, scale_x, stride_b, stride_c, stride_p = maps[i]
             row, above, below = walk[i]
-            upper, lower, weight = corners(t, source_h, scale_y)
+            upper, lower, weight = corners(t, source_h, scale_y, True)
             while row < upper:
                 row += 1
                 above = below
@@ -152,4 +152,4 @@ def upsample_taps(base: Tensor, taps: Sequence[Tensor], bias: Tensor, config: La
 def _source(coarse: Tensor, size: Sequence[int]) -> tuple[Tensor | float, ...]:
     """What the kernel needs to know of (B, 9C, h, w) taps that are resized to `size`."""
     (h, w), flat = coarse.shape[2:], coarse.flatten(2)
-    return flat, h, w, *map(aligned_scale, (h, w), size), *flat.stride()
+    return flat, h, w, *map(axis_scale, (h, w), size), *flat.stride()

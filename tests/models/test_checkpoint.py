@@ -74,8 +74,13 @@ def test_other_depths_are_told_from_the_names():
 
 INFERABLE = sorted(
     {name.removesuffix("_resnet18") for name in agln_fast.list_models("*_resnet18")}
-    - {"agln_minus_cr", "agln_minus_sg"}
-)  # CR and SG have no weights
+    - {"agln_minus_cr", "agln_minus_sg", "fcn"}
+)  # CR and SG have no weights; fcn has those of fcn8s
+_PLAIN = {
+    "fcn8s": ModelConfig("fcn8s", "resnet18s", 5, channels=16),
+    "fcn_concat": ModelConfig("fcn", "resnet18s", 5, channels=16, concat_input=True),
+    "fpn": ModelConfig("fpn", "resnet18s", 5, channels=16),
+}
 
 
 @pytest.mark.parametrize("formulation", ["paper", "release"])
@@ -83,9 +88,7 @@ INFERABLE = sorted(
 def test_every_variant_is_inferred_from_names_and_shapes(variant, formulation, small_network, caplog):
     network = small_network(f"{variant}_resnet18s", formulation=formulation, width=0.3)
     config, remarks = infer_config(network.state_dict())
-    expected = network.config
-    if expected.architecture != "agln":  # those have no formulation
-        expected = ModelConfig("fcn8s" if variant == "fcn8s" else "fpn", "resnet18s", 5, channels=16)
+    expected = _PLAIN.get(variant, network.config)  # those of `_PLAIN` have no formulation
     rebuilt = agln_fast.models.networks.SegmentationNetwork(config)
     assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {
         k: v.shape for k, v in network.state_dict().items()

@@ -23,7 +23,7 @@ from agln_fast.models.complexity import complexity
 from agln_fast.models.config import ModelConfig, preset
 from agln_fast.models.networks import AGLNDecoder, SegmentationNetwork
 
-FILES = sorted(path.name for path in GOLDEN.glob("*.npz"))
+FILES = sorted(path.name for path in GOLDEN.glob("*_golden-*.npz"))
 assert len(FILES) == 4, "AGLN, deep-stem AGLN, FPN and FCN-8s"
 
 
@@ -197,7 +197,9 @@ def test_every_variant_trains_at_odd_sizes(variant, formulation, small_network):
     assert all((constant and ".sdm.phi." in name) or ".theta.bias" in name for name in idle), idle
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet18s", "resnet50s"])
+@pytest.mark.parametrize(
+    "encoder", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet18s", "resnet50s", "resnet34c", "resnet101c"]
+)
 @torch.inference_mode()
 def test_encoder_strides(encoder, small_network):
     plain, dilated = small_network(f"fpn_{encoder}").encoder, small_network(f"fcn8s_{encoder}").encoder
@@ -275,6 +277,49 @@ def test_presets_are_found_and_corrected():
 def test_impossible_configs_are_refused(field, value, message):
     with pytest.raises(ConfigError, match=message):
         preset("agln_resnet50", **{"num_classes": 2, field: value})
+
+
+def test_only_fcn_chooses_its_corners_and_its_head():
+    assert [preset(f"{name}_resnet50", 2).align_corners for name in ("fcn", "fcn8s", "fpn", "agln")] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert preset("fcn_resnet50", 2, align_corners=True).align_corners
+    for name, value in (("align_corners", False), ("concat_input", True)):
+        with pytest.raises(ConfigError, match=rf"{name} {value}: only architecture 'fcn' has it, not 'fcn8s'"):
+            preset("fcn8s_resnet50", 2, **{name: value})
+    with pytest.raises(ConfigError, match="align_corners 'no': must be true or false"):
+        preset("fcn_resnet50", 2, align_corners="no")
+
+
+@torch.inference_mode()
+def test_fcn_differs_from_fcn8s_in_its_last_resize_alone(small_network):
+    fcn = small_network("fcn_resnet18").double()
+    aligned, reference = (
+        SegmentationNetwork(preset(name, 5, width=0.25, channels=16, align_corners=True)).double().eval()
+        for name in ("fcn_resnet18", "fcn8s_resnet18")
+    )
+    image = torch.randn(1, 3, 45, 70, dtype=torch.float64)
+    for network in (aligned, reference):
+        network.load_state_dict(fcn.state_dict())
+    assert torch.equal(aligned(image), reference(image))
+    coarse = fcn.classifier(fcn.encoder(image)[-1])
+    exact = nn.functional.interpolate(coarse, (45, 70), mode="bilinear", align_corners=False)
+    assert torch.equal(fcn(image), exact)
+    assert not torch.allclose(fcn(image), reference(image))
+
+
+@torch.inference_mode()
+def test_the_deep_stem_of_resnet_v1c_is_half_as_wide(small_network):
+    """3 -> 32 -> 32 -> 64 at full width, where "s" has 64, 64 and 128."""
+    stems = {kind: SegmentationNetwork(preset(f"fcn_resnet18{kind}", 2)).encoder.conv1 for kind in "cs"}
+    widths = {
+        kind: [layer.out_channels for layer in stem if isinstance(layer, nn.Conv2d)] for kind, stem in stems.items()
+    }
+    assert widths == {"c": [32, 32, 64], "s": [64, 64, 128]}
+    assert small_network("fcn_resnet18c", width=1 / 64).encoder.conv1[0].out_channels == 1
 
 
 def test_average_pooling_has_one_descriptor():
