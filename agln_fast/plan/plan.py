@@ -117,7 +117,7 @@ class Plan:
     mix_before_upsample: a form for each coarse group of conv5, 1/32, 1/16, 1/8: "none", "rows" or "full"; needs
         fold_batchnorm.
     winograd: how many stages, from 1/4 of the image to coarser ones, have their 3x3 convolutions done so.
-    low_resolution_labels: the engine returns logits at a quarter of the size, the host makes labels of them; without
+    low_resolution_labels: the engine returns logits before their last resize, the host makes labels of them; without
         effect where logits are asked for.
     kernels: the attention, resizes and labels are ops of `agln_fast.kernels`; for what can run them.
     """

@@ -215,7 +215,7 @@ def pixel_major_attention(network: InferenceNetwork) -> InferenceNetwork:
 
 
 def low_resolution_labels(network: InferenceNetwork) -> InferenceNetwork:
-    """Logits (B, K, h, w), at a quarter of the size, for a host that resizes them and takes the best class at once.
+    """Logits (B, K, h, w), before their last resize, for a host that does it and takes the best class at once.
 
     Exact because the resize is a convex combination of the four corners of a cell, computed where it is asked for: the
     K·H·W resized logits need not exist together.

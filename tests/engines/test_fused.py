@@ -41,7 +41,9 @@ def images(batch=1, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (batch, 64, 96, 3), np.uint8)
 
 
-@pytest.mark.parametrize("name", ["fpn_resnet18", "fcn8s_resnet18", "agln_resnet18", "agln_lite_resnet18"])
+@pytest.mark.parametrize(
+    "name", ["fpn_resnet18", "fcn8s_resnet18", "fcn_concat_resnet18c", "agln_resnet18", "agln_lite_resnet18"]
+)
 def test_labels_are_those_of_the_reference(name, small_network):
     network = small_network(name)
     with FusedEngine(network, LABELS, device="cpu") as ours, NetworkEngine(network, LABELS) as reference:
@@ -305,6 +307,7 @@ CAPTURED = [
     {"name": "agln_release_resnet18", "spatial_gating": False},
     {"name": "fpn_resnet18"},
     {"name": "fcn8s_resnet18"},
+    {"name": "fcn_concat_resnet18c"},
 ]
 
 

@@ -1,5 +1,7 @@
 """label_upsample: reference, NumPy on CPUs, kernel under the interpreter, op; against float64 and by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -22,13 +24,16 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(logits: Tensor, size: tuple[int, int], labels: Tensor) -> None:
+ALIGNMENTS = pytest.mark.parametrize("align_corners", [True, False], ids=["aligned", "unaligned"])
+
+
+def check(logits: Tensor, size: tuple[int, int], labels: Tensor, align_corners: bool = True) -> None:
     """Equal to the float64 resize wherever its two best classes are further apart than float32 can blur.
 
     A coordinate of at most h (or w) is rounded twice, which moves the weight by h * eps and the value by that times the
     difference of two neighbours, at most 2 * max|logits|; two classes may move towards each other.
     """
-    exact = F.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
+    exact = F.interpolate(logits.double(), size, mode="bilinear", align_corners=align_corners)
     blur = 8 * sum(logits.shape[2:]) * torch.finfo(torch.float32).eps * logits.abs().max().double()
     assert labels.shape == (logits.shape[0], *size)
     assert labels.is_contiguous()
@@ -67,23 +72,26 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 
 
 @IMPLEMENTATIONS
+@ALIGNMENTS
 @pytest.mark.parametrize("make", [noise, smooth])
 @SIZES
-def test_agrees_with_resize_then_argmax(shape, size, make, label_upsample):
+def test_agrees_with_resize_then_argmax(shape, size, make, align_corners, label_upsample):
     logits = make(shape)
-    labels = label_upsample(logits, size)
-    check(logits, size, labels)
-    resized = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+    labels = label_upsample(logits, size, align_corners=align_corners)
+    check(logits, size, labels, align_corners)
+    resized = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
     agreement = (labels == resized.argmax(1)).float().mean()
     assert agreement > 0.999  # both are float32: only near ties may differ
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.tuples(*[st.integers(1, 12)] * 4), st.integers(1, 4), st.integers(0, 2**16))
-def test_agrees_with_float64_at_any_size(sides: tuple[int, int, int, int], classes: int, seed: int) -> None:
+@given(st.tuples(*[st.integers(1, 12)] * 4), st.integers(1, 4), st.booleans(), st.integers(0, 2**16))
+def test_agrees_with_float64_at_any_size(
+    sides: tuple[int, int, int, int], classes: int, align_corners: bool, seed: int
+) -> None:
     for logits in (noise((1, classes, *sides[:2]), seed), smooth((1, classes, *sides[:2]), seed)):
         for implementation in (label_upsample, reference.label_upsample):
-            check(logits, sides[2:], implementation(logits, sides[2:]))
+            check(logits, sides[2:], implementation(logits, sides[2:], align_corners=align_corners), align_corners)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -92,8 +100,10 @@ def test_accumulates_in_float32_for_every_dtype_and_memory_format(
     dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
     logits = noise((2, 6, 9, 7), 1).to(dtype).to(memory_format=memory_format)
-    check(logits, (23, 19), label_upsample(logits, (23, 19)))
-    torch.library.opcheck(torch.ops.agln.label_upsample.default, (logits, (23, 19)))
+    for align_corners in (True, False):
+        keywords = {"align_corners": align_corners}
+        check(logits, (23, 19), label_upsample(logits, (23, 19), **keywords), align_corners)
+        torch.library.opcheck(torch.ops.agln.label_upsample.default, (logits, (23, 19)), keywords)
 
 
 def test_two_by_two_by_hand() -> None:
@@ -101,6 +111,22 @@ def test_two_by_two_by_hand() -> None:
     ramp = torch.tensor([[0.0, 2.0], [2.0, 4.0]])
     logits = torch.stack([torch.full((2, 2), 1.5), ramp]).unsqueeze(0)
     assert label_upsample(logits, (3, 3)).tolist() == [[[0, 0, 1], [0, 1, 1], [1, 1, 1]]]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "run",
+    [label_upsample, reference.label_upsample, lambda *a, **k: kernel.label_upsample(*a, tiny(torch.float32), **k)],
+    ids=["op", "reference", "kernel"],
+)
+def test_a_ramp_by_hand(run) -> None:  # type: ignore[no-untyped-def]
+    """Of 0 and 4 four pixels become 0, 4/3, 8/3, 4 with aligned corners, and 0, 1, 3, 4 without: the outer ones lie
+    beyond both centres. Against a constant 1.2."""
+    logits = torch.tensor([[1.2, 1.2], [0.0, 4.0]]).view(1, 2, 1, 2)
+    assert run(logits, (1, 4), align_corners=True).tolist() == [[[0, 1, 1, 1]]]
+    assert run(logits, (1, 4), align_corners=False).tolist() == [[[0, 0, 1, 1]]]
+    assert run(logits.transpose(2, 3), (4, 1), align_corners=False).tolist() == [[[0], [0], [1], [1]]]
+    assert torch.equal(run(logits, (1, 4)), run(logits, (1, 4), align_corners=True))
 
 
 def test_ties_go_to_the_lowest_class() -> None:
@@ -122,24 +148,31 @@ def test_dtype_holds_the_last_class(classes: int, dtype: torch.dtype) -> None:
     assert bool((labels == classes - 1).all())
 
 
+@ALIGNMENTS
 @pytest.mark.parametrize("size", [(31, 20), (3, 4)], ids=["up", "down"])
-def test_strips_of_one_row_give_the_same_labels(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_of_one_row_give_the_same_labels(
+    size: tuple[int, int], align_corners: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = noise((2, 6, 9, 7), 3)
-    whole = reference.label_upsample(logits, size)
+    whole = reference.label_upsample(logits, size, align_corners=align_corners)
     monkeypatch.setattr(reference, "_STRIP_BYTES", 1)
-    assert torch.equal(reference.label_upsample(logits, size), whole)
+    assert torch.equal(reference.label_upsample(logits, size, align_corners=align_corners), whole)
 
 
+@ALIGNMENTS
 @pytest.mark.parametrize("size", [(31, 20), (3, 4), (9, 7)], ids=["up", "down", "same-size"])
-def test_cells_one_by_one_give_the_same_labels(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_one_by_one_give_the_same_labels(
+    size: tuple[int, int], align_corners: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = noise((1, 6, 9, 7), 3)
-    whole = label_upsample(logits, size)
+    whole = label_upsample(logits, size, align_corners=align_corners)
     monkeypatch.setattr(cpu, "_STRIP_BYTES", 1)
     monkeypatch.setattr(cpu, "_CELLS", 1)
-    assert torch.equal(label_upsample(logits, size), whole)
+    assert torch.equal(label_upsample(logits, size, align_corners=align_corners), whole)
 
 
-def test_cells_whose_corners_agree_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+@ALIGNMENTS
+def test_cells_whose_corners_agree_are_not_interpolated(align_corners: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Class 1 takes the source from column 4 on: only the cells between columns 3 and 4 are mixed."""
     logits = torch.zeros(1, 2, 5, 8)
     logits[:, 1] = torch.arange(8) - 3.5
@@ -151,7 +184,7 @@ def test_cells_whose_corners_agree_are_not_interpolated(monkeypatch: pytest.Monk
         interpolate(labels, flat, width, rows, columns, y, x, down, across)
 
     monkeypatch.setattr(cpu, "_interpolate", spy)
-    check(logits, (25, 57), label_upsample(logits, (25, 57)))
+    check(logits, (25, 57), label_upsample(logits, (25, 57), align_corners=align_corners), align_corners)
     assert sorted(seen) == [(row, 3) for row in range(4)]
 
 
@@ -218,6 +251,7 @@ def test_takes_logits_that_require_grad() -> None:
 
 
 @pytest.mark.interpreter
+@ALIGNMENTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "size", "tile"),
@@ -235,25 +269,27 @@ def test_takes_logits_that_require_grad() -> None:
         pytest.param((1, 6, 3, 3), (5, 6), {"H": 8, "W": 16, "P": 64, "K": 32}, id="tiles-larger-than-the-map"),
     ],
 )
-def test_kernel(shape, size, tile, dtype):
+def test_kernel(shape, size, tile, dtype, align_corners):
     logits = noise(shape).to(dtype)
     channels_last = logits.to(memory_format=torch.channels_last)
     strided = torch.zeros(*shape[:3], 2 * shape[3]).to(dtype)
     strided[..., ::2] = logits
     with poisoned():
-        labels = kernel.label_upsample(logits, size, tiny(dtype, **tile))
+        labels = kernel.label_upsample(logits, size, tiny(dtype, **tile), align_corners=align_corners)
     assert labels.dtype == (torch.uint8 if shape[1] <= 256 else torch.int32)
-    check(logits, size, labels)
+    check(logits, size, labels, align_corners)
     for layout in (channels_last, strided[..., ::2]):
-        assert torch.equal(kernel.label_upsample(layout, size, tiny(dtype, **tile)), labels)
+        found = kernel.label_upsample(layout, size, tiny(dtype, **tile), align_corners=align_corners)
+        assert torch.equal(found, labels)
 
 
 @pytest.mark.interpreter
 @settings(max_examples=25, deadline=None)
-@given(st.tuples(*[st.integers(1, 9)] * 4), st.integers(1, 40), st.integers(0, 2**16))
-def test_kernel_at_any_size(sides, classes, seed):
+@given(st.tuples(*[st.integers(1, 9)] * 4), st.integers(1, 40), st.booleans(), st.integers(0, 2**16))
+def test_kernel_at_any_size(sides, classes, align_corners, seed):
     logits = noise((1, classes, *sides[:2]), seed)
-    check(logits, sides[2:], kernel.label_upsample(logits, sides[2:], tiny(torch.float32)))
+    labels = kernel.label_upsample(logits, sides[2:], tiny(torch.float32), align_corners=align_corners)
+    check(logits, sides[2:], labels, align_corners)
 
 
 @pytest.mark.interpreter
@@ -289,12 +325,15 @@ def test_kernel_sees_that_one_corner_differs(corner):
 
 
 @pytest.mark.interpreter
+@ALIGNMENTS
 @pytest.mark.parametrize("winner", [3, 17, 19], ids=["in-the-first-tile", "in-the-last-tile", "last-class"])
-def test_kernel_interpolates_nothing_where_the_corners_agree(winner, monkeypatch):
-    """A class wins in the left half of the source: only tiles that reach beyond it are interpolated."""
+def test_kernel_interpolates_nothing_where_the_corners_agree(winner, align_corners, monkeypatch):
+    """A class wins in the left half of the source: only tiles that reach beyond it are interpolated. Pixel 15 of 32
+    lies at 3.4 or 3.4 of the source: between columns that agree."""
     logits = noise((1, 20, 4, 8))
     logits[:, winner, :, :5] += 10
-    expected = kernel.label_upsample(logits, (16, 32), tiny(torch.float32))
+    run = partial(kernel.label_upsample, logits, (16, 32), tiny(torch.float32), align_corners=align_corners)
+    expected = run()
     interpolated = kernel._labels_between
     columns = []
 
@@ -303,8 +342,8 @@ def test_kernel_interpolates_nothing_where_the_corners_agree(winner, monkeypatch
         return interpolated(image, classes, step, o_y, o_x, *rest)
 
     monkeypatch.setattr(kernel, "_labels_between", spy)
-    assert torch.equal(kernel.label_upsample(logits, (16, 32), tiny(torch.float32)), expected)
-    check(logits, (16, 32), expected)
+    assert torch.equal(run(), expected)
+    check(logits, (16, 32), expected, align_corners)
     assert sorted(columns) == [x for x in (16, 20, 24, 28) for _ in range(4)]
 
 
@@ -343,12 +382,13 @@ def test_kernel_reads_nothing_behind_the_last_row():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@ALIGNMENTS
 @SIZES
-def test_on_the_gpu(shape, size, memory_format, dtype):
+def test_on_the_gpu(shape, size, memory_format, dtype, align_corners):
     logits = noise(shape).to(dtype).cuda().to(memory_format=memory_format)
-    labels = label_upsample(logits, size)
-    check(logits, size, labels)
-    assert torch.equal(labels, label_upsample(logits, size))
+    labels = label_upsample(logits, size, align_corners=align_corners)
+    check(logits, size, labels, align_corners)
+    assert torch.equal(labels, label_upsample(logits, size, align_corners=align_corners))
 
 
 LOGITS = torch.zeros(1, 2, 3, 3)

@@ -20,21 +20,24 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 
 
-def plain(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+ALIGNMENTS = pytest.mark.parametrize("align_corners", [True, False], ids=["aligned", "unaligned"])
+
+
+def plain(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
 def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check(y: Tensor, x: Tensor, size: tuple[int, int]) -> None:
+def check(y: Tensor, x: Tensor, size: tuple[int, int], align_corners: bool = True) -> None:
     """A coordinate of at most h (or w) is rounded twice, which moves the weight by h * eps, and the value by that times
     the difference of two neighbours; PyTorch rounds it in the same way, perhaps to the other side."""
     channels_last = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format  # one pixel is in both
     assert y.is_contiguous(memory_format=channels_last)
     blur = 4 * sum(x.shape[2:]) * torch.finfo(torch.float32).eps * x.abs().max().item()
-    assert_as_exact(y, plain(x.double(), size), plain(x, size), blur)
+    assert_as_exact(y, plain(x.double(), size, align_corners), plain(x, size, align_corners), blur)
 
 
 SIZES = pytest.mark.parametrize(
@@ -55,13 +58,14 @@ SIZES = pytest.mark.parametrize(
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@ALIGNMENTS
 @LAYOUTS
 @SIZES
-def test_kernel(shape, size, tile, memory_format, dtype):
+def test_kernel(shape, size, tile, memory_format, align_corners, dtype):
     x = noise(shape, dtype).to(memory_format=memory_format)
     with poisoned():
-        y = kernel.upsample_bilinear(x, size, tiny(dtype, **tile))
-    check(y, x, size)
+        y = kernel.upsample_bilinear(x, size, tiny(dtype, **tile), align_corners=align_corners)
+    check(y, x, size, align_corners)
 
 
 @pytest.mark.interpreter
@@ -86,27 +90,35 @@ def test_shipped_configurations(capability, is_regular, dtype):
 
 @pytest.mark.interpreter
 @settings(max_examples=25, deadline=None)
-@given(st.tuples(*[st.integers(1, 9)] * 4), st.integers(1, 20), st.integers(0, 2**16))
-def test_kernel_at_any_size(sides, channels, seed):
+@given(st.tuples(*[st.integers(1, 9)] * 4), st.integers(1, 20), st.booleans(), st.integers(0, 2**16))
+def test_kernel_at_any_size(sides, channels, align_corners, seed):
     x = noise((1, channels, *sides[:2]), torch.float32, seed)
-    check(kernel.upsample_bilinear(x, sides[2:], tiny(torch.float32)), x, sides[2:])
+    y = kernel.upsample_bilinear(x, sides[2:], tiny(torch.float32), align_corners=align_corners)
+    check(y, x, sides[2:], align_corners)
 
 
-@pytest.mark.parametrize("run", [upsample_bilinear, lambda *a: kernel.upsample_bilinear(*a, tiny(torch.float32))])
+@pytest.mark.parametrize(
+    "run",
+    [upsample_bilinear, lambda *a, **k: kernel.upsample_bilinear(*a, tiny(torch.float32), **k)],
+    ids=["op", "kernel"],
+)
 @pytest.mark.interpreter
 def test_by_hand(run):
     """Between 0, 2, 4 and 8 at the corners lie 1, 2, 6, 5 and their mean 3.5."""
     x = torch.tensor([[[[0.0, 2.0], [4.0, 8.0]]]])
     assert run(x, (3, 3)).tolist() == [[[[0, 1, 2], [2, 3.5, 5], [4, 6, 8]]]]
+    ramp = torch.tensor([[[[0.0, 4.0]]]])  # pixels of half the width: their centres lie a quarter beside the others
+    assert run(ramp, (1, 4), align_corners=False).tolist() == [[[[0, 1, 3, 4]]]]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @LAYOUTS
 def test_op(memory_format, dtype):
     x = noise((2, 6, 4, 3), dtype).to(memory_format=memory_format)
-    y = upsample_bilinear(x, (7, 5))
-    check(y, x, (7, 5))
-    torch.library.opcheck(torch.ops.agln.upsample_bilinear.default, (x, (7, 5)))
+    for align_corners in (True, False):
+        keywords = {"align_corners": align_corners}
+        check(upsample_bilinear(x, (7, 5), **keywords), x, (7, 5), align_corners)
+        torch.library.opcheck(torch.ops.agln.upsample_bilinear.default, (x, (7, 5)), keywords)
 
 
 @pytest.mark.gpu
@@ -115,11 +127,12 @@ def test_op(memory_format, dtype):
 @pytest.mark.parametrize(
     ("shape", "size"), [((1, 256, 64, 64), (128, 128)), ((2, 70, 9, 17), (33, 17)), ((8, 300, 8, 8), (15, 16))]
 )
-def test_on_the_gpu(shape, size, memory_format, dtype):
+@ALIGNMENTS
+def test_on_the_gpu(shape, size, memory_format, dtype, align_corners):
     x = noise(shape, dtype).cuda().to(memory_format=memory_format)
-    y = upsample_bilinear(x, size)
-    check(y, x, size)
-    assert torch.equal(y, upsample_bilinear(x, size))
+    y = upsample_bilinear(x, size, align_corners=align_corners)
+    check(y, x, size, align_corners)
+    assert torch.equal(y, upsample_bilinear(x, size, align_corners=align_corners))
 
 
 X = torch.zeros(2, 4, 3, 3)

@@ -14,6 +14,7 @@ import agln_fast
 from agln_fast.data.classes import class_set, default_class_set
 from agln_fast.errors import CheckpointError
 from agln_fast.models.config import ModelConfig
+from agln_fast.runtime.networks import load_network
 
 TORCHVISION, MMSEG = "torchvision_fcn_r50_21c", "mmseg_fcn_r50_19c"
 NAMES = [f"class {chr(97 + index)}" for index in range(19)]
@@ -133,7 +134,7 @@ def test_classes_are_those_of_the_meta(meta, legacy, states, tmp_path, caplog):
     agln_fast.save_checkpoint(network, tmp_path / "own.safetensors")
     own = agln_fast.load_checkpoint(tmp_path / "own.safetensors")
     assert own.class_set == network.class_set
-    with agln_fast.load_network(own, size=(32, 32), resize="stretch") as segment:
+    with load_network(own, size=(32, 32), resize="stretch") as segment:
         assert segment.class_set.classes == tuple(NAMES)
 
 

@@ -10,7 +10,7 @@ import agln_fast
 from agln_fast.plan.network import InferenceNetwork
 from agln_fast.plan.rewrites import fold_batchnorm
 
-NAMES = [*agln_fast.list_models("*_resnet18"), "agln_resnet50s", "fcn8s_resnet34s"]
+NAMES = [*agln_fast.list_models("*_resnet18"), "agln_resnet50s", "fcn8s_resnet34s", "fcn_concat_resnet50c"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from agln_fast.plan import fuse as fuse_module
 from agln_fast.plan.fuse import SeparableConv
 from agln_fast.plan.network import Aggregation
 
-PRESETS = [*agln_fast.list_models("*_resnet18"), "agln_resnet50s", "fcn8s_resnet34s"]
+PRESETS = [*agln_fast.list_models("*_resnet18"), "agln_resnet50s", "fcn8s_resnet34s", "fcn_concat_resnet50c"]
 VARIANTS = [
     pytest.param(name, {"formulation": formulation} if formulation else {}, id=f"{name}-{formulation or 'plain'}")
     for name in PRESETS
@@ -68,7 +68,7 @@ def test_fused_network_is_the_same_function(name, overrides, small_network, conv
     fused, image = agln_fast.fuse(network), torch.randn(2, 3, 43, 37, dtype=torch.float64)
     with Calls() as seen:
         fused.logits(image)
-    assert seen.counts["upsample_taps"] == (conv5 == "mixed" and fused.decoder is not None)
+    assert seen.counts["upsample_taps"] == (conv5 == "mixed" and bool(fused.levels()))
     assert_same_function(fused, network, image)
 
 
@@ -184,11 +184,12 @@ def test_half_precision_gives_the_same_labels(name, dtype, small_network, conv5)
     assert expected.argmax(1).unique().numel() > 2
 
 
+@pytest.mark.parametrize("name", ["agln_release", "fcn", "fcn_concat"])
 @torch.inference_mode()
-def test_labels_from_low_resolution_logits(small_network):
-    fused = agln_fast.fuse(small_network())
+def test_labels_from_low_resolution_logits(name, small_network):
+    fused = agln_fast.fuse(small_network(f"{name}_resnet18"))
     image = torch.randn(1, 3, 61, 75)
-    labels = label_upsample(fused.logits(image), (61, 75))
+    labels = label_upsample(fused.logits(image), (61, 75), align_corners=fused.align_corners)
     assert (labels == fused(image).argmax(1)).float().mean() > 0.999
 
 
@@ -208,7 +209,7 @@ def test_the_original_is_untouched(small_network):
         assert torch.equal(tensor, before[key]), key
 
 
-@pytest.mark.parametrize("name", ["agln_release", "agln_lite", "fpn", "fcn8s"])
+@pytest.mark.parametrize("name", ["agln_release", "agln_lite", "fpn", "fcn8s", "fcn_concat"])
 @torch.inference_mode()
 def test_nothing_of_training_is_left_and_channels_come_last(name, small_network, conv5):
     fused = agln_fast.fuse(small_network(f"{name}_resnet18"))

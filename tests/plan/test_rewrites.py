@@ -30,6 +30,8 @@ SWITCHES = [field.name for field in fields(Plan) if field.type == "bool" and fie
 EVERYTHING = Plan(**dict.fromkeys(SWITCHES, True), mix_before_upsample=("full", "rows", "full"), winograd=4)  # type: ignore[arg-type]
 VARIANTS = {
     "fcn8s": ("fcn8s_resnet18", {}),
+    "fcn": ("fcn_resnet18", {}),
+    "fcn of mmseg": ("fcn_concat_resnet18c", {}),
     "fpn": ("fpn_resnet18", {}),
     "paper": ("agln_resnet18", {}),
     "release": ("agln_release_resnet18", {}),
@@ -84,7 +86,7 @@ def test_a_plan_changes_no_logits(variant: str, plan: Plan, image: Tensor) -> No
     assert_same(model, rewrite(model, plan), image)
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "average pooling"])
+@pytest.mark.parametrize("variant", ["fcn of mmseg", "paper", "release", "average pooling"])
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_rewrite_alone(variant: str, name: str, image: Tensor) -> None:
     model = network(variant)
@@ -252,6 +254,20 @@ def test_stages_of_winograd(stages: int, places: dict[str, int]) -> None:
     assert {place: sum(place in name for name in names) for place in places} == places
     assert bool(names) == bool(stages)
     assert not any("layer1" in name for name in names), "64 channels are too few"
+
+
+def test_winograd_serves_what_of_fcn_is_not_dilated() -> None:
+    """All of mmseg's head lies at 1/8; of the encoder, what stands before the dilations, which are 1, 2 and 4: blocks 2
+    to 4 of layer2, and the first of layer3, which has the dilation of the layer before."""
+    planned = rewrite(create_model("fcn_concat_resnet50c", 5), Plan(fold_batchnorm=True, winograd=2))
+    names = [name for name, module in planned.named_modules() if isinstance(module, WinogradConv2d)]
+    assert names == [
+        *(f"encoder.layer2.{block}.conv2" for block in (1, 2, 3)),
+        "encoder.layer3.0.conv2",
+        "decoder.convs.0.0",
+        "decoder.convs.1.0",
+        "mix.1",
+    ]
 
 
 def test_no_stage_of_winograd_is_none() -> None:

@@ -16,15 +16,17 @@ def _noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
+@pytest.mark.parametrize("align_corners", [True, False], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("strip_bytes", [1, 2**19], ids=["strips of a row", "one strip"])
 @pytest.mark.parametrize("size", [(9, 7), (31, 20), (3, 4), (1, 1), (1, 40), (40, 1)], ids=str)
 @pytest.mark.parametrize("source", [(9, 7), (1, 5), (6, 1), (1, 1)], ids=str)
-def test_resized_as_by_pytorch(source, size, strip_bytes, monkeypatch):
+def test_resized_as_by_pytorch(source, size, strip_bytes, align_corners, monkeypatch):
     """Positions of at most 9 in float32 move a value by 9 * eps times the difference of neighbours, at most 8."""
     monkeypatch.setattr(scores, "_STRIP_BYTES", strip_bytes)
     logits = _noise(5, *source)
-    exact = F.interpolate(torch.from_numpy(logits).double()[None], size, mode="bilinear", align_corners=True)[0]
-    got = list(resized(logits, size))
+    wide = torch.from_numpy(logits).double()[None]
+    exact = F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)[0]
+    got = list(resized(logits, size, align_corners=align_corners))
     assert len(got) == (size[0] if strip_bytes == 1 else 1)
     np.testing.assert_allclose(np.concatenate(got, 1), exact.numpy(), atol=2 * 9 * 8 * np.finfo(np.float32).eps, rtol=0)
 
