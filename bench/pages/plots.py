@@ -39,7 +39,7 @@ _SERIES = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 _MARKERS = "osD^vP*"
 _PRECISIONS = {"fp32": "#0072B2", "tf32": "#56B4E9", "bf16": "#D55E00", "fp16": "#E69F00", "int8": "#009E73"}
 # The longest prefix first.
-_FAMILIES = {"agln_lite": ("AGLN-Lite", "^"), "agln": ("AGLN", "s"), "fpn": ("FPN", "o"), "fcn": ("FCN-8s", "D")}
+_FAMILIES = {"agln_lite": ("AGLN-Lite", "^"), "agln": ("AGLN", "s"), "fpn": ("FPN", "o"), "fcn8s": ("FCN-8s", "D")}
 _DASHED: dict[str, Any] = {"linewidth": 0.8, "linestyle": (0, (4, 3))}
 _TABLE_VIII = Path(__file__).with_name("table_viii.json")
 

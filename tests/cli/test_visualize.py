@@ -106,8 +106,9 @@ def test_refused_output(visualize):
     assert "suffix '.jpg'" in err
 
 
-def test_fcn_has_nothing_to_show(visualize, small_network, tmp_path):
-    agln_fast.save_checkpoint(small_network("fcn8s_resnet18"), tmp_path / "fcn.safetensors")
+@pytest.mark.parametrize("name", ["fcn8s", "fcn_concat"])
+def test_fcn_has_nothing_to_show(name, visualize, small_network, tmp_path):
+    agln_fast.save_checkpoint(small_network(f"{name}_resnet18"), tmp_path / "fcn.safetensors")
     code, _, err = visualize(checkpoint=tmp_path / "fcn.safetensors")
     assert code == 2
-    assert "has no decoder" in err
+    assert "has no pyramid of features" in err

@@ -193,7 +193,7 @@ def test_many_classes_need_wide_labels(small_network, image):
 @pytest.mark.parametrize(
     ("name", "place", "message"),
     [
-        ("fcn8s_resnet18", {}, "fcn8s has no decoder"),
+        ("fcn8s_resnet18", {}, "fcn8s has no pyramid of features"),
         ("agln_resnet18", {"level": 3}, "level 3: there are 3"),
         ("agln_resnet18", {"level": -4}, "level -4: there are 3"),
         ("agln_resnet18", {"level": 1, "block": 2}, "block 2: there are 2"),
