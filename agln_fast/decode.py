@@ -34,8 +34,8 @@ def axis_scale(source: int, target: int, align_corners: bool = True) -> float:
 class Axis(NamedTuple):
     """Where T target positions lie along a source axis of S positions, rounded as in PyTorch.
 
-    With aligned corners target t lies at scale · t; without, at max(0, scale · (t + ½) - ½), or behind the last source
-    position, where it has the value of that.
+    With aligned corners target t lies at scale · t; without, at scale · (t + ½) - ½, which may be up to half a position
+    before the first one or behind the last one: there it has the value of that.
 
     There are C = max(1, S - 1) cells, each between a source position and the one after it.
     """
@@ -54,7 +54,7 @@ class Axis(NamedTuple):
     @classmethod
     def between(cls, source: int, target: int, align_corners: bool = True) -> Self:
         scale, shift = np.float32(axis_scale(source, target, align_corners)), np.float32(0 if align_corners else 0.5)
-        position = np.maximum(scale * (np.arange(target, dtype=np.float32) + shift) - shift, 0)
+        position = scale * (np.arange(target, dtype=np.float32) + shift) - shift
         cell = np.minimum(position.astype(np.intp), max(0, source - 2))
         cells = np.arange(max(1, source - 1))
         count = np.bincount(cell, minlength=len(cells))

@@ -16,7 +16,7 @@ def corners(o, source, scale, aligned: tl.constexpr):
     """
     position = scale * o.to(tl.float32)
     if not aligned:
-        position = tl.maximum(scale * (o.to(tl.float32) + 0.5) - 0.5, 0.0)
+        position = scale * (o.to(tl.float32) + 0.5) - 0.5
     before = tl.minimum(position.to(tl.int32), source - 1)
     after = tl.minimum(before + 1, source - 1)
     return before, after, tl.minimum(tl.maximum(position - before.to(tl.float32), 0.0), 1.0)

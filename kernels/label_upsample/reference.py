@@ -64,6 +64,6 @@ def _rows(source: int, target: int, align_corners: bool, device: torch.device) -
     """Source rows above and below each target row [H] and the weight of the lower one [H, 1], rounded as in PyTorch."""
     scale = torch.tensor(axis_scale(source, target, align_corners), dtype=torch.float32, device=device)
     shift = 0.0 if align_corners else 0.5
-    position = (scale * (torch.arange(target, dtype=torch.float32, device=device) + shift) - shift).clamp(min=0)
+    position = scale * (torch.arange(target, dtype=torch.float32, device=device) + shift) - shift
     upper = position.long().clamp(max=source - 1)
     return upper, (upper + 1).clamp(max=source - 1), (position - upper).clamp(0, 1).unsqueeze(1)

@@ -86,8 +86,8 @@ def test_engines_agree_with_the_network_in_float64(source, plan, output, checkpo
 
 
 @torch.inference_mode()
-def test_the_own_size_is_reached_as_the_network_resizes(checkpoints):
-    """Logits of 64x96 of a picture of 100x150, as they are and by test-time augmentation."""
+def test_the_own_size_is_reached_as_the_network_resizes(checkpoints, tmp_path):
+    """Logits of 64x96 of a picture of 100x150, as they are, by test-time augmentation, and by a bundle."""
     network = agln_fast.load_checkpoint(checkpoints / "mmseg.pth")
     noise = Image.fromarray(np.random.default_rng(2).integers(0, 256, (26, 39, 3), np.uint8))
     pixels = np.array(noise.resize((150, 100), Image.Resampling.BICUBIC))
@@ -103,6 +103,10 @@ def test_the_own_size_is_reached_as_the_network_resizes(checkpoints):
     second, first = np.sort(own, 0)[-2:]
     np.testing.assert_allclose(whole.margin, first - second, atol=1e-3)
     clear = first - second > 1e-3
-    for result in (whole, one_window):
+    settings = {"size": SIZE, "precision": "fp32", "targets": "cuda", "output": "logits"}  # PyTorch's engines alone
+    bundle = agln_fast.build(checkpoints / "mmseg.pth", tmp_path / "fcn", **settings)
+    with agln_fast.load(bundle, "torch") as segment:
+        of_bundle = segment(pixels)
+    for result in (whole, one_window, of_bundle):
         assert (result.labels == own.argmax(0))[clear].all()
     assert (aligned.argmax(0) != own.argmax(0))[clear].mean() > 0.01
