@@ -29,7 +29,7 @@ from agln_fast.contract import (
 from agln_fast.data.classes import ClassSet, class_set
 from agln_fast.data.dataset import SegmentationDataset
 from agln_fast.data.layout import is_described
-from agln_fast.data.registry import DATASETS, open_dataset
+from agln_fast.data.registry import is_path, open_dataset
 from agln_fast.engines import KINDS, EngineKind, check_threads, targets
 from agln_fast.errors import ConfigError, MissingPackageError, choose, printable
 from agln_fast.models.config import ModelConfig
@@ -243,11 +243,10 @@ class BuildOptions:
     def _data(self) -> SegmentationDataset | None:
         data, root = self.data, self.data_root
         if data is None or isinstance(data, SegmentationDataset):
-            for name in ("data_root", "split"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{name} belongs to the name of a dataset: name that with data, too")
+            if root is not None:
+                raise ConfigError("data_root is the folder of a dataset: name that with data, too")
             return data
-        if root is None and data not in DATASETS and not is_described(data):
+        if root is None and not is_described(data) and (is_path(data) or set("*?[") & set(os.fspath(data))):
             if self.split is not None:
                 raise ConfigError(f"split {self.split!r}: {data} holds images without masks, and no splits")
             return Unlabelled(data)

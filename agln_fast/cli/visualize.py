@@ -41,7 +41,7 @@ def visualize(
     """
     from agln_fast.cli.places import check_figure
     from agln_fast.contract import IOContract, parse_size
-    from agln_fast.data.classes import class_set
+    from agln_fast.data.classes import class_set, default_class_set
     from agln_fast.figures.panels import LEVELS, check_index, check_panels
     from agln_fast.models.shipped import find_checkpoint
     from agln_fast.runtime.images import fit, load_image

@@ -121,7 +121,7 @@ def first_few(names: Iterable[str]) -> str:
     """The first few of them, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - _FIRST_FEW} more" if len(names) > _FIRST_FEW else ""
-    return f"{', '.join(printable(name, 100) for name in names[:_FIRST_FEW])}{more}"
+    return f"{', '.join(printable(name, 300) for name in names[:_FIRST_FEW])}{more}"
 
 
 def _find(home: Path, place: str, what: str) -> dict[str, Path]:

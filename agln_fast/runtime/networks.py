@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from agln_fast.contract import IOContract, Resize
-from agln_fast.data.classes import ClassSet
+from agln_fast.data.classes import ClassSet, default_class_set
 from agln_fast.engines import REFERENCE, check_device, check_network_precision, check_threads, network_kinds
 from agln_fast.errors import ConfigError
 from agln_fast.forking import use_threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from agln_fast.builder import pictures as pictures_module
 from agln_fast.builder import workshop as module
 from agln_fast.builder.workshop import Workshop
 from agln_fast.contract import IOContract
-from agln_fast.data.scenes import Scenes
 
 
 @pytest.fixture
@@ -85,10 +83,3 @@ def test_calibration_fills_up_its_last_batch(workshop: Workshop, monkeypatch: py
     assert first.shape == second.shape == (2, 64, 64, 3)
     assert np.array_equal(second[1], first[0])
     assert not np.array_equal(second[0], first[0])
-
-
-def test_calibration_is_of_the_dataset_evenly_spread(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CALIBRATION", 2)
-    data = Scenes("val", size=(64, 64), length=4)
-    (batch,) = replace(workshop, dataset=data).calibration()
-    assert np.array_equal(batch, np.stack([data[0].image, data[2].image]))

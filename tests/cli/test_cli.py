@@ -44,6 +44,7 @@ def test_every_verb_has_help(cli):
         "run",
         "bench",
         "verify",
+        "data",
         "eval",
         "train",
         "scenes",

@@ -75,7 +75,6 @@ CASES = [
     (f"{BUILD} --samples {{new}}.png", 4, "no such file"),
     (f"{BUILD} --samples {{there}}", 4, "none of its"),
     (f"{BUILD} --data scene", 2, "did you mean 'scenes'"),
-    (f"{BUILD} --data {{there}}", 9, "has no classes.txt"),
     (f"{BUILD} --data {{own}} --split val", 2, "not divided into splits"),
     (f"{BUILD} --data {{own}} --data-root x", 2, "leave --data-root"),
     (f"{BUILD} --min-agreement 2", 2, "must be from 0 to 1"),
