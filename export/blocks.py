@@ -1,14 +1,24 @@
-"""Blocks of the network in its exported graph: which node belongs to which one."""
+"""Blocks of the network in its exported graph: what is called by their names, and which node belongs to which one."""
 
 from __future__ import annotations
 
 import ast
+from functools import partial
+from typing import TYPE_CHECKING
 
 import onnx
+from onnx_ir.passes import common
+from torch import Tensor, nn
 
+from agln_fast.contract import IOContract
+from agln_fast.deployment import DeployedNetwork
 from agln_fast.plan.blocks import block_of
+from agln_fast.plan.watch import watching
 
-__all__ = ["blocks_of_nodes"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["WatchedDeployment", "blocks_of_nodes", "name_blocks"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter writes the paths of the modules around a node
 
@@ -27,3 +37,33 @@ def blocks_of_nodes(graph: onnx.ModelProto) -> dict[str, str]:
                 found[node.name] = block
                 break
     return found
+
+
+class WatchedDeployment(DeployedNetwork):
+    """A network to export, which gives the results of its blocks after its own output.
+
+    `blocks` are the names of those blocks, after a run; without what is the output itself.
+    """
+
+    def __init__(self, network: nn.Module, contract: IOContract, num_classes: int) -> None:
+        super().__init__(network, contract, num_classes)
+        blocks: list[str] = []
+        # Behind functions: PyTorch's exporter puts all lists of a module back as they were.
+        self.blocks, self._set_blocks = blocks.copy, partial(blocks.__setitem__, slice(None))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        with watching(self.network, lambda x: x) as found:
+            output = super().forward(image)
+        results = {name: x for name, x in found.items() if x is not output}
+        self._set_blocks(list(results))
+        return output, *results.values()
+
+
+def name_blocks(model: ir.Model, blocks: list[str]) -> None:
+    """Make of a graph that gives the results of `blocks` after its output one that gives the output alone, and in which
+    they are called "NAME", each by its block."""
+    output, *results = model.graph.outputs
+    for block, result in zip(blocks, results, strict=True):
+        result.name = block
+    model.graph.outputs[:] = [output]
+    common.RemoveUnusedNodesPass()(model)

@@ -20,8 +20,8 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from agln_fast.contract import IOContract
-from agln_fast.deployment import DeployedNetwork
 from agln_fast.errors import BuildError, ConfigError
+from agln_fast.export.blocks import WatchedDeployment, name_blocks
 from agln_fast.export.nodes import translations
 from agln_fast.files import replacing
 from agln_fast.models.networks import SegmentationNetwork
@@ -52,6 +52,7 @@ def export_onnx(
     The input is called `image`, the output `labels` or `logits`, which `plan` may leave at low resolution. Height and
     width are fixed, the batch is the symbol "batch" where the contract gives a range. Weights and activations have the
     type of `precision`; the energy of the channel attention and all softmaxes stay in float32 by casts in the graph.
+    The result of each block is called by the block's name, wherever it exists: see `agln_fast.export.blocks`.
     With the plan's `kernels` our ops are nodes of domain `agln`, see `agln_fast.export.nodes`.
 
     Args:
@@ -76,7 +77,7 @@ def export_onnx(
     # Without a plan it is the reference itself: peers get what the exporter makes of it.
     exported = copy.deepcopy(network) if plan == NO_PLAN else rewrite(network, plan)
     exported = exported.to(getattr(torch, PRECISIONS[precision].torch))
-    deployed = DeployedNetwork(exported, contract, network.config.num_classes).eval()
+    deployed = WatchedDeployment(exported, contract, network.config.num_classes).eval()
     dynamic = contract.min_batch != contract.max_batch
     # torch.export takes a batch of one for a constant.
     batch = max(2, contract.min_batch) if dynamic else contract.max_batch
@@ -100,6 +101,7 @@ def export_onnx(
                 optimize=plan == NO_PLAN,
             )
         assert program is not None
+        name_blocks(program.model, deployed.blocks())
         if plan != NO_PLAN:
             _fold_constants(program.model, whatever_size=plan.kernels)  # a layer wants its weights as they are
         program.model.metadata_props.update({"agln_fast.contract": json.dumps(contract.to_dict()), **(metadata or {})})

@@ -31,6 +31,7 @@ __all__ = [
     "Aggregation",
     "Attention",
     "Concatenation",
+    "Decoder",
     "Distribution",
     "Fusion",
     "FusionTerms",
@@ -85,6 +86,7 @@ class Aggregation(nn.Module):
         self.phi: nn.Conv2d | None = block.phi
         self.theta = block.theta if isinstance(block, SemanticAggregationBlock) else None
         self.projection: nn.Conv2d | None = None
+        self.projects = False
         self.count = 1
         self.attention: Attention = "channels"
 
@@ -168,6 +170,13 @@ class FusionTerms:
         return replace(self, resamples=resamples, gates=gates, distributes=self.alpha != 0 or gates)
 
 
+class Passage(nn.Module):
+    """Where a tensor that no module makes passes through unchanged, for the hooks of `agln_fast.plan.watch`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Fusion(nn.Module):
     """CFB: A (B, C, H, W), B (B, C, H, W), D (B, C, N) -> O (B, C, H, W); Ψ is `enhance`, Φ is `fuse`.
 
@@ -175,7 +184,8 @@ class Fusion(nn.Module):
     op for the release's distribution, gate and sum, on every GPU; where a term is missing or Ψ stands between, two.
 
     `source`: which of the aggregations D is from, and its place among what that one makes. `negates`: see
-    `negate_energy`; `energy_before_upsample`: see the rewrite of this name.
+    `negate_energy`; `energy_before_upsample`: see the rewrite of this name. R passes through `affinity`, G through
+    `refinement`.
     """
 
     def __init__(self, block: ContextFusionBlock, name: str, aggregation: int) -> None:
@@ -187,6 +197,7 @@ class Fusion(nn.Module):
         self.distribution = Distribution(block.sdm.phi, block.sdm.project)
         self.enhance = block.enhance
         self.fuse = block.fuse
+        self.affinity, self.refinement = Passage(), Passage()
         self.terms = _terms(block, name)
         self.source = aggregation, 0
         self.negates = False
@@ -213,12 +224,13 @@ class Fusion(nn.Module):
             coarse = None
         m = m if terms.gates else None
         if terms.refines and self.attention == "kernels":
-            r = channel_affinity(query, b, terms.sign, dtype=b.dtype) if terms.resamples else None
+            r = self.affinity_by_kernel(query, b)
             base = channel_apply(r, b, m, base, terms.gate_scale, terms.skip_scale)
         else:
             if terms.refines:
                 g = self.resampled(query, b, coarse) if terms.resamples else b
-                base = torch.add(base, g if m is None else g * m.sigmoid(), alpha=terms.gate_scale)
+                g = self.refinement(g if m is None else g * m.sigmoid())
+                base = torch.add(base, g, alpha=terms.gate_scale)
             if terms.skip_scale != 0:
                 base = torch.add(base, b, alpha=terms.skip_scale)
         return base
@@ -228,10 +240,16 @@ class Fusion(nn.Module):
         terms, phi, (aggregation, place) = self.terms, self.distribution.phi, self.source
         assert phi.bias is not None
         assert self.distribution.project is None
-        r = channel_affinity(a, b, terms.sign, dtype=b.dtype) if terms.resamples else None
+        r = self.affinity_by_kernel(a, b)
         weight, scales = phi.weight.flatten(1), (terms.alpha, terms.gate_scale, terms.skip_scale)
         d = descriptors[aggregation][place]
         return context_fusion(a, weight, phi.bias, d, r, b, *scales, gates=terms.gates)
+
+    def affinity_by_kernel(self, query: Tensor, b: Tensor) -> Tensor | None:
+        """R (B, C, C), where there is one."""
+        if not self.terms.resamples:
+            return None
+        return cast(Tensor, self.affinity(channel_affinity(query, b, self.terms.sign, dtype=b.dtype)))
 
     def resampled(self, query: Tensor, b: Tensor, coarse: Tensor | None) -> Tensor:
         """R B, with the energy and its softmax in at least float32."""
@@ -243,7 +261,7 @@ class Fusion(nn.Module):
             energy = self._product(wide(query), wide(b))
         if self.terms.sign < 0:
             energy = -energy if self.negates else energy.amax(-1, keepdim=True) - energy
-        r = energy.softmax(-1).to(b.dtype)
+        r = self.affinity(energy.softmax(-1)).to(b.dtype)
         if self.attention == "pixels":
             return _map(_pixels(b) @ r.transpose(1, 2), b)
         return (r @ b.flatten(2)).view_as(b)

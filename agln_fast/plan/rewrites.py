@@ -144,7 +144,7 @@ def project_descriptors(network: InferenceNetwork) -> InferenceNetwork:
             weight = torch.cat([project.weight for project in projections])
             bias = torch.cat([project.bias for project in projections if project.bias is not None])
             aggregation.projection = _composed(convolution_from(weight, bias), aggregation.projection)
-            aggregation.count = len(projections)
+            aggregation.count, aggregation.projects = len(projections), True
     return network
 
 
