@@ -16,9 +16,11 @@ from agln_fast.plan.blocks import block_of
 from agln_fast.plan.watch import watching
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import onnx_ir as ir
 
-__all__ = ["WatchedDeployment", "blocks_of_nodes", "name_blocks"]
+__all__ = ["WatchedDeployment", "blocks_of_nodes", "more_outputs", "name_blocks", "tensors_of"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter writes the paths of the modules around a node
 
@@ -67,3 +69,17 @@ def name_blocks(model: ir.Model, blocks: list[str]) -> None:
         result.name = block
     model.graph.outputs[:] = [output]
     common.RemoveUnusedNodesPass()(model)
+
+
+def tensors_of(data: bytes) -> list[str]:
+    """The names of all that the nodes of an ONNX file give."""
+    return [name for node in onnx.load_model_from_string(data).graph.node for name in node.output]
+
+
+def more_outputs(data: bytes, tensors: Iterable[str]) -> bytes:
+    """The ONNX file `data`, which gives `tensors` of its inside, too, after its own output."""
+    model = onnx.load_model_from_string(data)
+    own = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors if name not in own)
+    serialized: bytes = model.SerializeToString()
+    return serialized

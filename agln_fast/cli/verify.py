@@ -35,15 +35,20 @@ def verify(
     min_agreement: Annotated[float | None, typer.Option(help="Smallest agreement with fp32 that passes, 0..1.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default each engine's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Show the error of each block of each engine.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--to", help="With --blocks: a figure to write.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="With --blocks: weights, if the bundle has none.")] = None,
     json: Json = False,
 ) -> None:
     """Check every file's hash, run every engine that can run here, and compare its labels with the fp32 network.
 
     With --data it is compared on images of a dataset, and the mIoU of each engine on them is told, too.
+    With --blocks, compare what each block of the network gives instead: where does an engine leave the reference?
     """
     from dataclasses import asdict, replace
 
     from agln_fast.bundle import Bundle
+    from agln_fast.cli.blocks import BlocksRequest, check_blocks, show_blocks
     from agln_fast.cli.build import print_engines
     from agln_fast.cli.request import open_matching
     from agln_fast.manifest import Verification
@@ -55,8 +60,13 @@ def verify(
     check_minimum(min_agreement)
     if samples is not None:
         list_images(samples)
+    check_blocks(blocks, output, checkpoint)
     opened = open_matching(bundle, "auto", None, device, threads)
     dataset = None if data is None else _open_data(opened, data, data_root, split, samples, limit, skip_bad=skip_bad)
+    if blocks:
+        request = BlocksRequest(dataset or samples, min_agreement, device, threads, checkpoint, output)
+        show_blocks(opened, request, json=json)
+        return
     arrivals = Arrivals(opened, device, threads)
     own, wanted = arrivals.reference or (None, None)
     minimum = wanted if min_agreement is None else min_agreement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +17,28 @@ from agln_fast.artefact import Artefact
 from agln_fast.contract import IOContract
 from agln_fast.decode import decode, labels_dtype
 from agln_fast.engines.gate import Gate, keep_after_fork
-from agln_fast.errors import BundleError, MissingPackageError
+from agln_fast.errors import BackendError, BundleError, MissingPackageError
 from agln_fast.machine import installed
+from agln_fast.manifest import REBUILD
 from agln_fast.models.config import ModelConfig
+from agln_fast.plan.blocks import blocks_of
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
 from agln_fast.precision import Precision
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["CALIBRATION", "Array", "Engine", "EngineKind", "Port", "Workbench", "as_promised", "check_ports"]
+__all__ = [
+    "CALIBRATION",
+    "Array",
+    "Engine",
+    "EngineKind",
+    "Port",
+    "Workbench",
+    "as_promised",
+    "block_tensors",
+    "check_ports",
+]
 
 Array = npt.NDArray[np.generic]
 
@@ -204,6 +216,20 @@ class EngineKind(ABC):
             BundleError: the file is not what the artefact says.
         """
 
+    def blocks(
+        self, artefact: Artefact, images: Iterable[Array], *, device: str | None = None, threads: int | None = None
+    ) -> Generator[dict[str, Array], None, None]:
+        """What each block gives for each batch: its name (`agln_fast.plan.blocks.blocks_of`) -> floating-point values.
+
+        A block without a tensor of its own in what `artefact` was compiled from is missing. To give more than it was
+        made to give, a library may compile another graph, whose fusions differ.
+
+        Raises:
+            BackendError: this kind cannot tell, or the file is of before blocks had names; or as `open`.
+            BundleError: as `open`.
+        """
+        raise BackendError(f"{artefact.name}: an engine of {self.name} is compiled, and shows nothing of its inside")
+
     def engine_name(self, precision: Precision, plan: Plan) -> str:
         """What an engine is called, e.g. "tensorrt-rtx-fp16-kernels"."""
         return f"{self.name}-{precision}{'-kernels' * plan.kernels}"
@@ -240,6 +266,22 @@ def as_promised(output: Array, artefact: Artefact) -> Array:
         return output
     size, aligned = (contract.height, contract.width), bool(artefact.model.align_corners)
     return np.stack([decode(logits, size, align_corners=aligned) for logits in output])
+
+
+def block_tensors(artefact: Artefact, tensors: Collection[str]) -> dict[str, str]:
+    """Name of each block -> name of the tensor that it gives, of a graph with `tensors`, which `export_onnx` wrote.
+
+    A block's tensor has its name, unless it is the output: that is called "logits" also before the last resize.
+
+    Raises:
+        BackendError: the graph is of before blocks had names.
+    """
+    found = {block.name: block.name for block in blocks_of(artefact.model) if block.name in tensors}
+    if not found.keys() - {"logits"}:
+        raise BackendError(f"{artefact.file}: its blocks have no names: {REBUILD}")
+    if artefact.contract.output == "labels" and artefact.plan.low_resolution_labels:
+        found.setdefault("classifier", found.pop("logits"))
+    return found
 
 
 class Port(NamedTuple):

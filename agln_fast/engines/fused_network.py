@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,6 +171,12 @@ class FusedEngine(NetworkEngine):
         if result.is_cuda and reader is not None:
             result.record_stream(reader)  # its memory is this stream's, and the caller reads it on another one
         return result
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """The network is of the right type already."""
+        with exact_float32(), torch.cuda.stream(self._stream):
+            yield
 
     def _prepare(self, image: Tensor, in_place: bool) -> Callable[[Tensor], Tensor]:
         """The program for images of one shape; the one used least recently goes first, so that its memory is free."""

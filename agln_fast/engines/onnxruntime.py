@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Iterable
 from dataclasses import replace
 from typing import Any
 
 from agln_fast.artefact import Artefact
-from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, as_promised, check_ports
+from agln_fast.engines.base import Array, Engine, EngineKind, Port, Workbench, as_promised, block_tensors, check_ports
 from agln_fast.engines.denormals import denormals_as_zero
 from agln_fast.errors import BackendError, MissingPackageError, printable
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
@@ -55,6 +55,20 @@ class OnnxRuntime(EngineKind):
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         return OnnxRuntimeEngine(artefact, device or self.default_device(), threads)
 
+    def blocks(
+        self, artefact: Artefact, images: Iterable[Array], *, device: str | None = None, threads: int | None = None
+    ) -> Generator[dict[str, Array], None, None]:
+        from agln_fast.export.blocks import more_outputs, tensors_of
+
+        data = artefact.read(artefact.file)
+        tensors = block_tensors(artefact, tensors_of(data))
+        watched = more_outputs(data, tensors.values())
+        shown = replace(artefact, read=lambda _: watched)
+        with OnnxRuntimeEngine(shown, device or self.default_device(), threads, only_output=False) as engine:
+            for image in images:
+                outputs = engine.run_all(image)
+                yield {block: outputs[tensor] for block, tensor in tensors.items()}
+
 
 def _obstacle_to_fp16() -> str | None:
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -67,7 +81,8 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
 
-    def __init__(self, artefact: Artefact, device: str, threads: int | None) -> None:
+    def __init__(self, artefact: Artefact, device: str, threads: int | None, *, only_output: bool = True) -> None:
+        """`only_output`: the graph gives what the contract says, and nothing after it."""
         from agln_fast.engines.onnx_file import graph_precision, parse_graph
 
         onnxruntime = import_quietly("onnxruntime")
@@ -99,7 +114,7 @@ class OnnxRuntimeEngine(Engine):
             raise BackendError(f"onnxruntime could not start {provider} and would run on {session.get_providers()[0]}")
         ports = (
             [Port(port.name, _TYPES.get(port.type, port.type), port.shape) for port in listed]
-            for listed in (session.get_inputs(), session.get_outputs())
+            for listed in (session.get_inputs(), session.get_outputs()[: None if only_output else 1])
         )
         check_ports(artefact, *ports)
         self._session: Any = session
@@ -109,6 +124,12 @@ class OnnxRuntimeEngine(Engine):
         with denormals_as_zero():
             output: Array = self._session.run(None, {self._input: image})[0]
         return output
+
+    def run_all(self, image: Array) -> dict[str, Array]:
+        """Every output of the graph for one batch, by its name."""
+        with self._gate.turn(), denormals_as_zero():
+            outputs = self._session.run(None, {self._input: image})
+        return dict(zip((port.name for port in self._session.get_outputs()), outputs, strict=True))
 
     def _finish(self, output: Array) -> Array:
         return as_promised(output, self._artefact)

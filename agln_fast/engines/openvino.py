@@ -7,7 +7,7 @@ bf16 where the CPU has it, and in fp32 elsewhere. A trial of one is an ONNX file
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,17 @@ from typing import Any, cast
 import numpy as np
 
 from agln_fast.artefact import Artefact
-from agln_fast.engines.base import CALIBRATION, Array, Engine, EngineKind, Port, Workbench, as_promised, check_ports
+from agln_fast.engines.base import (
+    CALIBRATION,
+    Array,
+    Engine,
+    EngineKind,
+    Port,
+    Workbench,
+    as_promised,
+    block_tensors,
+    check_ports,
+)
 from agln_fast.engines.denormals import denormals_as_zero
 from agln_fast.errors import BackendError, MissingPackageError
 from agln_fast.plan.plan import ALGEBRA, NO_PLAN, Plan
@@ -109,6 +119,13 @@ class OpenVino(EngineKind):
     def open(self, artefact: Artefact, *, device: str | None = None, threads: int | None = None) -> Engine:
         return OpenVinoEngine(artefact, threads)
 
+    def blocks(
+        self, artefact: Artefact, images: Iterable[Array], *, device: str | None = None, threads: int | None = None
+    ) -> Generator[dict[str, Array], None, None]:
+        with OpenVinoEngine(artefact, threads, watched=True) as engine:
+            for image in images:
+                yield engine.run_blocks(image)
+
 
 class OpenVinoEngine(Engine):
     """Sets the precision hint and reads it back: OpenVINO left alone takes bf16 where the CPU has it."""
@@ -116,7 +133,8 @@ class OpenVinoEngine(Engine):
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, artefact: Artefact, threads: int | None) -> None:
+    def __init__(self, artefact: Artefact, threads: int | None, *, watched: bool = False) -> None:
+        """`watched`: the graph gives the results of its blocks, too."""
         from agln_fast.engines.onnx_file import parse_graph
 
         openvino = import_quietly("openvino")
@@ -139,7 +157,9 @@ class OpenVinoEngine(Engine):
         try:
             with denormals_as_zero():
                 core = openvino.Core()
-                compiled = core.compile_model(core.read_model(*parts), "CPU", settings)
+                model = core.read_model(*parts)
+                self._blocks = _watch(model, artefact) if watched else {}
+                compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise BackendError(f"openvino cannot open {path}: {str(error).splitlines()[-1]}") from None
         built = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
@@ -150,7 +170,7 @@ class OpenVinoEngine(Engine):
                 f"openvino would run the convolutions of {path} in {built}, not in int8: "
                 "the file is not quantised, or not for this CPU; build it again with `agln-fast rebuild`"
             )
-        ports = (list(map(_port, listed)) for listed in (compiled.inputs, compiled.outputs))
+        ports = (list(map(_port, listed)) for listed in (compiled.inputs, compiled.outputs[:1]))
         check_ports(artefact, *ports)
         self._request: Any = compiled.create_infer_request()
 
@@ -158,6 +178,12 @@ class OpenVinoEngine(Engine):
         # The request owns its output buffer and overwrites it in the next run.
         with denormals_as_zero():
             return np.array(self._request.infer([image], share_inputs=True)[0])
+
+    def run_blocks(self, image: Array) -> dict[str, Array]:
+        """The result of each block for one batch, of an engine that is `watched`."""
+        with self._gate.turn(), denormals_as_zero():
+            outputs = self._request.infer([image], share_inputs=True)
+            return {block: np.array(outputs[place]) for block, place in self._blocks.items()}
 
     def _finish(self, output: Array) -> Array:
         return as_promised(output, self._artefact)
@@ -169,6 +195,15 @@ class OpenVinoEngine(Engine):
 def _capabilities(openvino: Any) -> list[str]:
     """What the CPU computes in, e.g. ["FP32", "BF16", "INT8"]."""
     return cast(list[str], openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def _watch(model: Any, artefact: Artefact) -> dict[str, int]:
+    """Make `model` give the results of its blocks, too; returns the place of each among the outputs."""
+    ports = {name: port for node in model.get_ops() for port in node.outputs() for name in port.names}
+    tensors = block_tensors(artefact, ports)
+    model.add_outputs([tensor for tensor in tensors.values() if tensor not in model.output(0).names])
+    places = {name: place for place, port in enumerate(model.outputs) for name in port.names}
+    return {block: places[tensor] for block, tensor in tensors.items()}
 
 
 def _port(port: Any) -> Port:

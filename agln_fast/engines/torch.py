@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Generator, Iterable
+from typing import TYPE_CHECKING, cast
 
 from agln_fast.artefact import Artefact
 from agln_fast.contract import IOContract
-from agln_fast.engines.base import Engine, EngineKind, Workbench
+from agln_fast.engines.base import Array, Engine, EngineKind, Workbench
 from agln_fast.engines.driver import check_driver
 from agln_fast.errors import BackendError
 from agln_fast.plan.plan import NO_PLAN, Plan
@@ -58,6 +58,13 @@ class NetworkKind(EngineKind):
             device=device,
             threads=threads,
         )
+
+    def blocks(
+        self, artefact: Artefact, images: Iterable[Array], *, device: str | None = None, threads: int | None = None
+    ) -> Generator[dict[str, Array], None, None]:
+        with self.open(artefact, device=device, threads=threads) as engine:
+            for image in images:
+                yield cast("NetworkEngine", engine).run_blocks(image)
 
     def open_network(
         self,

@@ -19,6 +19,7 @@ from agln_fast.errors import BackendError, BundleError
 from agln_fast.forking import use_threads
 from agln_fast.models.checkpoint import load_weights
 from agln_fast.models.networks import SegmentationNetwork
+from agln_fast.plan.watch import watching
 from agln_fast.precision import PRECISIONS, Precision
 
 __all__ = ["NetworkEngine", "dtype_of", "exact_float32", "network_of"]
@@ -162,17 +163,35 @@ class NetworkEngine(Engine):
                 f"{self.name} failed on {self.device} with an image of {image.shape}: {reason}"
             ) from error
 
+    @torch.inference_mode()
+    def run_blocks(self, image: Array) -> dict[str, Array]:
+        """What each block of the network gives for one batch, as it runs for `run`, but for a CUDA graph."""
+        use_threads()
+        with self._gate.turn(), watching(self._network.network, _values) as found, self._arithmetic():
+            self._network(torch.from_numpy(image).to(self._device))
+        return found
+
     def _forward(self, image: Tensor, *, in_place: bool) -> Tensor:
         """From the host to the host, or with `in_place` to the device."""
-        half = PRECISIONS[self.precision].half
-        dtype = dtype_of(self.precision) if half else None
-        autocast = torch.autocast(self._device.type, dtype, enabled=half, cache_enabled=False)
-        with exact_float32(), autocast:
+        with self._arithmetic():
             result = cast(Tensor, self._network(image.to(self._device)))
         return result if in_place else result.cpu()
 
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """What the network runs in."""
+        half = PRECISIONS[self.precision].half
+        dtype = dtype_of(self.precision) if half else None
+        with exact_float32(), torch.autocast(self._device.type, dtype, enabled=half, cache_enabled=False):
+            yield
+
     def _release(self) -> None:
         del self._network
+
+
+def _values(x: Tensor) -> Array:
+    """On the host, at least float32: NumPy has no bfloat16."""
+    return x.to("cpu", torch.promote_types(x.dtype, torch.float32), copy=True).numpy()
 
 
 def network_of(artefact: Artefact, threads: int | None) -> SegmentationNetwork:

@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 INK, FAINT, EMPTY = "#202124", "#76787e", "#f1f1f3"
+SERIES = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+"""Colours of lines side by side: those of Okabe and Ito, which colour-blind readers can tell apart."""
+
 CAPTION = 0.32
 """Height of the two lines above a picture."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from agln_fast.models.config import ModelConfig
@@ -19,38 +20,53 @@ SCALES = "1/16", "1/8", "1/4"
 
 
 class Block(NamedTuple):
-    """A block's name, and what a reader calls it, such as "CFB 1/8 no. 2: semantic distribution M"."""
+    """A step of a network.
+
+    name: see above. title: what a reader calls it, such as "CFB 1/8 no. 2: semantic distribution M".
+    taker: the name of the first block that takes its result; None for the last one.
+    """
 
     name: str
     title: str
+    taker: str | None
 
 
 def blocks_of(model: ModelConfig) -> list[Block]:
     """The blocks of a network, in the order in which they are computed."""
-    stages = [Block(f"encoder.stage{number}", f"encoder: stage {number}") for number in range(1, 5)]
-    blocks = [Block("encoder.stem", "encoder: stem"), *stages]
+    titles = {"encoder.stem": "encoder: stem"}
+    titles |= {f"encoder.stage{number}": f"encoder: stage {number}" for number in range(1, 5)}
+    takers: dict[str, str] = {}  # of those whose taker is not the one that comes next
     if model.architecture != "fcn8s":
-        blocks.append(Block("decoder.reduce", "projection of stage 4"))
+        titles["decoder.reduce"] = "projection of stage 4"
+        takers["decoder.reduce"] = "decoder.merge.0"
         for level in range(len(SCALES)):
-            blocks += _level(model, level)
-        blocks.append(Block("decoder", "features of all levels"))
-    return [*blocks, Block("head", "head"), Block("classifier", "classifier"), Block("logits", "logits, full size")]
+            _add_level(model, level, titles, takers)
+        titles["decoder"] = "features of all levels"
+    titles |= {"head": "head", "classifier": "classifier", "logits": "logits, full size"}
+    following = dict(pairwise(titles)) | takers
+    return [Block(name, title, following.get(name)) for name, title in titles.items()]
 
 
-def _level(model: ModelConfig, level: int) -> Iterator[Block]:
+def _add_level(model: ModelConfig, level: int, titles: dict[str, str], takers: dict[str, str]) -> None:
     scale, dense = SCALES[level], model.decoder == "dense"
-    yield Block(f"decoder.lateral.{level}", f"lateral {scale}")
+    lateral, smooth, first = f"decoder.lateral.{level}", f"decoder.smooth.{level}", f"decoder.cfb.{level}.0"
+    titles[lateral] = f"lateral {scale}"
     if model.architecture == "fpn":
-        yield Block(f"decoder.merge.{level}", f"sum {scale}")
+        titles[f"decoder.merge.{level}"] = f"sum {scale}"
     else:
+        takers[lateral] = first
         if dense or level == 0:
-            yield Block(f"decoder.sab.{level}", f"SAB {level + 1}")
-        yield Block(f"decoder.merge.{level}", f"upsampled A {scale}")
+            titles[f"decoder.sab.{level}"] = f"SAB {level + 1}"
+            takers[f"decoder.sab.{level}"] = f"decoder.cfb.{level}.{level}.sdm"
+        titles[f"decoder.merge.{level}"] = f"upsampled A {scale}"
         for number in range(level + 1 if dense else 1):
-            title = f"CFB {scale} no. {number + 1}"
+            block = f"decoder.cfb.{level}.{number}"
             for part, words in _parts(model):
-                yield Block(f"decoder.cfb.{level}.{number}{part}", f"{title}: {words}")
-    yield Block(f"decoder.smooth.{level}", f"smoothing {scale}")
+                titles[block + part] = f"CFB {scale} no. {number + 1}: {words}"
+            if model.formulation == "release":
+                takers[f"{block}.sum"] = block
+    titles[smooth] = f"smoothing {scale}"
+    takers[smooth] = "decoder"
 
 
 def _parts(model: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -261,7 +261,7 @@ class Fusion(nn.Module):
             energy = self._product(wide(query), wide(b))
         if self.terms.sign < 0:
             energy = -energy if self.negates else energy.amax(-1, keepdim=True) - energy
-        r = self.affinity(energy.softmax(-1)).to(b.dtype)
+        r: Tensor = self.affinity(energy.softmax(-1)).to(b.dtype)
         if self.attention == "pixels":
             return _map(_pixels(b) @ r.transpose(1, 2), b)
         return (r @ b.flatten(2)).view_as(b)

@@ -12,7 +12,7 @@ from agln_fast.models.blocks import ContextFusionBlock
 from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork
 from agln_fast.models.resnet import ResNet
 from agln_fast.plan.blocks import blocks_of
-from agln_fast.plan.network import Concatenation, Decoder, Fusion, InferenceNetwork
+from agln_fast.plan.network import Aggregation, Concatenation, Decoder, Fusion, InferenceNetwork
 
 __all__ = ["watching"]
 
@@ -20,9 +20,7 @@ _Kept = TypeVar("_Kept")
 
 
 @contextmanager
-def watching(
-    network: SegmentationNetwork | InferenceNetwork, keep: Callable[[Tensor], _Kept]
-) -> Iterator[dict[str, _Kept]]:
+def watching(network: nn.Module, keep: Callable[[Tensor], _Kept]) -> Iterator[dict[str, _Kept]]:
     """What `keep` makes of the result of each block while `network` runs, under the names of `blocks_of`.
 
     A block whose result exists nowhere in this form of the network, because a rewrite computes it along with others or
@@ -30,8 +28,10 @@ def watching(
     (B, C, N) of descriptors, (B, C, C) of the channel attention. The hooks are gone at the end, come what may.
 
     Args:
+        network: a `SegmentationNetwork` or an `InferenceNetwork`.
         keep: is called at once, because the network may overwrite the tensor later.
     """
+    assert isinstance(network, SegmentationNetwork | InferenceNetwork)
     names = [block.name for block in blocks_of(network.config)]
     found: dict[str, _Kept] = {}
 
@@ -130,11 +130,10 @@ def _watch_fusion_block(name: str, block: ContextFusionBlock, hooks: _Hooks) -> 
 
 
 def _watch_inference(network: InferenceNetwork, hooks: _Hooks) -> None:
-    encoder, decoder = network.encoder, network.decoder
-    if isinstance(encoder, ResNet):
-        hooks.stages((encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4))
-    else:
-        hooks.stages(encoder.stages)
+    decoder = network.decoder
+    encoder: Any = network.encoder  # the fused network's is another
+    plain = isinstance(encoder, ResNet)
+    hooks.stages((encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4) if plain else encoder.stages)
     hooks.after("head", network.mix)
     if network.full_size:
         hooks.after("logits", network)
@@ -145,7 +144,7 @@ def _watch_inference(network: InferenceNetwork, hooks: _Hooks) -> None:
     hooks.pyramid(decoder)
     for number, aggregation in network.aggregations():
         if not aggregation.projects:
-            hooks.see(aggregation, lambda _, made, name=f"decoder.sab.{number}": hooks.note(name, made[0]))
+            _watch_aggregation(f"decoder.sab.{number}", aggregation, hooks)
     for level, merge in enumerate(network.levels()):
         if not merge.fusions:
             hooks.after(f"decoder.merge.{level}", merge)
@@ -155,6 +154,10 @@ def _watch_inference(network: InferenceNetwork, hooks: _Hooks) -> None:
                 hooks.before(f"decoder.merge.{level}", fusion)
             _watch_fusion(name, fusion, hooks)
             hooks.after(name, fusion)
+
+
+def _watch_aggregation(name: str, aggregation: Aggregation, hooks: _Hooks) -> None:
+    hooks.see(aggregation, lambda _, made: hooks.note(name, made[0]))
 
 
 def _watch_fusion(name: str, fusion: Fusion, hooks: _Hooks) -> None:

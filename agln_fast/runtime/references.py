@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.runtime.images import fit, list_images, load_image, pack
 from agln_fast.runtime.verify import Reference, batch_sizes
 
-__all__ = ["SAMPLES", "make_reference", "sample_frames", "sample_images"]
+__all__ = ["SAMPLES", "dataset_frames", "make_batches", "make_reference", "sample_frames", "sample_images"]
 
 SAMPLES = 4
 """Pictures to verify with, where nobody names some."""
@@ -64,22 +65,28 @@ def dataset_frames(dataset: SegmentationDataset, contract: IOContract) -> list[n
     return [fit(sample.image, contract.whole())[0] for sample in dataset]
 
 
+def make_batches(contract: IOContract, frames: Sequence[npt.NDArray[np.uint8]]) -> Iterator[npt.NDArray[Any]]:
+    """What an engine takes, of frames (height, width, 3) of the contract's size.
+
+    They go in batches of `batch_sizes`, in turn and from the beginning again.
+    """
+    endless = cycle(frames)
+    for size in batch_sizes(contract, len(frames)):
+        yield pack(list(islice(endless, size)), contract)
+
+
 def make_reference(
     network: SegmentationNetwork, contract: IOContract, frames: Sequence[npt.NDArray[np.uint8]]
 ) -> list[Reference]:
-    """Run the fp32 reference on frames (height, width, 3) of the contract's size.
-
-    They go in batches of `batch_sizes`, in turn and from the beginning again.
+    """Run the fp32 reference on frames (height, width, 3) of the contract's size, in `make_batches`.
 
     Raises:
         VerificationError: the network itself gives NaN or Inf.
     """
     deployed = DeployedNetwork(network, replace(contract, output="logits"), network.config.num_classes)
-    endless = cycle(frames)
     references = []
-    for size in batch_sizes(contract, len(frames)):
+    for image in make_batches(contract, frames):
         interruption.check()
-        image = pack(list(islice(endless, size)), contract)
         with torch.inference_mode():
             logits = deployed(torch.from_numpy(image))
             top = logits.topk(min(2, logits.shape[1]), 1).values

@@ -24,7 +24,7 @@ from agln_fast.bench.pages.presentation import (
 )
 from agln_fast.bench.race.rows import Row
 from agln_fast.errors import ConfigError, MissingPackageError
-from agln_fast.figures.comparison import FAINT, INK
+from agln_fast.figures.comparison import FAINT, INK, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,6 @@ __all__ = ["draw_ladder", "draw_latency", "draw_pareto", "draw_scaling"]
 OURS = "#D55E00"
 _PEER = "#75787d"
 _DARKEST, _LIGHTEST = 0.36, 0.78  # grey levels of peers
-_SERIES = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 _MARKERS = "osD^vP*"
 _PRECISIONS = {"fp32": "#0072B2", "tf32": "#56B4E9", "bf16": "#D55E00", "fp16": "#E69F00", "int8": "#009E73"}
 # The longest prefix first.
@@ -208,8 +207,8 @@ def draw_scaling(rows: Sequence[Row]) -> Figure:
         width = each - 0.75
         axes = _axes(figure, i * each + 0.58, top, width, height)
         for line, entry in zip(series, column, strict=True):
-            number = names.index(line.name) % len(_SERIES)
-            colour, face = _SERIES[number], _SERIES[number] if line.row.ours else "white"
+            number = names.index(line.name) % len(SERIES)
+            colour, face = SERIES[number], SERIES[number] if line.row.ours else "white"
             style: dict[str, Any] = {
                 "linewidth": 1.0,
                 "marker": _MARKERS[number],

@@ -65,11 +65,45 @@ def test_a_path_tells_its_block(path, block):
 
 
 def test_titles_are_the_paper_s_words():
-    titles = dict(blocks_of(preset("agln_resnet50", 5)))
+    titles = {block.name: block.title for block in blocks_of(preset("agln_resnet50", 5))}
     assert titles["decoder.cfb.1.1.sdm"] == "CFB 1/8 no. 2: semantic distribution M"
     assert titles["decoder.cfb.0.0"] == "CFB 1/16 no. 1: output O"
     assert titles["decoder.sab.2"] == "SAB 3"
-    assert "decoder.cfb.0.0.enhance" not in dict(blocks_of(preset("agln_release_resnet50", 5)))  # it has no Ψ
-    straight = dict(blocks_of(preset("agln_straight_resnet50", 5)))
-    assert "decoder.sab.1" not in straight
-    assert "decoder.cfb.2.1" not in straight
+
+
+def test_only_what_a_network_has_is_a_block():
+    release, straight, fcn8s = (
+        {block.name for block in blocks_of(preset(name, 5))}
+        for name in ("agln_release_resnet50", "agln_straight_resnet50", "fcn8s_resnet50")
+    )
+    assert "decoder.cfb.0.0.enhance" not in release  # it has no Ψ
+    assert not {"decoder.sab.1", "decoder.cfb.2.1"} & straight
+    assert not any(name.startswith("decoder") for name in fcn8s)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_is_computed_reaches_the_logits(name):
+    blocks = {block.name: block for block in blocks_of(preset(name, 5))}
+    order = list(blocks)
+    for block in blocks.values():
+        assert (block.taker is None) == (block.name == "logits")
+        assert block.taker is None or order.index(block.taker) > order.index(block.name)
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "taker"),
+    [
+        ("agln_resnet18", "decoder.cfb.1.0.sum", "decoder.cfb.1.0.enhance"),  # Eq. 3
+        ("agln_release_resnet18", "decoder.cfb.1.0.sum", "decoder.cfb.1.0"),  # its R is of A
+        ("agln_resnet18", "decoder.cfb.1.0.sdm", "decoder.cfb.1.0.sum"),
+        ("agln_resnet18", "decoder.cfb.1.0.affinity", "decoder.cfb.1.0.lrm"),
+        ("agln_resnet18", "decoder.sab.1", "decoder.cfb.1.1.sdm"),  # the descriptors of SAB j go to block j
+        ("agln_straight_resnet18", "decoder.sab.0", "decoder.cfb.0.0.sdm"),
+        ("agln_resnet18", "decoder.smooth.0", "decoder"),
+        ("fpn_resnet18", "decoder.lateral.1", "decoder.merge.1"),
+        ("fpn_resnet18", "decoder.merge.1", "decoder.smooth.1"),
+        ("fcn8s_resnet18", "encoder.stage4", "head"),
+    ],
+)
+def test_who_takes_a_result(model, block, taker):
+    assert {each.name: each.taker for each in blocks_of(preset(model, 5))}[block] == taker
