@@ -62,9 +62,8 @@ def show_blocks(bundle: Bundle, request: BlocksRequest, *, json: bool) -> None:
     """
     from agln_fast.runtime.blocks import BlockReference, compare_blocks
 
-    contract, minimum = bundle.manifest.contract, request.min_agreement
-    reference = BlockReference(_network(bundle, request), contract)
-    images = _images(bundle, request)
+    reference = BlockReference(_network(bundle, request), bundle.manifest.contract)
+    images, minimum = _images(bundle, request)
     compared: list[EngineBlocks] = []
     failed: dict[str, str] = {}
     where: dict[str, Any] = {"device": request.device, "threads": request.threads}
@@ -108,18 +107,19 @@ def _network(bundle: Bundle, request: BlocksRequest) -> SegmentationNetwork:
     return network_of(bundle.artefact(weights.name), request.threads)
 
 
-def _images(bundle: Bundle, request: BlocksRequest) -> list[Array]:
-    """Batches of the smallest size: the bundle's own pictures, or the samples."""
+def _images(bundle: Bundle, request: BlocksRequest) -> tuple[list[Array], float | None]:
+    """Batches of the smallest size, of the bundle's own pictures or the samples; and the agreement that is asked for."""
     from agln_fast.runtime.arrival import Arrivals
     from agln_fast.runtime.references import make_batches, sample_frames
 
     contract = bundle.manifest.contract
-    own = Arrivals(bundle).reference if request.samples is None else None
-    if own is not None:
-        batches = [reference.image for reference in own[0]]
+    own, wanted = Arrivals(bundle).reference or (None, None)
+    if own is not None and request.samples is None:
+        batches = [reference.image for reference in own]
     else:
         batches = list(make_batches(contract, sample_frames(request.samples, contract)))
-    return [batch for batch in batches if len(batch) == contract.min_batch]
+    minimum = wanted if request.min_agreement is None else request.min_agreement
+    return [batch for batch in batches if len(batch) == contract.min_batch], minimum
 
 
 def _draw(bundle: Bundle, compared: Sequence[EngineBlocks], path: Path) -> None:
