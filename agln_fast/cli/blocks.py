@@ -15,6 +15,7 @@ from agln_fast.errors import BackendError, BundleError, ConfigError
 
 if TYPE_CHECKING:
     from agln_fast.bundle import Bundle
+    from agln_fast.data.dataset import SegmentationDataset
     from agln_fast.engines.base import Array
     from agln_fast.models.networks import SegmentationNetwork
     from agln_fast.runtime.blocks import BlockError, EngineBlocks
@@ -25,7 +26,7 @@ __all__ = ["BlocksRequest", "check_blocks", "show_blocks"]
 class BlocksRequest(NamedTuple):
     """The options of `agln-fast verify` that count with `--blocks`."""
 
-    samples: str | None
+    samples: str | SegmentationDataset | None
     min_agreement: float | None
     device: str | None
     threads: int | None
@@ -110,14 +111,16 @@ def _network(bundle: Bundle, request: BlocksRequest) -> SegmentationNetwork:
 def _images(bundle: Bundle, request: BlocksRequest) -> tuple[list[Array], float | None]:
     """Batches of the smallest size, of the bundle's own pictures or the samples; and the agreement that is asked for."""
     from agln_fast.runtime.arrival import Arrivals
-    from agln_fast.runtime.references import make_batches, sample_frames
+    from agln_fast.runtime.references import dataset_frames, make_batches, sample_frames
 
     contract = bundle.manifest.contract
     own, wanted = Arrivals(bundle).reference or (None, None)
     if own is not None and request.samples is None:
         batches = [reference.image for reference in own]
     else:
-        batches = list(make_batches(contract, sample_frames(request.samples, contract)))
+        named = request.samples is None or isinstance(request.samples, str)
+        frames = sample_frames(request.samples, contract) if named else dataset_frames(request.samples, contract)
+        batches = list(make_batches(contract, frames))
     minimum = wanted if request.min_agreement is None else request.min_agreement
     return [batch for batch in batches if len(batch) == contract.min_batch], minimum
 

@@ -36,7 +36,10 @@ def blocks_of(model: ModelConfig) -> list[Block]:
     titles = {"encoder.stem": "encoder: stem"}
     titles |= {f"encoder.stage{number}": f"encoder: stage {number}" for number in range(1, 5)}
     takers: dict[str, str] = {}  # of those whose taker is not the one that comes next
-    if model.architecture != "fcn8s":
+    if model.concat_input:
+        titles |= {f"decoder.convs.{number}": f"head: convolution {number + 1}" for number in range(2)}
+        titles["decoder"] = "stage 4 and the head's convolutions"
+    elif model.architecture in ("fpn", "agln"):
         titles["decoder.reduce"] = "projection of stage 4"
         takers["decoder.reduce"] = "decoder.merge.0"
         for level in range(len(SCALES)):
@@ -90,7 +93,7 @@ _PATHS = [
         (r"encoder\.layer(?P<n>\d)", "encoder.stage{n}"),
         (r"encoder\.stages\.(?P<before>\d)", "encoder.stage{n}"),
         (r"encoder", "encoder.stem"),
-        (r"decoder\.(?P<part>reduce|(?:lateral|smooth|sab)\.\d)", "decoder.{part}"),
+        (r"decoder\.(?P<part>reduce|(?:lateral|smooth|sab|convs)\.\d)", "decoder.{part}"),
         (r"decoder\.merge\.(?P<n>\d)\.aggregation", "decoder.sab.{n}"),
         (_CFB + r"\.(?:sdm|distribution)", "decoder.cfb.{n}.{j}.sdm"),
         (_CFB + r"\.enhance", "decoder.cfb.{n}.{j}.enhance"),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from agln_fast.models.blocks import ContextFusionBlock
-from agln_fast.models.networks import AGLNDecoder, FPNDecoder, SegmentationNetwork
+from agln_fast.models.networks import AGLNDecoder, FCNDecoder, FPNDecoder, SegmentationNetwork
 from agln_fast.models.resnet import ResNet
 from agln_fast.plan.blocks import blocks_of
 from agln_fast.plan.network import Aggregation, Concatenation, Decoder, Fusion, InferenceNetwork
@@ -77,6 +77,11 @@ class _Hooks:
                 self.before("encoder.stem", stage)
             self.after(f"encoder.stage{number}", stage)
 
+    def convolutions(self, decoder: FCNDecoder) -> None:
+        """Of the head of MMSegmentation's FCN."""
+        for number, convolution in enumerate(decoder.convs):
+            self.after(f"decoder.convs.{number}", convolution)
+
     def pyramid(self, decoder: FPNDecoder | Decoder) -> None:
         """What all decoders have."""
         self.after("decoder.reduce", decoder.reduce)
@@ -92,8 +97,11 @@ def _watch_reference(network: SegmentationNetwork, hooks: _Hooks) -> None:
     hooks.after("logits", network)
     if decoder is None:
         return
-    hooks.pyramid(decoder)
     hooks.after("decoder", decoder)
+    if isinstance(decoder, FCNDecoder):
+        hooks.convolutions(decoder)
+        return
+    hooks.pyramid(decoder)
     if not isinstance(decoder, AGLNDecoder):
         for level, smooth in enumerate(decoder.smooth):
             hooks.before(f"decoder.merge.{level}", smooth)
@@ -140,6 +148,9 @@ def _watch_inference(network: InferenceNetwork, hooks: _Hooks) -> None:
     if isinstance(network.mix, nn.Sequential) and isinstance(network.mix[0], Concatenation):
         hooks.after("decoder", network.mix[0])
     if decoder is None:
+        return
+    if isinstance(decoder, FCNDecoder):
+        hooks.convolutions(decoder)
         return
     hooks.pyramid(decoder)
     for number, aggregation in network.aggregations():
