@@ -17,6 +17,7 @@ from agln_fast.plan.network import InferenceNetwork
 from agln_fast.plan.plan import ALGEBRA, Plan
 from agln_fast.plan.rewrites import rewrite
 from agln_fast.plan.watch import watching
+from agln_fast.plan.winograd import WinogradConv2d, winograd
 
 _network = cache(network)
 IMAGE = torch.randn(2, 3, 45, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -65,6 +66,14 @@ def test_each_rewrite_alone_hides_no_more_than_it_must(variant, name):
     model = _network(variant)
     hidden = assert_equal(model, rewrite(model, Plan(**{name: True})))
     assert hidden == (SABS if (variant, name) == ("release", "project_descriptors") else set())
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_winograd_hides_nothing(variant):
+    model = _network(variant)
+    planned = winograd(rewrite(model, Plan(fold_batchnorm=True)), 4, fewest_channels=1)
+    assert sum(isinstance(module, WinogradConv2d) for module in planned.modules()) > 20
+    assert assert_equal(model, planned) == set()
 
 
 def test_labels_before_the_resize_hide_the_logits_of_full_size():
