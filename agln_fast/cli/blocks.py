@@ -109,7 +109,7 @@ def _network(bundle: Bundle, request: BlocksRequest) -> SegmentationNetwork:
 
 
 def _images(bundle: Bundle, request: BlocksRequest) -> tuple[list[Array], float | None]:
-    """Batches of the smallest size, of the bundle's own pictures or the samples; and the agreement that is asked for."""
+    """Batches of the smallest size, of the bundle's own pictures or those asked for; and the agreement that is asked."""
     from agln_fast.runtime.arrival import Arrivals
     from agln_fast.runtime.references import dataset_frames, make_batches, sample_frames
 
