@@ -109,7 +109,7 @@ def _network(bundle: Bundle, request: BlocksRequest) -> SegmentationNetwork:
 
 
 def _images(bundle: Bundle, request: BlocksRequest) -> tuple[list[Array], float | None]:
-    """Batches of the smallest size, of the bundle's own pictures or those asked for; and the agreement that is asked."""
+    """Batches of the smallest size, of the bundle's own pictures or those asked for; and the agreement asked for."""
     from agln_fast.runtime.arrival import Arrivals
     from agln_fast.runtime.references import dataset_frames, make_batches, sample_frames
 
@@ -118,8 +118,10 @@ def _images(bundle: Bundle, request: BlocksRequest) -> tuple[list[Array], float 
     if own is not None and request.samples is None:
         batches = [reference.image for reference in own]
     else:
-        named = request.samples is None or isinstance(request.samples, str)
-        frames = sample_frames(request.samples, contract) if named else dataset_frames(request.samples, contract)
+        if request.samples is None or isinstance(request.samples, str):
+            frames = sample_frames(request.samples, contract)
+        else:
+            frames = dataset_frames(request.samples, contract)
         batches = list(make_batches(contract, frames))
     minimum = wanted if request.min_agreement is None else request.min_agreement
     return [batch for batch in batches if len(batch) == contract.min_batch], minimum
