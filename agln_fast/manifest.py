@@ -23,6 +23,7 @@ from agln_fast.plan.plan import NO_PLAN, Plan
 from agln_fast.precision import Precision
 
 __all__ = [
+    "DRAWN",
     "LARGEST",
     "REBUILD",
     "SCHEMA_VERSION",
@@ -94,6 +95,9 @@ class Accuracy:
     high: float
     backend: str
 
+
+DRAWN = "scenes"
+"""The dataset of an `Accuracy` that is none of the user's."""
 
 PlanChosenBy = Literal["timing", "cost model", "user", "fixed"]
 

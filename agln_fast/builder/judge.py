@@ -10,6 +10,7 @@ from agln_fast.artefact import Artefact
 from agln_fast.builder.pictures import Pictures, Unlabelled
 from agln_fast.builder.sensitivity import Sensitivity, choose_floating
 from agln_fast.data.classes import ClassSet, class_set
+from agln_fast.data.dataset import SomeSamples
 from agln_fast.engines import EngineKind
 from agln_fast.engines.base import Workbench
 from agln_fast.errors import BackendError, ConfigError, MissingPackageError, VerificationError
@@ -22,6 +23,8 @@ from agln_fast.runtime.verify import Reference, verify_engine
 __all__ = ["Judge"]
 
 _FEW = 8  # images to rank blocks by
+_MOST_BYTES = 2**30  # of what agreement remembers of the reference
+_BYTES = 3  # of it for each pixel
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,16 @@ class Judge:
                 f"data: {dataset.class_set.name} has {len(dataset.class_set.classes)} classes, the network {ours}: "
                 "give the data that it was trained for, or images without masks"
             )
+        if not self._has_masks:
+            contract = self.reference.contract
+            dataset = SomeSamples(dataset, max(1, _MOST_BYTES // (_BYTES * contract.height * contract.width)))
         return yardstick(self.reference, dataset, masks=self._has_masks, threads=self.threads)
 
     @cached_property
     def _quick(self) -> Yardstick:
-        return yardstick(self.reference, self.pictures.some(_FEW), masks=False, threads=self.threads)
+        """By pictures that are not judged by: what they choose must not choose its own score."""
+        few = self.pictures.calibrated_on(_FEW)
+        return yardstick(self.reference, few, masks=False, threads=self.threads)
 
     def choose_floating(self, kind: EngineKind, bench: Workbench, plan: Plan) -> Sensitivity:
         """The blocks that an int8 engine leaves in floating point, so that it loses no more than it may.

@@ -132,6 +132,10 @@ class Pictures:
         """
         return [fit(self._source[index].image, contract.whole())[0] for index in self._calibration]
 
+    def calibrated_on(self, count: int) -> SegmentationDataset:
+        """Of those that are calibrated on, at most `count`, evenly spread."""
+        return SomeSamples(_Some(self._source, self._calibration), count)
+
     def some(self, count: int) -> SegmentationDataset:
         """Of those that are judged by, at most `count`, evenly spread."""
         return SomeSamples(self.judged, count)

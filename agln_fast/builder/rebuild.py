@@ -16,7 +16,7 @@ from agln_fast.contract import IOContract
 from agln_fast.data.classes import ClassSet
 from agln_fast.engines import KINDS, targets
 from agln_fast.errors import AglnError, BundleError, printable
-from agln_fast.manifest import check_schema, schema_error
+from agln_fast.manifest import DRAWN, check_schema, schema_error
 from agln_fast.models.config import ModelConfig
 from agln_fast.models.shipped import WEIGHTS_FILE
 from agln_fast.precision import PRECISIONS
@@ -37,13 +37,14 @@ class Recipe:
     """What a bundle was made from and for.
 
     model, weights: the network; its weights as safetensors. options: those of `build`, by name.
-    left_out: a line for each engine that this agln-fast cannot build.
+    left_out: a line for each engine that this agln-fast cannot build. data: what engines were judged by, but scenes.
     """
 
     model: ModelConfig
     weights: bytes
     options: dict[str, Any]
     left_out: tuple[str, ...]
+    data: tuple[str, ...]
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -84,7 +85,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         "compute_capabilities": capabilities,
         "kernels": "both" if len(variants) > 1 else "only" if True in variants else "none",
     }
-    return Recipe(model, weights, options, left_out)
+    return Recipe(model, weights, options, left_out, _judged_by(values["engines"]))
 
 
 def rebuild(
@@ -135,6 +136,9 @@ def rebuild(
         overwrite=overwrite,
         progress=progress,
     )
+    if data is None and recipe.data:
+        names = ", ".join(recipe.data)
+        _log.warning("%s: its engines were judged on %s, and now are by scenes: name it with --data", path, names)
     for line in recipe.left_out:
         _log.warning("%s: left out: %s", path, line)
 
@@ -210,6 +214,13 @@ def _plan_of(engine: dict[str, Any]) -> dict[str, Any]:
 
 def _may_have_kernels(engine: dict[str, Any]) -> bool:
     return str(engine.get("backend")) in [name for name, kind in KINDS.items() if kind.takes_kernels]
+
+
+def _judged_by(engines: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Names of the data, but scenes, that engines were kept by."""
+    judged = [engine["accuracy"] for engine in engines if isinstance(engine.get("accuracy"), dict)]
+    names = [printable(str(accuracy.get("dataset"))) for accuracy in judged]
+    return tuple(dict.fromkeys(name for name in names if name != DRAWN))
 
 
 def _engines(

@@ -69,7 +69,10 @@ def choose_floating(
     # A trial is made in a second, an engine in several: it stands for the engine if it loses what that does.
     shows = rank(kind.trial(bench, plan, [])).loss >= _SHOWS * rank(search.candidate(())).loss
     make = (lambda floating: kind.trial(bench, plan, floating)) if shows else search.candidate
-    losses = {block: rank(make([block])).loss for block in search.blocks if search.may([block])}
+    losses = {}
+    for block in filter(lambda block: search.may([block]), search.blocks):
+        losses[block] = rank(trial := make([block])).loss
+        bench.discard(trial)  # a large network has dozens of them
     order = sorted(losses, key=lambda block: losses[block])
     most = max((count for count in range(1, len(order) + 1) if search.may(order[:count])), default=0)
     fails, holds = 0, min(1, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -105,6 +106,11 @@ class Workshop:
             found.add(key)
             needed |= self._inputs[key] - found
         return sum(self._seconds[key] for key in found)
+
+    def discard(self, artefact: Artefact) -> None:
+        """Delete the files of an artefact that was a trial: they lie in a folder of their own."""
+        del self._files[self._key(artefact.file)]
+        shutil.rmtree(artefact.file.parent)
 
     def _key(self, file: Path) -> Hashable:
         return next(key for key, known in self._files.items() if known == file)

@@ -53,7 +53,7 @@ def verify(
     from agln_fast.cli.request import open_matching
     from agln_fast.manifest import Verification
     from agln_fast.precision import check_minimum
-    from agln_fast.runtime.arrival import Arrivals
+    from agln_fast.runtime.arrival import Arrivals, least_agreement
     from agln_fast.runtime.images import list_images
     from agln_fast.runtime.verify import verify_engine
 
@@ -84,7 +84,8 @@ def verify(
             outcome: Verification | VerificationError
             try:
                 artefact = opened.artefact(engine.name)
-                outcome = verify_engine(artefact, references, minimum=minimum, device=device, threads=threads)
+                least = least_agreement(engine, minimum)
+                outcome = verify_engine(artefact, references, minimum=least, device=device, threads=threads)
                 engines.append(replace(engine, verification=outcome))
             except VerificationError as error:
                 outcome = error

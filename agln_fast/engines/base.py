@@ -77,6 +77,9 @@ class Workbench(Protocol):
     def file(self, name: str, key: Hashable, write: Callable[[Path], object]) -> Path:
         """The file that `write` writes, called `name` in a bundle; it is written when `key` is first asked for."""
 
+    def discard(self, artefact: Artefact) -> None:
+        """Delete what was made to be measured, and not to be kept."""
+
 
 class EngineKind(ABC):
     """All that there is to know of one way to run a network: add an instance to `agln_fast.engines.KINDS`.

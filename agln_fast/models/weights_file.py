@@ -213,7 +213,7 @@ def _from_archive(archive: zipfile.ZipFile, size: int, wanted: str | None) -> We
             raise CheckpointError(f"damaged: its storage '{printable(key)}' holds more than it claims; {_FETCH}")
         return _entry(archive, f"{root}data/{key}")
 
-    return _loaded(find_weights(content, wanted), record, size, swapped)._replace(metadata=stored_classes(content))
+    return _with_classes(_loaded(find_weights(content, wanted), record, size, swapped), content)
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytearray:
@@ -247,7 +247,7 @@ def _from_legacy(file: BinaryIO, size: int, wanted: str | None) -> Weights:
         file.seek(offset)
         return _exactly(file, min(count, nbytes))
 
-    return _loaded(find_weights(content, wanted), record, size)._replace(metadata=stored_classes(content))
+    return _with_classes(_loaded(find_weights(content, wanted), record, size), content)
 
 
 def _exactly(source: IO[bytes], count: int) -> bytearray:
@@ -276,6 +276,14 @@ def _checked(state: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(value, StoredTensor) and not value.fits():
             raise _less(name, value)
     return state
+
+
+def _with_classes(weights: Weights, content: object) -> Weights:
+    """With what MMSegmentation calls the classes as metadata, which is then no entry that is not used."""
+    classes = stored_classes(content)
+    if classes and "meta" in weights.account.unused:
+        weights.account.unused.remove("meta")
+    return weights._replace(metadata=classes)
 
 
 def _loaded(found: Found, record: Callable[[str, int], bytearray], size: int, swapped: bool = False) -> Weights:

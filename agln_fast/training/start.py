@@ -134,7 +134,8 @@ def _agreed(config: TrainingConfig, checkpoint: Checkpoint) -> ModelConfig:
         return given
     asked = preset(config.model, given.num_classes)
     differences = {name: value for name, value in asdict(asked).items() if value != getattr(given, name)}
-    if differences.keys() <= _UNSEEN and not checkpoint.stated:
+    alike = _shapes(asked).keys() == checkpoint.network.state_dict().keys()
+    if differences.keys() <= _UNSEEN and alike and not checkpoint.stated:
         return asked
     if differences:
         listed = ", ".join(

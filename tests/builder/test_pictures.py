@@ -42,6 +42,19 @@ def test_what_is_calibrated_on_is_not_judged_by(count, calibrated, folder):
     assert sorted(_judged(pictures) + calibrated) == list(range(10))
 
 
+def test_blocks_are_ranked_on_what_is_not_judged_by(folder):
+    pictures = Pictures(Unlabelled(folder))
+    ranked = [int(sample.image[0, 0, 0]) // 10 for sample in pictures.calibrated_on(3)]
+    assert ranked == [0, 2, 6]
+    assert not set(ranked) & set(_judged(pictures))
+
+
+def test_images_beside_their_masks_are_no_images_without_masks(folder):
+    Image.new("L", (50, 40)).save(folder / "3.bmp")
+    with pytest.raises(ConfigError, match=r"3\.bmp and 3\.png have one name; if one is the mask of the other, put"):
+        Unlabelled(folder)
+
+
 def test_without_calibration_all_are_judged_by(folder):
     assert _judged(Pictures(Unlabelled(folder), calibrates=False)) == list(range(10))
 

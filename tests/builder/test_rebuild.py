@@ -90,6 +90,24 @@ def test_this_schema_in_its_own_place(old: Path, bundle: Bundle) -> None:
     np.testing.assert_array_equal(labels(old), labels(bundle.path, "torch"))
 
 
+def test_data_that_engines_were_judged_by_is_missed(
+    old: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no part of the bundle, and nothing else tells that the engines are others now."""
+    accuracy = {"dataset": "street"}
+    rewrite_manifest(old, lambda values: values["engines"][0].update(accuracy=accuracy))
+    monkeypatch.setattr("agln_fast.builder.build.make_bundle", lambda options: options)
+    with caplog.at_level(logging.WARNING, "agln_fast.rebuild"):
+        rebuild(old)
+        assert "its engines were judged on street, and now are by scenes" in caplog.text
+        caplog.clear()
+        rebuild(old, data="scenes")
+        accuracy["dataset"] = "scenes"
+        rewrite_manifest(old, lambda values: values["engines"][0].update(accuracy=accuracy))
+        rebuild(old)
+    assert "judged on" not in caplog.text
+
+
 def test_an_existing_destination_stays(old: Path, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in old.iterdir()}
     with pytest.raises(ConfigError, match="exists already"):

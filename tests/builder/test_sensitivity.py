@@ -40,7 +40,12 @@ class Kind:
 
 
 @pytest.fixture
-def choose(monkeypatch):
+def discarded():
+    return []
+
+
+@pytest.fixture
+def choose(monkeypatch, discarded):
     def call(costs, limit, blocks=EIGHT, kind=None, shown=True):
         """The choice, where each block costs so many points."""
         monkeypatch.setattr(sensitivity, "convolution_blocks", lambda _: dict(enumerate(blocks.elements())))
@@ -54,7 +59,7 @@ def choose(monkeypatch):
             """A trial costs as much as the engine, unless it is told not to."""
             return accuracy(artefact if artefact.made or shown else SimpleNamespace(floating=set(costs)))
 
-        bench = SimpleNamespace(graph=lambda *_: None)
+        bench = SimpleNamespace(graph=lambda *_: None, discard=lambda artefact: discarded.append(artefact.floating))
         return choose_floating(kind or Kind(), bench, NO_PLAN, accuracy, few, limit)
 
     return call
@@ -65,6 +70,11 @@ def test_where_all_of_it_is_good_enough_nothing_is_tried(choose):
     found = choose({"a": 0.2, "b": 0.3}, 0.5, kind=kind)
     assert (found.floating, found.loss, found.accuracy.loss) == ((), {}, 0.5)
     assert kind.made.count(frozenset()) == len(kind.made)
+
+
+def test_each_trial_is_gone_once_it_is_measured(choose, discarded):
+    choose({"a": 0.2, "b": 3}, 0.5)
+    assert discarded == [{block} for block in "abcdefgh"]
 
 
 def test_the_one_that_costs_is_left_out_alone(choose):

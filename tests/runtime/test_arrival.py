@@ -24,7 +24,7 @@ from agln_fast.engines import KINDS, Engine
 from agln_fast.engines.base import Array
 from agln_fast.engines.echo import Echo, EchoEngine, colours
 from agln_fast.errors import BackendError, BundleError
-from agln_fast.manifest import EngineRecord, Manifest, Verification
+from agln_fast.manifest import Accuracy, EngineRecord, Manifest, Verification
 from agln_fast.models.config import preset
 from agln_fast.precision import Precision
 from agln_fast.runtime.reference_file import REFERENCE_FILE, _pixels, read_reference, write_reference
@@ -129,7 +129,12 @@ def made_reference(contract: IOContract) -> tuple[list[Array], list[Reference]]:
 
 
 def made_bundle(
-    folder: Path, output: str = "labels", *, reference: bool = True, minimum: float | None = None
+    folder: Path,
+    output: str = "labels",
+    *,
+    reference: bool = True,
+    minimum: float | None = None,
+    judged_on: str | None = None,
 ) -> Bundle:
     """What a machine without a GPU builds: engines of both kinds that it could not run."""
     folder.mkdir()
@@ -138,8 +143,10 @@ def made_bundle(
         write_reference(folder / REFERENCE_FILE, *made_reference(contract), contract, CLASSES, minimum)
     (folder / "engine").write_bytes(b"")
     check = Verification("not verified on this machine", "no GPU")
+    accuracy = judged_on and Accuracy("mIoU", judged_on, "val", 9, 0.5, 0.5, 0.0, -0.1, 0.1, "openvino")
     engines = tuple(
-        EngineRecord(f"{kind}-fp16", kind, "fp16", "engine", kind, verification=check) for kind in ("first", "second")
+        EngineRecord(f"{kind}-fp16", kind, "fp16", "engine", kind, verification=check, accuracy=accuracy or None)
+        for kind in ("first", "second")
     )
     colour_set = default_class_set(CLASSES)
     model = preset("fpn_resnet18", CLASSES)
@@ -281,6 +288,17 @@ def test_a_record_that_is_none_is_made_anew(text, kinds, cache, tmp_path):
 def test_the_minimum_is_that_of_the_build(kinds, tmp_path):
     kinds.first.fault, kinds.first.seconds = wrong_region, 0.001
     assert chosen(made_bundle(tmp_path / "x.agln", minimum=0.5)).backend == "first"
+
+
+@pytest.mark.parametrize(
+    ("judged_on", "fault", "taken"),
+    [("street", wrong_region, "first"), ("scenes", wrong_region, "second"), ("street", lambda x, _: x * 0, "second")],
+    ids=["other than the users", "drawn, as the check's", "nothing is right"],
+)
+def test_what_was_kept_by_the_users_own_data_is_refused_for_gross_faults(judged_on, fault, taken, kinds, tmp_path):
+    """A quarter of the labels is wrong, or nearly all."""
+    kinds.first.fault, kinds.first.seconds = fault, 0.001
+    assert chosen(made_bundle(tmp_path / "x.agln", judged_on=judged_on)).backend == taken
 
 
 def test_a_bundle_of_before_runs_unchecked_and_says_so_once(kinds, cache, tmp_path, caplog):

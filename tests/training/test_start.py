@@ -228,6 +228,16 @@ def test_the_model_tells_what_names_cannot(tmp_path: Path) -> None:
         begin(TrainingConfig(initial_weights=str(tmp_path / "x.safetensors"), model="agln_minus_sg_nano"), 3)
 
 
+@pytest.mark.parametrize(
+    ("held", "asked"), [("agln_minus_cr_nano", "agln_minus_nano"), ("agln_minus_nano", "agln_minus_cr_nano")]
+)
+def test_a_model_of_other_weights_is_told(held: str, asked: str, tmp_path: Path) -> None:
+    """One of them has γ, the other has not."""
+    torch.save(agln_fast.create_model(held, 3).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=f"holds another network than {asked}, which has channel_resampling"):
+        begin(TrainingConfig(initial_weights=str(tmp_path / "x.pth"), model=asked), 3)
+
+
 WRONG = {
     "no file": (lambda p: None, "no such file"),
     "a text": (lambda p: p.write_text("weights"), "not a checkpoint"),
