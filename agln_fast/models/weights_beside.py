@@ -57,6 +57,8 @@ _NAMES = {
 _PACKAGES = (
     "lightning",
     "lightning_fabric",
+    "mmcv",
+    "mmengine",
     "numpy.random",
     "omegaconf",
     "pytorch_lightning",
