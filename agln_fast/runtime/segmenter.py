@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +32,17 @@ from agln_fast.manifest import EngineRecord
 from agln_fast.precision import check_precision
 from agln_fast.runtime.arrival import Arrivals, device_kind
 from agln_fast.runtime.augmentation import TestTimeAugmentation
-from agln_fast.runtime.images import ImageArray, ImageSource, as_image_list, fit, load_image, pack
+from agln_fast.runtime.bit_depth import check_bit_depth
+from agln_fast.runtime.images import ImageArray, ImageSource, Placement, as_image_list, fit, load_image, pack
 from agln_fast.runtime.multiscale import multiscale
 from agln_fast.runtime.result import Labels, Result, Timing
 from agln_fast.runtime.scores import Scores, classes_of, lead, on_host, resized, strips
 from agln_fast.runtime.sliding import slide
+from agln_fast.runtime.stages import side_by_side
 
 __all__ = ["Segmenter", "load", "runnable_engines"]
+
+_Read: TypeAlias = Callable[[ImageSource], ImageArray]
 
 _ATTEMPTS = 50  # to load a bundle that is replaced in the midst of it
 
@@ -195,17 +199,69 @@ class Segmenter:
             BackendError: the engine failed, or the segmenter is closed, perhaps meanwhile, or was opened before a fork.
         """
         sources, single = as_image_list(images)
-        tta = TestTimeAugmentation() if tta is True else tta
-        if tta and self.contract.output != "logits":
-            raise ConfigError(
-                f"engine {self.engine.name} returns labels, and test-time augmentation averages scores: "
-                "build the bundle with --output logits"
-            )
+        augmentation = self._augmentation(tta)
         self._gate.check()  # and not only when the images have been read
-        slides = tta or self.contract.resize == "slide"
         read = partial(load_image, bit_depth=bit_depth)
-        results = list(self._slide(read, sources, tta, margin) if slides else self._whole(read, sources, margin))
+        if augmentation or self.contract.resize == "slide":
+            results = [self._slide(_timed(read, source), augmentation, margin) for source in sources]
+        else:
+            results = []
+            for start in range(0, len(sources), self.contract.max_batch):
+                chunk = sources[start : start + self.contract.max_batch]
+                done = self._whole([self._prepare(read, source) for source in chunk])
+                results += [self._finish(each, margin) for each in done]
         return results[0] if single else results
+
+    def stream(
+        self,
+        images: Iterable[ImageSource],
+        tta: bool | TestTimeAugmentation = False,
+        *,
+        margin: bool = False,
+        bit_depth: int | None = None,
+        in_flight: int | None = None,
+    ) -> Generator[Result, None, None]:
+        """Segment images as they come, endlessly if they do: the next ones are read while the engine runs.
+
+        Images are taken in one thread and the engine runs in another, up to `contract.max_batch` images at once: those
+        that are ready. Close the generator to end early: it waits for both threads, so for the image that `images` is
+        asked for.
+
+        Args:
+            images: single images, each as in a call; any iterable, used in another thread, which does not close it. An
+                array is not copied, and must not change afterwards.
+            tta, margin, bit_depth: as in a call.
+            in_flight: the most images that have been taken from `images` and whose results you have not done with,
+                which is when you ask for the next; None for `3 * contract.max_batch + 1`: a batch that is read, one in
+                the engine, one that is labelled, and the result in your hands.
+
+        Returns:
+            A generator of `Result`, in the order of the images.
+
+        Raises:
+            ConfigError: as a call, or `in_flight` is below 1.
+            BackendError: as a call.
+            ImageError: in the place of an image that cannot be used, which ends the stream; what `images` raises, too.
+        """
+        most = self.contract.max_batch
+        in_flight = 3 * most + 1 if in_flight is None else in_flight
+        if in_flight < 1:
+            raise ConfigError(f"in_flight {in_flight}: must be at least 1")
+        check_bit_depth(bit_depth)
+        augmentation = self._augmentation(tta)
+        self._gate.check()
+        read = partial(load_image, bit_depth=bit_depth)
+        if augmentation or self.contract.resize == "slide":
+            return side_by_side(
+                iter(images),
+                partial(_timed, read),
+                lambda batch: [self._slide(each, augmentation, margin) for each in batch],
+                lambda result: result,
+                most=1,
+                in_flight=in_flight,
+            )
+        prepare, finish = partial(self._prepare, read), partial(self._finish, margin=margin)
+        return side_by_side(iter(images), prepare, self._whole, finish, most=most, in_flight=in_flight)
 
     def close(self) -> None:
         """Release the engine, after the run that goes on in it; calls of other threads end with an error.
@@ -220,66 +276,73 @@ class Segmenter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _whole(
-        self, read: Callable[[ImageSource], ImageArray], sources: Sequence[ImageSource], margin: bool
-    ) -> Iterator[Result]:
+    def _augmentation(self, tta: bool | TestTimeAugmentation) -> TestTimeAugmentation | None:
+        """None for none, and nothing that this engine cannot do."""
+        if tta and self.contract.output != "logits":
+            raise ConfigError(
+                f"engine {self.engine.name} returns labels, and test-time augmentation averages scores: "
+                "build the bundle with --output logits"
+            )
+        return (TestTimeAugmentation() if tta is True else tta) or None
+
+    def _prepare(self, read: _Read, source: ImageSource) -> _Prepared:
         """Policies stretch and pad: the whole image goes through the engine once."""
-        for start in range(0, len(sources), self.contract.max_batch):
-            began = time.perf_counter()
-            images = [read(source) for source in sources[start : start + self.contract.max_batch]]
-            frames, placements = zip(*(fit(image, self.contract) for image in images), strict=True)
-            batch = self._batch(frames)
-            ready = time.perf_counter()
-            outputs = self._run(batch, clock := _Clock(), self._backend.run)
-            n = len(images)
-            for image, output, placement in zip(images, outputs, placements, strict=False):
-                last = time.perf_counter()
-                size = image.shape[:2]
-                rows = slice(placement.top, placement.top + placement.height)
-                columns = slice(placement.left, placement.left + placement.width)
-                output = output[..., rows, columns]
-                labels = cast(Labels, decode(output, size, align_corners=self._align_corners))
-                ahead = None
-                if margin and self.contract.output == "logits":
-                    scores = resized(output, size, align_corners=self._align_corners)
-                    ahead = np.concatenate([lead(strip) for strip in scores])
-                post = time.perf_counter() - last
-                timing = Timing(1e3 * (ready - began) / n, 1e3 * clock.engine / n, 1e3 * post)
-                yield Result(labels, image, self.class_set, timing, ahead)
+        began = time.perf_counter()
+        image = read(source)
+        frame, placement = fit(image, self.contract)
+        return _Prepared(image, pack([frame], self.contract), placement, time.perf_counter() - began)
+
+    def _whole(self, batch: Sequence[_Prepared]) -> list[tuple[_Prepared, npt.NDArray[Any], Timing]]:
+        """Each with what the engine gives for it. Short batches are filled up with the last frame."""
+        began = time.perf_counter()
+        inputs = [each.input for each in batch]
+        inputs += inputs[-1:] * (self.contract.min_batch - len(inputs))
+        joined = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        joining = time.perf_counter() - began
+        outputs = self._run(joined, clock := _Clock(), self._backend.run)
+        parts = 1e3 / len(batch)
+        return [
+            (each, output, Timing(1e3 * each.seconds + joining * parts, clock.engine * parts, 0))
+            for each, output in zip(batch, outputs, strict=False)
+        ]
+
+    def _finish(self, done: tuple[_Prepared, npt.NDArray[Any], Timing], margin: bool) -> Result:
+        prepared, output, timing = done
+        began = time.perf_counter()
+        size, placement = prepared.image.shape[:2], prepared.placement
+        rows = slice(placement.top, placement.top + placement.height)
+        columns = slice(placement.left, placement.left + placement.width)
+        output = output[..., rows, columns]
+        labels = cast(Labels, decode(output, size, align_corners=self._align_corners))
+        ahead = None
+        if margin and self.contract.output == "logits":
+            scores = resized(output, size, align_corners=self._align_corners)
+            ahead = np.concatenate([lead(strip) for strip in scores])
+        timing = replace(timing, postprocess=1e3 * (time.perf_counter() - began))
+        return Result(labels, prepared.image, self.class_set, timing, ahead)
 
     def _batch(self, frames: Sequence[ImageArray]) -> npt.NDArray[Any]:
         """Frames (H, W, 3) -> the engine's input; short batches are filled up with the last frame."""
         missing = self.contract.min_batch - len(frames)
         return pack([*frames, *[frames[-1]] * missing], self.contract)
 
-    def _slide(
-        self,
-        read: Callable[[ImageSource], ImageArray],
-        sources: Sequence[ImageSource],
-        tta: TestTimeAugmentation | Literal[False],
-        margin: bool,
-    ) -> Iterator[Result]:
-        """Policy slide and test-time augmentation: one image after the other, its windows and flips in batches."""
-        for source in sources:
-            began = time.perf_counter()
-            image = read(source)
-            ready = time.perf_counter()
-            run = partial(self._run_frames, clock := _Clock())
-            if tta:
-                whole = multiscale(run, image, self.contract, tta, align_corners=self._align_corners)
-                bands: Iterable[Scores] = [whole]
-            else:
-                bands = (logits[0] for logits in slide(run, image, self.contract))
-            parts = [
-                (classes_of(scores), on_host(lead(scores)) if margin else None)
-                for band in bands
-                for scores in strips(band)
-            ]
-            labels = np.concatenate([labels for labels, _ in parts])
-            ahead = np.concatenate([first for _, first in parts if first is not None]) if margin else None
-            post = time.perf_counter() - ready - clock.engine - clock.waiting
-            timing = Timing(1e3 * (ready - began), 1e3 * clock.engine, 1e3 * post)
-            yield Result(labels, image, self.class_set, timing, ahead)
+    def _slide(self, prepared: tuple[ImageArray, float], tta: TestTimeAugmentation | None, margin: bool) -> Result:
+        """Policy slide and test-time augmentation: one image, its windows and flips in batches."""
+        image, reading = prepared
+        began, run = time.perf_counter(), partial(self._run_frames, clock := _Clock())
+        if tta:
+            whole = multiscale(run, image, self.contract, tta, align_corners=self._align_corners)
+            bands: Iterable[Scores] = [whole]
+        else:
+            bands = (logits[0] for logits in slide(run, image, self.contract))
+        parts = [
+            (classes_of(scores), on_host(lead(scores)) if margin else None) for band in bands for scores in strips(band)
+        ]
+        labels = np.concatenate([labels for labels, _ in parts])
+        ahead = np.concatenate([first for _, first in parts if first is not None]) if margin else None
+        post = time.perf_counter() - began - clock.engine - clock.waiting
+        timing = Timing(1e3 * reading, 1e3 * clock.engine, 1e3 * post)
+        return Result(labels, image, self.class_set, timing, ahead)
 
     def _run_frames(self, clock: _Clock, frames: Sequence[ImageArray]) -> Scores:
         """Frames (H, W, 3), at most max_batch, through an engine that returns logits, which stay where it has them."""
@@ -296,9 +359,24 @@ class Segmenter:
         return outputs
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """An image, the engine's input (1, …) for it, where it lies there, and the seconds that this took."""
+
+    image: ImageArray
+    input: npt.NDArray[Any]
+    placement: Placement
+    seconds: float
+
+
 @dataclass
 class _Clock:
     """Seconds in the engine, and those of waiting for other threads to leave it."""
 
     engine: float = 0.0
     waiting: float = 0.0
+
+
+def _timed(read: _Read, source: ImageSource) -> tuple[ImageArray, float]:
+    began = time.perf_counter()
+    return read(source), time.perf_counter() - began
