@@ -12,12 +12,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from agln_fast.errors import printable
 
@@ -46,11 +49,21 @@ def print_wide(table: Table) -> None:
     Console(width=max(120, out.width)).print(table)
 
 
-def progress_bar(unit: str = "", *, remaining: bool = False) -> Progress:
+class _Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        """As one line."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "")
+
+
+def progress_bar(unit: str = "", *, remaining: bool = False, rate: bool = False) -> Progress:
     """A progress display on standard error, if that is a terminal; standard output is left to the result.
 
     unit: what is counted, e.g. "images".
     remaining: show the time that is left, too, for what takes hours.
+    rate: show how many a second.
     """
     return Progress(
         SpinnerColumn(),
@@ -58,6 +71,7 @@ def progress_bar(unit: str = "", *, remaining: bool = False) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         *((TextColumn(unit),) if unit else ()),
+        *((_Rate(),) if rate else ()),
         TimeElapsedColumn(),
         *((TextColumn("left"), TimeRemainingColumn()) if remaining else ()),
         console=err,

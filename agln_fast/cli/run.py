@@ -23,11 +23,20 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_VIDEOS = "Videos"
+
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="The bundle, NAME.agln.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders or glob patterns.")],
-    output: Annotated[Path, typer.Option("-o", "--to", help="Folder for NAME.overlay.png and NAME.labels.png.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, folders or glob patterns; or a video, a camera, an address.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--to", help="Folder for NAME.overlay.png and NAME.labels.png; or a video, e.g. overlay.mp4."
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, or a backend: openvino, onnxruntime, torch, fused, ...")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; default any.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default the engine's own.")] = None,
@@ -39,28 +48,56 @@ def run(
         int | None,
         typer.Option(help="Bits of samples stored in 16 or 32, e.g. 12; default by the file.", min=1, max=16),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Labels, exact: a file .mkv, or a folder for PNG files.", rich_help_panel=_VIDEOS),
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="FFmpeg's name of an encoder; default libx264.", rich_help_panel=_VIDEOS)
+    ] = None,
+    crf: Annotated[
+        int | None,
+        typer.Option(help="Constant rate factor, 0 is best; default 20 of libx264.", min=0, rich_help_panel=_VIDEOS),
+    ] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="A:B, frames A up to but not including B, from 0.", rich_help_panel=_VIDEOS)
+    ] = None,
+    every: Annotated[int | None, typer.Option(help="Each Nth of these frames.", min=1, rich_help_panel=_VIDEOS)] = None,
+    fps: Annotated[
+        str | None,
+        typer.Option(help="Pictures a second, default 25; of a video at most so many.", rich_help_panel=_VIDEOS),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="End after so many seconds of the video.", rich_help_panel=_VIDEOS)
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Segment images; write an overlay with a legend and a label map with palette for each.
+    """Segment images; write an overlay with a legend and a label map with palette for each. Or segment a video.
 
     An image that cannot be used is reported and the rest go on; the exit code is 1 then, and 4 if none can be used.
     What agln-fast wrote into a folder in an earlier run is not segmented again.
+
+    A video is clip.mp4, /dev/video0, an address, frames/%05d.png, or pictures with -o overlay.mp4. Ctrl-C ends it, and
+    leaves a video that plays.
     """
+    from agln_fast.cli.inputs import find_images
     from agln_fast.cli.places import check_folder
     from agln_fast.cli.request import open_matching
-    from agln_fast.runtime.images import list_images
+    from agln_fast.cli.video import VideoOptions, check_no_video, concerns_video, run_video
 
     opened = open_matching(bundle, backend, precision, device, threads)
-    found: list[Path] = []
-    failed: dict[str, str] = {}
-    for pattern in images:
-        try:
-            found += list_images(pattern, recursive=recursive)
-        except ImageError as error:
-            failed[pattern] = str(error)
-    found = _without_outputs(list(dict.fromkeys(found)), images)
-    if not found:
-        raise ImageError("; ".join(failed.values()))
+    video = VideoOptions(mask, codec, crf, frames, every, fps, seconds)
+    if concerns_video(images, output, video):
+
+        def load_engine() -> Segmenter:
+            from agln_fast.runtime.segmenter import load
+
+            return load(opened, backend, precision=precision, device=device, threads=threads)
+
+        run_video(images, output, video, load_engine, recursive=recursive, bit_depth=bit_depth, json=json)
+        return
+    output = check_no_video(output, video)
+    found, failed = find_images(images, recursive=recursive)
     ends = _telling_ends(found)
     names, ends_of = _names(ends), dict(zip(map(str, found), ends, strict=True))
     check_folder(output, ImageError)
@@ -143,20 +180,6 @@ def _segment(segment: Segmenter, paths: list[Path], bit_depth: int | None) -> It
                     yield segment(path, bit_depth=bit_depth)
                 except ImageError as error:
                     yield error
-
-
-def _without_outputs(found: list[Path], named: list[str]) -> list[Path]:
-    """Leave out what an earlier run wrote: a shell's `*.png` names it beside its sources. Alone, it is an input."""
-    from agln_fast.runtime.images import is_output
-
-    by_name = set(map(Path, named))
-    outputs = {path for path in found if path in by_name and is_output(path)}
-    if not outputs or len(outputs) == len(found):
-        return found
-    err.print(
-        f"left out {len(outputs)} pictures that agln-fast wrote; name them alone to segment them", highlight=False
-    )
-    return [path for path in found if path not in outputs]
 
 
 def _telling_ends(paths: list[Path]) -> list[str]:
