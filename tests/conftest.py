@@ -42,6 +42,7 @@ _NEEDS = {
     "interpreter": (lambda: os.environ["TRITON_INTERPRET"] == "1", "needs TRITON_INTERPRET=1"),
     "openvino": (lambda: find_spec("openvino") is not None, "needs the package openvino"),
     "tensorrt_rtx": (lambda: find_spec("tensorrt_rtx") is not None, "needs the package tensorrt_rtx"),
+    "video": (lambda: find_spec("av") is not None, "needs the package av"),
 }
 
 

@@ -112,7 +112,7 @@ class Clip(Source):
                 self.colours = Colours(frame.colorspace, frame.color_primaries, frame.color_trc)
                 size = frame.width, frame.height
             duration = (frame.duration or 0) * frame.time_base
-            yield Frame(self._upright(frame, size), index, time - self._origin, duration, self._take_sound())
+            yield Frame(self._upright(frame, size), index, time - self._origin, duration, self._take_sound(until=time))
 
     def last_sound(self) -> tuple[Any, ...]:
         return self._take_sound()
@@ -123,6 +123,7 @@ class Clip(Source):
 
     def _decoded(self) -> Iterator[Any]:
         """Sound goes aside."""
+        packets, end = 0, Fraction(0)
         try:
             for packet in self._container.demux(self._stream, *self.audio):
                 if self._stopped.is_set():
@@ -130,6 +131,8 @@ class Clip(Source):
                 if packet.stream is not self._stream:
                     self._keep(packet)
                     continue
+                if packet.pts is not None:
+                    packets, end = packets + 1, max(end, packet.pts * packet.time_base)
                 try:
                     decoded = packet.decode()
                 except self._av.FFmpegError as error:
@@ -140,8 +143,20 @@ class Clip(Source):
                         self._skip("its data is damaged")
                     else:
                         yield frame
+            self.broken = self._shortfall(packets, end)
         except self._av.FFmpegError as error:
             self.broken = reason(error)
+
+    def _shortfall(self, packets: int, end: Fraction) -> str | None:
+        """How a file that was cut off ends: with fewer frames than its header counts, and before its time.
+
+        One that was trimmed by its header has fewer frames, too, and ends in time.
+        """
+        stream = self._stream
+        if not stream.frames or packets >= stream.frames or not stream.duration or not self.rate:
+            return None
+        announced = ((stream.start_time or 0) + stream.duration) * stream.time_base
+        return f"the file has {packets} of its {stream.frames} frames" if end + 2 / self.rate < announced else None
 
     def _time(self, frame: Any, last: Fraction | None) -> Fraction:
         """When it is shown, s; later than `last`, that of the frame before it, also where the source says nothing."""
@@ -180,16 +195,19 @@ class Clip(Source):
             self.broken = reason(error)
         self._sound = [packet for packet in self._sound if packet.pts * packet.time_base < until]
 
-    def _take_sound(self) -> tuple[Any, ...]:
-        """What has been set aside, in the output's time, without what ends before it begins."""
-        taken = []
+    def _take_sound(self, until: Fraction | None = None) -> tuple[Any, ...]:
+        """What has been set aside, up to a time of the source, in the output's time; not what ends before it begins."""
+        taken, kept = [], []
         for packet in self._sound:
+            if until is not None and packet.pts * packet.time_base > until:
+                kept.append(packet)  # it came with frames that the decoder still holds back
+                continue
             shift = math.floor(self._origin / packet.time_base)
             if self._origin <= 0 or packet.pts + (packet.duration or 0) > shift:
                 packet.pts -= shift
                 packet.dts = packet.pts if packet.dts is None else packet.dts - shift
                 taken.append(packet)
-        self._sound.clear()
+        self._sound = kept
         return tuple(taken)
 
 

@@ -17,6 +17,10 @@ CONTAINERS = {".m4v": "mp4", ".mkv": "matroska", ".mov": "mov", ".mp4": "mp4", "
 _PREFERRED = {".webm": ("libvpx-vp9", "libvpx")}
 _USUAL = ("libx264", "mpeg4")
 _CRF = {"libx264": 20, "libx265": 24, "libvpx-vp9": 31, "libvpx": 10, "libaom-av1": 30, "libsvtav1": 30}
+_BESIDE = {  # with a rate the factor would only bound it; x265 talks
+    **{codec: {"b": "0"} for codec in ("libvpx-vp9", "libvpx", "libaom-av1")},
+    "libx265": {"x265-params": "log-level=none"},
+}
 _QUALITY = 3  # of mpeg4: 1 to 31, 1 is best
 _LAMBDA = 118  # FFmpeg's unit of it
 
@@ -70,8 +74,8 @@ def choose_encoding(path: Path, codec: str | None = None, crf: int | None = None
         return Encoding(known.name, pixels)
     if known.name not in _CRF:
         raise ConfigError(f"crf {crf}: codec {known.name} has none; those have: {', '.join(_CRF)}")
-    constant = {"b": "0"} if known.name.startswith(("libvpx", "libaom")) else {}  # else it is a bound beside a rate
-    return Encoding(known.name, pixels, {"crf": str(_CRF[known.name] if crf is None else crf), **constant})
+    factor = str(_CRF[known.name] if crf is None else crf)
+    return Encoding(known.name, pixels, {"crf": factor, **_BESIDE.get(known.name, {})})
 
 
 def _encoder(name: str) -> Any:

@@ -12,7 +12,7 @@ from agln_fast.errors import ConfigError, printable
 
 __all__ = ["Selection", "parse_frames", "parse_rate"]
 
-_JITTER = Fraction(1, 4)  # of the wanted interval: containers round time stamps, to milliseconds for example
+_ROUNDING = Fraction(1, 1000)  # s; Matroska rounds times to milliseconds
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Selection:
         """A function of a frame's index, from 0, and its time, s: whether it is wanted; None from the end on."""
         began: Fraction | None = None
         slot = -1
+        limit = None if self.seconds is None else Fraction(str(self.seconds))  # 0.4 as it is written
 
         def wanted(index: int, time: Fraction) -> bool | None:
             nonlocal began, slot
@@ -50,12 +51,12 @@ class Selection:
             if index < self.start:
                 return False
             began = time if began is None else began
-            if self.seconds is not None and time - began >= self.seconds:
+            if limit is not None and time - began >= limit:
                 return None
             if (index - self.start) % self.every:
                 return False
             if self.fps is not None:
-                at = math.floor((time - began) * self.fps + _JITTER)
+                at = math.floor((time - began + _ROUNDING) * self.fps)
                 if at <= slot:
                     return False
                 slot = at

@@ -53,7 +53,7 @@ class VideoFile:
 
     def __init__(self, part: Path, path: Path, encoding: Encoding, source: Source, sound: bool) -> None:
         self._path, self._encoding, self._source, self._av = path, encoding, source, library()
-        self._container = self._av.open(f"file:{part}", "w", format=CONTAINERS[path.suffix.lower()])
+        self._container = self._av.open(str(part), "w", format=CONTAINERS[path.suffix.lower()])
         self._video: Any = None
         self._sound: dict[int, Any] = {}
         self._with_sound = sound
