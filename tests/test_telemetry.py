@@ -20,6 +20,7 @@ _VERB = ("-c", "from agln_fast.cli import main; main()")
 _LINES = [
     "run {bundle} {photo} -o {folder}/out --backend torch",
     "run {bundle} {photo} -o {folder}/out --backend fused",
+    "run {bundle} {photo} -o {folder}/out.mp4 --mask {folder}/labels.mkv --backend onnxruntime",
     "verify {bundle}",
     "build agln_nano -o {folder}/new --size 64x64 --precision fp32 --precision int8",
     "rebuild {bundle} -o {folder}/again",

@@ -74,6 +74,23 @@ def test_labels_are_those_of_a_machine_with_pytorch(resize, tta, backend, bundle
     assert np.array_equal(found, expected)
 
 
+STREAM = (
+    "import numpy, agln_fast\n"
+    "path, backend, image, out = sys.argv[1:]\n"
+    "with agln_fast.load(path, backend, precision='fp32', threads=1) as segment:\n"
+    "    numpy.save(out, [result.labels for result in segment.stream(iter([image] * 3))])\n"
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_runs_without_pytorch(backend, bundles, picture, tmp_path):
+    answer = without(STREAM, bundles["pad"].path, backend, picture, tmp_path / "labels.npy")
+    assert answer.returncode == 0, answer.stderr
+    with agln_fast.load(bundles["pad"], backend, precision="fp32", threads=1) as segment:
+        expected = segment(picture).labels
+    assert all(np.array_equal(labels, expected) for labels in np.load(tmp_path / "labels.npy"))
+
+
 VERB = "from agln_fast.cli import main\nmain()\n"
 
 
