@@ -78,17 +78,15 @@ def run_video(
         typer.Exit: 1, when frames were skipped, or reading ended early.
     """
     from agln_fast.video.convert import Report, convert
-    from agln_fast.video.pictures import Pictures
     from agln_fast.video.selection import Selection, parse_frames, parse_rate
 
     outputs = _outputs(output, options)
     start, stop = parse_frames(options.frames or ":")
     fps = parse_rate(options.fps) if options.fps is not None else None
     every = 1 if options.every is None else options.every
-    Selection(start, stop, every, fps, options.seconds)  # refuses what makes no sense before anything is opened
+    selection = Selection(start, stop, every, fps, options.seconds)  # of pictures, `fps` is their own rate
     report = Report()
     with _source(images, fps or _USUAL_RATE, recursive, bit_depth) as source:
-        selection = Selection(start, stop, every, None if isinstance(source, Pictures) else fps, options.seconds)
         _check_apart(images, source, outputs)
         with load() as segment, progress_bar("frames", remaining=True, rate=True) as bar:
             task = bar.add_task("segment", total=selection.count(source.total, source.rate))
@@ -151,7 +149,7 @@ def _source(images: Sequence[str], rate: Fraction, recursive: bool, bit_depth: i
                 raise ConfigError(f"{name}: one video at a time; pictures may be several")
     if single and is_pattern(first):
         return Pictures(list_numbered(first), rate, first, bit_depth)
-    if single and (is_clip(first) or Path(first).is_file()):
+    if single and (is_clip(first) or os.path.isfile(first)):
         for option, given in (("--recursive", recursive), ("--bit-depth", bit_depth)):
             if given:
                 raise ConfigError(f"{option} is for pictures; {first} is a video")

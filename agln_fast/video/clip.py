@@ -28,15 +28,12 @@ _SUFFIXES = {
     *(".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
 }
 _PATIENCE_S = 10  # with an address that does not answer, or falls silent
-# What an address may lead to. None of it is this machine's files, whatever a playlist on a server says.
-_OVER_THE_NETWORK = (
-    "crypto,ftp,http,httpproxy,https,mmsh,mmst,rtmp,rtmpe,rtmps,rtmpt,rtmpts,rtp,rtsp,srt,srtp,tcp,tls,udp"
-)
-_JPEG = 2  # FFmpeg's number of samples from 0 to 255
 
 
 class Clip(Source):
-    """A video, by PyAV. Reading a file opens no other, and nothing on a network.
+    """A video, by PyAV.
+
+    FFmpeg lets a file, such as a playlist, lead to no address, and an address to no file.
 
     Raises:
         ImageError: it is missing, cannot be read, or has no video.
@@ -67,14 +64,14 @@ class Clip(Source):
                 device, name = camera
                 return self._av.open(name, format=device, timeout=_PATIENCE_S)
             if _ADDRESS.match(address):
-                options = {"protocol_whitelist": _OVER_THE_NETWORK}
-                return self._av.open(address, options=options, timeout=_PATIENCE_S)
-            if (path := Path(address)).is_dir():
+                return self._av.open(address, timeout=_PATIENCE_S)
+            if os.path.isdir(address):
                 raise ImageError(f"{self.name}: is a folder; needs a video")
-            if not path.exists():
+            if not os.path.exists(address):
+                path = Path(address)
                 near = did_you_mean(path.name, (file.name for file in path.parent.glob("*")))
                 raise ImageError(f"{self.name}: no such file{near}")
-            return self._av.open(f"file:{os.fspath(address)}", options={"protocol_whitelist": "file"})
+            return self._av.open(f"file:{address}")  # whatever colons it has
         except self._av.FFmpegError as error:
             raise ImageError(f"{self.name}: cannot be read as a video: {reason(error)}") from None
         except ValueError as error:  # a format that this build of FFmpeg has not
@@ -133,19 +130,25 @@ class Clip(Source):
                     continue
                 if packet.pts is not None:
                     packets, end = packets + 1, max(end, packet.pts * packet.time_base)
-                try:
-                    decoded = packet.decode()
-                except self._av.FFmpegError as error:
-                    self._skip(reason(error))
-                    continue
-                for frame in decoded:
-                    if frame.is_corrupt:
-                        self._skip("its data is damaged")
-                    else:
-                        yield frame
+                yield from self._whole_frames(packet)
             self.broken = self._shortfall(packets, end)
         except self._av.FFmpegError as error:
             self.broken = reason(error)
+            yield from self._whole_frames(None)
+
+    def _whole_frames(self, packet: Any) -> Iterator[Any]:
+        """What the decoder makes of a packet, or has held back until the last."""
+        try:
+            decoded = self._stream.decode(packet)
+        except self._av.FFmpegError as error:
+            self._skip(reason(error))
+            return
+        for frame in decoded:
+            frame.time_base = frame.time_base or self.time_base  # the last ones have none
+            if frame.is_corrupt:
+                self._skip("its data is damaged")
+            else:
+                yield frame
 
     def _shortfall(self, packets: int, end: Fraction) -> str | None:
         """How a file that was cut off ends: with fewer frames than its header counts, and before its time.
@@ -171,9 +174,8 @@ class Clip(Source):
     def _upright(self, frame: Any, size: Any) -> ImageArray:
         """Turned as its metadata says; one of another size than the first, as cameras send them, is scaled to that."""
         width, height = size
-        full = frame.color_range == _JPEG
-        rgb = frame.reformat(width, height, "rgb24", src_color_range=_JPEG if full else None)
-        image: ImageArray = np.rot90(rgb.to_ndarray(), round(frame.rotation / 90))
+        rgb = frame.reformat(width, height, "rgb24").to_ndarray()
+        image: ImageArray = np.rot90(rgb, round(frame.rotation / 90))
         return np.ascontiguousarray(image)
 
     def _keep(self, packet: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import socket
 import threading
 from fractions import Fraction
 
@@ -127,6 +128,38 @@ def test_an_address_is_read(server, tmp_path):
         Clip(f"{address}/missing.mp4")
     with pytest.raises(ImageError, match="Connection refused"):
         Clip("http://127.0.0.1:9/a.mp4")
+
+
+def test_an_address_that_is_silent_has_ended(monkeypatch):
+    monkeypatch.setattr("agln_fast.video.clip._PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ImageError, match="cannot be read as a video"):
+        Clip(f"http://127.0.0.1:{silent.getsockname()[1]}/a.mp4")
+
+
+def test_a_connection_that_breaks_ends_the_video(tmp_path):
+    """The server promises twice of what it sends."""
+    content = write_clip(tmp_path / "a.mkv", pictures(12), codec="ffv1").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(2 * len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        try:
+            with Clip(f"http://127.0.0.1:{served.server_port}/a.mkv") as clip:
+                assert len(list(clip.frames(Selection()))) == 12
+                assert clip.broken is not None
+        finally:
+            served.shutdown()
+            thread.join()
 
 
 def test_a_file_leads_to_no_address_and_an_address_to_no_file(server, tmp_path):

@@ -260,6 +260,20 @@ def test_an_engine_that_fails_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_a_failure_stops_a_source_that_is_far_from_its_next_frame(tmp_path):
+    """It never comes to its second: the thread that looks for it is told to end, and waited for."""
+
+    def fail():
+        raise RuntimeError("enough")
+
+    source = Clip("lavfi:testsrc=size=96x64:rate=25")
+    with source, fake_segmenter() as segment, pytest.raises(RuntimeError, match="enough") as info:
+        convert(segment, source, Selection(every=10**9), overlay(tmp_path / "o.mp4"), Report(), fail)
+    assert info.tb is not None  # and with it the generator
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("agln-fast")]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_frame_is_an_error_and_no_file(tmp_path):
     clip = write_clip(tmp_path / "a.mp4", pictures(5))
     with pytest.raises(ImageError, match=r"a\.mp4: has no such frames"):
