@@ -7,9 +7,11 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from variants import EVERYTHING, SWITCHES, VARIANTS, network
 
+from agln_fast.models.blocks import resize
 from agln_fast.models.networks import SegmentationNetwork
 from agln_fast.plan.blocks import blocks_of
 from agln_fast.plan.fuse import fuse
@@ -48,6 +50,47 @@ def test_the_reference_has_every_block(variant):
     assert not assert_equal(model, InferenceNetwork(model))
     assert not any(module._forward_hooks for module in model.modules())
     assert not any("affinity" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_the_reference_s_blocks_are_what_their_names_say(variant):
+    """By the equations of the paper, and of docs/models.md for the release."""
+    model = _network(variant)
+    x, decoder = watched(model), model.decoder
+    lower, block = x["decoder.cfb.0.0"], decoder.cfb[1][1]
+    a, b, m = x["decoder.cfb.1.0"], x["decoder.lateral.1"], x["decoder.cfb.1.1.sdm"]
+    with torch.no_grad():
+        stem = F.max_pool2d(F.relu(model.encoder.bn1(model.encoder.conv1(IMAGE))), 3, 2, 1)
+        total = a + block.alpha * m
+        query = total if variant == "release" else block.enhance(total)
+        energy = (a if variant == "release" else query).flatten(2) @ b.flatten(2).transpose(1, 2)
+        r = (-energy if variant == "release" else energy).softmax(-1)
+        g = (x["decoder.cfb.1.1.affinity"] @ b.flatten(2)).view_as(b) * m.sigmoid()
+        inner = block.gamma * g + b if variant == "release" else g
+        expected = {
+            "encoder.stem": stem,
+            "encoder.stage1": model.encoder.layer1(stem),
+            "encoder.stage4": model.encoder.layer4(x["encoder.stage3"]),
+            "decoder.reduce": decoder.reduce(x["encoder.stage4"]),
+            "decoder.lateral.1": decoder.lateral[1](x["encoder.stage2"]),
+            "decoder.sab.1": decoder.sab[1](lower),
+            "decoder.merge.1": resize(lower, b.shape),
+            "decoder.cfb.1.1.sdm": block.sdm(a, x["decoder.sab.1"]),
+            "decoder.cfb.1.1.sum": total,
+            "decoder.cfb.1.1.affinity": r,
+            "decoder.cfb.1.1.lrm": g,
+            "decoder.cfb.1.1": block.fuse(query + block.beta * inner),
+            "decoder.smooth.1": decoder.smooth[1](x["decoder.cfb.1.1"]),
+            "head": model.classifier[:4](x["decoder"]),
+            "classifier": model.classifier[4](x["head"]),
+            "logits": resize(x["classifier"], IMAGE.shape),
+        }
+        parts = [x["decoder.reduce"], *(x[f"decoder.smooth.{level}"] for level in range(3))]
+        expected["decoder"] = torch.cat([resize(part, parts[-1].shape) for part in parts], 1)
+        if variant == "paper":
+            expected["decoder.cfb.1.1.enhance"] = query
+    for name, value in expected.items():
+        torch.testing.assert_close(x[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
