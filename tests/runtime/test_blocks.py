@@ -59,7 +59,7 @@ def test_an_fp32_engine_is_within_the_bound_everywhere(name, bundle, reference, 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize(
     "block",
-    ["encoder.stage3", "decoder.lateral.1", "decoder.cfb.1.0", "decoder.cfb.2.1", "classifier"],
+    ["encoder.stage3", "decoder.cfb.1.0", "classifier"],
 )
 def test_the_block_that_was_changed_is_the_first_above_the_bound(name, block, bundle, reference, images):
     compared = compare_blocks(changed(bundle.artefact(name), block, 1.5), reference, images)
