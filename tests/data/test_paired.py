@@ -104,6 +104,10 @@ def test_a_line_that_may_be_two_images(home: Path) -> None:
         PairedDataset(home)
     (home / "val.txt").write_text("x/e")
     assert names(home) == ["x/e"]
+    write(home / "images/e.jpg")  # whose own name it is
+    write(home / "masks/e.png")
+    (home / "val.txt").write_text("e")
+    assert names(home) == ["e"]
 
 
 def test_names_of_any_alphabet_with_spaces_and_any_suffix(tmp_path: Path) -> None:
