@@ -94,7 +94,7 @@ def run_video(
                 convert(segment, source, selection, outputs, report, lambda: bar.advance(task))
             except KeyboardInterrupt:
                 if report.frames:
-                    err.print(f"{shown(source.name)}: ended after {report.frames} frames", highlight=False)
+                    err.print(f"{shown(source.name)}: ended after {_frames(report.frames)}", highlight=False)
                 raise
             engine = {"engine": segment.engine.name, "device": segment.device, "precision": segment.precision}
     _tell(source, outputs, report, engine, json)
@@ -199,14 +199,18 @@ def _tell(source: Source, outputs: Outputs, report: Report, engine: dict[str, st
         )
     else:
         size = f"{report.width}x{report.height}"
-        done = f"{report.frames} frames of {size} in {report.seconds:.1f} s, {rate:.1f} a second"
+        done = f"{_frames(report.frames)} of {size} in {report.seconds:.1f} s, {rate:.1f} a second"
         out.print(f"{engine['engine']} on {engine['device']} in {engine['precision']}: {done}", highlight=False)
         written = [str(path) for path in (outputs.video, outputs.mask) if path is not None]
         out.print(shown("  ".join(written)), highlight=False)
     for reason in report.left_out:
         err.print(shown(reason), highlight=False)
     if source.damaged:
-        skipped = f"{source.damaged} damaged {'frame' if source.damaged == 1 else 'frames'}"
+        skipped = _frames(source.damaged, "damaged ")
         err.print(f"[bold red]skipped:[/] {skipped}; the first: {shown(source.damage)}", highlight=False)
     if source.broken:
         err.print(f"[bold red]ended early:[/] {shown(f'{source.name}: {source.broken}')}", highlight=False)
+
+
+def _frames(count: int, kind: str = "") -> str:
+    return f"{count} {kind}{'frame' if count == 1 else 'frames'}"

@@ -228,7 +228,7 @@ def test_a_signal_leaves_a_video_that_plays(number, code, tmp_path):
     assert f"interrupted by {number.name}" in err
     count = len(read_frames(tmp_path / "o.mp4"))
     assert count >= 1
-    assert f"ended after {count} frames" in err
+    assert f"ended after {count} frame" in err
     assert len(read_frames(tmp_path / "m.mkv", "gray")) == count
     assert sorted(os.listdir(tmp_path)) == ["m.mkv", "o.mp4"]
 
