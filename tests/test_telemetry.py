@@ -32,6 +32,7 @@ _LINES = [
     "doctor",
     "plugins -o {folder}/layers.so",
     "scenes --write {folder}/scenes -n 2",
+    "data scenes -n 2 -o {folder}/scenes.png",
 ]
 _HOLDING = """
 import sys, time, agln_fast

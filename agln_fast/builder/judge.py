@@ -13,7 +13,7 @@ from agln_fast.data.classes import ClassSet, class_set
 from agln_fast.data.dataset import SomeSamples
 from agln_fast.engines import EngineKind
 from agln_fast.engines.base import Workbench
-from agln_fast.errors import BackendError, ConfigError, MissingPackageError, VerificationError
+from agln_fast.errors import BackendError, MissingPackageError, VerificationError
 from agln_fast.evaluation.loss import Yardstick, has_masks, yardstick
 from agln_fast.manifest import Accuracy, Verification
 from agln_fast.plan.plan import Plan
@@ -58,17 +58,8 @@ class Judge:
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        """The reference on the pictures that engines are judged by; it runs over them when it is first asked for.
-
-        Raises:
-            ConfigError: they have masks of another number of classes than the network.
-        """
-        dataset, ours = self.pictures.judged, len(self.classes.classes)
-        if self._has_masks and len(dataset.class_set.classes) != ours:
-            raise ConfigError(
-                f"data: {dataset.class_set.name} has {len(dataset.class_set.classes)} classes, the network {ours}: "
-                "give the data that it was trained for, or images without masks"
-            )
+        """The reference on the pictures that engines are judged by; it runs over them when it is first asked for."""
+        dataset = self.pictures.judged
         if not self._has_masks:
             contract = self.reference.contract
             dataset = SomeSamples(dataset, max(1, _MOST_BYTES // (_BYTES * contract.height * contract.width)))

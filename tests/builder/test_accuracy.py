@@ -79,7 +79,7 @@ def _build(network, path, **options):
 @pytest.fixture(scope="module")
 def built(network, mine, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # nothing is drawn to calibrate, to time, or to judge
-        patch.setattr(pictures_module, "Scenes", lambda *_: pytest.fail("drawn"))
+        patch.setattr(pictures_module, "Scenes", type("Drawn", (), {"__init__": lambda *_: pytest.fail("drawn")}))
         patch.setattr(workshop_module, "sample_images", lambda *_: pytest.fail("drawn"))
         return _build(network, tmp_path_factory.mktemp("built") / "x", data=mine, max_miou_loss=100.0)
 
@@ -232,7 +232,7 @@ def test_without_masks_it_is_agreement(network, mine, tmp_path, monkeypatch):
 
 
 def test_data_of_other_classes_are_refused(network, tmp_path):
-    with pytest.raises(ConfigError, match="data: scenes has 12 classes, the network 5"):
+    with pytest.raises(ConfigError, match="the network has 5 classes, dataset scenes has 12"):
         _build(network, tmp_path / "x", data=Scenes("val", size=(64, 64), length=4))
     assert not list(tmp_path.iterdir())
 
