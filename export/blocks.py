@@ -63,12 +63,19 @@ class WatchedDeployment(DeployedNetwork):
 
 def name_blocks(model: ir.Model, blocks: list[str]) -> None:
     """Make of a graph that gives the results of `blocks` after its output one that gives the output alone, and in which
-    they are called "NAME", each by its block."""
+    they are called "NAME", each by its block.
+
+    Of what PyTorch's exporter notes at each node the modules around it stay, and not the lines of code: those have
+    paths of the machine that it ran on.
+    """
     output, *results = model.graph.outputs
     for block, result in zip(blocks, results, strict=True):
         result.name = block
     model.graph.outputs[:] = [output]
     common.RemoveUnusedNodesPass()(model)
+    for node in model.graph:
+        for key in node.metadata_props.keys() - {_SCOPES}:
+            del node.metadata_props[key]
 
 
 def tensors_of(data: bytes) -> list[str]:

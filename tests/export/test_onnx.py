@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -97,6 +98,14 @@ def test_metadata_says_what_it_is(exported):
     properties = {item.key: item.value for item in onnx.load(exported()).metadata_props}
     assert IOContract.from_dict(json.loads(properties["agln_fast.contract"])) == UINT8
     assert properties["agln_fast.classes"] == "a\nb"
+
+
+def test_nothing_tells_where_it_was_made(exported):
+    """Files are given away: the lines of code that PyTorch's exporter notes have paths of the machine."""
+    content = exported().read_bytes()
+    assert b".py" not in content
+    assert str(Path(torch.__file__).parents[1]).encode() not in content
+    assert b"name_scopes" in content  # of which blocks are found
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
