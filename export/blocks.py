@@ -70,7 +70,8 @@ def name_blocks(model: ir.Model, blocks: list[str]) -> None:
     """
     output, *results = model.graph.outputs
     for block, result in zip(blocks, results, strict=True):
-        result.name = block
+        if block != output.name:  # which, in half precision, is the same converted
+            result.name = block
     model.graph.outputs[:] = [output]
     common.RemoveUnusedNodesPass()(model)
     for node in model.graph:
