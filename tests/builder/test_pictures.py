@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from agln_fast.builder import judge
 from agln_fast.builder.pictures import Pictures, Unlabelled
 from agln_fast.contract import IOContract
+from agln_fast.data.classes import default_class_set
 from agln_fast.data.dataset import IGNORE_INDEX
 from agln_fast.data.scenes import Scenes
 from agln_fast.errors import ConfigError, ImageError
@@ -47,6 +50,16 @@ def test_blocks_are_ranked_on_what_is_not_judged_by(folder):
     ranked = [int(sample.image[0, 0, 0]) // 10 for sample in pictures.calibrated_on(3)]
     assert ranked == [0, 2, 6]
     assert not set(ranked) & set(_judged(pictures))
+
+
+def test_agreement_remembers_no_more_than_fits(folder, monkeypatch):
+    """Three bytes for each pixel of the reference: of many images some are judged by, evenly spread."""
+    monkeypatch.setattr(judge, "_MOST_BYTES", 3 * 64 * 64 * 5)
+    monkeypatch.setattr(judge, "yardstick", lambda reference, dataset, **_: dataset)
+    pictures = Pictures(Unlabelled(folder), calibrates=False)
+    reference = SimpleNamespace(contract=IOContract(64, 64))
+    judged = judge.Judge(pictures, default_class_set(3), reference, [], 0.5, None, None).yardstick
+    assert [int(sample.image[0, 0, 0]) // 10 for sample in judged] == [0, 2, 4, 6, 8]
 
 
 def test_images_beside_their_masks_are_no_images_without_masks(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,3 +84,13 @@ def test_calibration_fills_up_its_last_batch(workshop: Workshop, monkeypatch: py
     assert first.shape == second.shape == (2, 64, 64, 3)
     assert np.array_equal(second[1], first[0])
     assert not np.array_equal(second[0], first[0])
+
+
+def test_what_was_a_trial_is_gone_and_is_made_again_if_it_is_wanted(workshop: Workshop) -> None:
+    def made() -> Path:
+        return workshop.file("x.onnx", "key", lambda file: file.write_bytes(b"x"))
+
+    file = made()
+    workshop.discard(SimpleNamespace(file=file))  # type: ignore[arg-type]
+    assert not file.parent.exists()
+    assert made().read_bytes() == b"x"
