@@ -38,7 +38,7 @@ from agln_fast.runtime.multiscale import multiscale
 from agln_fast.runtime.result import Labels, Result, Timing
 from agln_fast.runtime.scores import Scores, classes_of, lead, on_host, resized, strips
 from agln_fast.runtime.sliding import slide
-from agln_fast.runtime.stages import side_by_side
+from agln_fast.runtime.stages import Steps, side_by_side
 
 __all__ = ["Segmenter", "load", "runnable_engines"]
 
@@ -247,21 +247,35 @@ class Segmenter:
         in_flight = 3 * most + 1 if in_flight is None else in_flight
         if in_flight < 1:
             raise ConfigError(f"in_flight {in_flight}: must be at least 1")
+        steps = self.steps(tta, margin=margin, bit_depth=bit_depth)
+        self._gate.check()
+        return side_by_side(iter(images), steps, in_flight=in_flight)
+
+    def steps(
+        self, tta: bool | TestTimeAugmentation = False, *, margin: bool = False, bit_depth: int | None = None
+    ) -> Steps[ImageSource, Any, Any, Result]:
+        """What a call does, as three steps, for who has threads of their own; `stream` runs them in two.
+
+        Each may be called in any thread. What goes from one to the next is the segmenter's own.
+
+        Args:
+            tta, margin, bit_depth: as in a call.
+
+        Raises:
+            ConfigError: as a call.
+        """
         check_bit_depth(bit_depth)
         augmentation = self._augmentation(tta)
-        self._gate.check()
         read = partial(load_image, bit_depth=bit_depth)
         if augmentation or self.contract.resize == "slide":
-            return side_by_side(
-                iter(images),
+            return Steps(
                 partial(_timed, read),
                 lambda batch: [self._slide(each, augmentation, margin) for each in batch],
                 lambda result: result,
                 most=1,
-                in_flight=in_flight,
             )
         prepare, finish = partial(self._prepare, read), partial(self._finish, margin=margin)
-        return side_by_side(iter(images), prepare, self._whole, finish, most=most, in_flight=in_flight)
+        return Steps(prepare, self._whole, finish, most=self.contract.max_batch)
 
     def close(self) -> None:
         """Release the engine, after the run that goes on in it; calls of other threads end with an error.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-__all__ = ["side_by_side"]
+__all__ = ["Steps", "side_by_side"]
 
 S = TypeVar("S")
 P = TypeVar("P")
@@ -17,19 +17,21 @@ O = TypeVar("O")  # noqa: E741  # output, between prepared and finished
 R = TypeVar("R")
 
 
-def side_by_side(
-    sources: Iterator[S],
-    prepare: Callable[[S], P],
-    run: Callable[[list[P]], Iterable[O]],
-    finish: Callable[[O], R],
-    *,
-    most: int,
-    in_flight: int,
-) -> Generator[R, None, None]:
+@dataclass(frozen=True)
+class Steps(Generic[S, P, O, R]):
+    """How a source becomes a result: prepare each, run 1 to `most` of what was prepared at once, finish each output."""
+
+    prepare: Callable[[S], P]
+    run: Callable[[list[P]], Iterable[O]]
+    finish: Callable[[O], R]
+    most: int
+
+
+def side_by_side(sources: Iterator[S], steps: Steps[S, P, O, R], *, in_flight: int) -> Generator[R, None, None]:
     """`finish` of `run` of `prepare` of each source, in order.
 
     Sources are taken and prepared in one thread, batches run in another, and the caller's finishes. A run takes what is
-    prepared by then, 1 to `most`, and waits for no more: a slow source is not delayed, a fast one fills the batches.
+    prepared by then, 1 to `steps.most`, and waits for no more: a slow source is not delayed, a fast one fills batches.
 
     At most `in_flight` sources have been taken whose results the caller has not asked to go on from. What a step or the
     source raises is raised in its place, behind the results before it, and ends the generator. So does closing it:
@@ -38,14 +40,14 @@ def side_by_side(
     line: _Line[P, O] = _Line(SimpleQueue(), SimpleQueue(), threading.Semaphore(in_flight), threading.Event())
     # The process may end with a generator that nobody has closed, and waits for no daemon.
     threads = [
-        threading.Thread(target=_prepare, args=(sources, prepare, line), name="agln-fast read", daemon=True),
-        threading.Thread(target=_run, args=(run, most, line), name="agln-fast engine", daemon=True),
+        threading.Thread(target=_prepare, args=(sources, steps.prepare, line), name="agln-fast read", daemon=True),
+        threading.Thread(target=_run, args=(steps.run, steps.most, line), name="agln-fast engine", daemon=True),
     ]
     for thread in threads:
         thread.start()
     try:
         while not isinstance(output := line.outputs.get(), _End):
-            result = finish(output)
+            result = steps.finish(output)
             del output
             yield result
             del result

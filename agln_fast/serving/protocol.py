@@ -16,12 +16,25 @@ import numpy.typing as npt
 from PIL import Image
 
 from agln_fast.errors import ConfigError, ImageError, choose
-from agln_fast.runtime.images import ImageArray, load_image
+from agln_fast.runtime.images import ImageArray, ImageSource, load_image
 from agln_fast.runtime.result import Result
 
-__all__ = ["INPUTS", "OUTPUTS", "Output", "Tensor", "read_images", "shape_of", "write_outputs"]
+__all__ = [
+    "INPUTS",
+    "MOST_IMAGES",
+    "OUTPUTS",
+    "Output",
+    "Tensor",
+    "read_images",
+    "shape_of",
+    "sources_of",
+    "write_outputs",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
+
+MOST_IMAGES: Final = 64
+"""Of one request. More of them are more requests, which fill the same batches."""
 
 
 @dataclass(frozen=True)
@@ -51,35 +64,45 @@ INPUTS: Final = {
 """A request has one of them."""
 
 
-def read_images(inputs: Mapping[str, Array | Sequence[bytes]], *, max_pixels: int | None = None) -> list[ImageArray]:
-    """The images (H, W, 3) uint8 of a request: of `image`, a sequence of encoded ones, or of `pixels`.
+def sources_of(inputs: Mapping[str, Array | Sequence[bytes]]) -> list[ImageSource]:
+    """What the images of a request are read from by a segmenter, or by `load_image`: bytes, or arrays (H, W, 3) uint8.
 
     Args:
-        inputs: by name.
-        max_pixels: as in `load_image`, of each image.
+        inputs: by name; of `image` a sequence of encoded images, of `pixels` an array.
 
     Raises:
-        ConfigError: no input, two, an unknown one, or one without an image.
-        ImageError: an image that cannot be used, or pixels of another type or shape.
+        ConfigError: no input, two, an unknown one, or one without an image, or with more than `MOST_IMAGES`.
+        ImageError: pixels of another type or shape, or an image that is no bytes.
     """
     for name in inputs:
         choose("input", name, INPUTS)
     if len(inputs) != 1:
         raise ConfigError(f"a request needs one input, {' or '.join(map(repr, INPUTS))}; got {len(inputs)}")
     [(name, value)] = inputs.items()
-    sources: Sequence[Any] = value
     if name == "pixels":
         array = np.asarray(value)
         if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
             raise ImageError(
                 f"input 'pixels': needs UINT8 of shape (H, W, 3) or (N, H, W, 3), got {array.dtype} {array.shape}"
             )
-        sources = array if array.ndim == 4 else array[np.newaxis]
-    elif not all(isinstance(source, bytes | bytearray | memoryview) for source in sources):
+        sources: list[ImageSource] = list(array if array.ndim == 4 else array[np.newaxis])
+    elif all(isinstance(source, bytes | bytearray | memoryview) for source in value):
+        sources = list(value)
+    else:
         raise ImageError("input 'image': needs encoded images as BYTES")
-    if not len(sources):
-        raise ConfigError(f"input {name!r} has no image")
-    return [load_image(source, max_pixels=max_pixels) for source in sources]
+    if not 1 <= len(sources) <= MOST_IMAGES:
+        raise ConfigError(f"input {name!r} has {len(sources)} images: a request needs 1 to {MOST_IMAGES}")
+    return sources
+
+
+def read_images(inputs: Mapping[str, Array | Sequence[bytes]]) -> list[ImageArray]:
+    """The images (H, W, 3) uint8 of a request.
+
+    Raises:
+        ConfigError: as `sources_of`.
+        ImageError: as `sources_of`, or an image that cannot be used.
+    """
+    return [load_image(source) for source in sources_of(inputs)]
 
 
 def _labels(results: Sequence[Result]) -> Array:
