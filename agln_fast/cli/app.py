@@ -21,6 +21,7 @@ from agln_fast.cli.plugins import plugins
 from agln_fast.cli.rebuild import rebuild
 from agln_fast.cli.run import run
 from agln_fast.cli.scenes import scenes
+from agln_fast.cli.serve import serve
 from agln_fast.cli.streams import open_streams
 from agln_fast.cli.train import train
 from agln_fast.cli.verify import verify
@@ -36,7 +37,22 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for verb in (build, rebuild, run, bench, verify, evaluate, train, data, scenes, visualize, inspect, plugins, doctor):
+for verb in (
+    build,
+    rebuild,
+    run,
+    serve,
+    bench,
+    verify,
+    evaluate,
+    train,
+    data,
+    scenes,
+    visualize,
+    inspect,
+    plugins,
+    doctor,
+):
     app.command("eval" if verb is evaluate else None)(verb)
 
 

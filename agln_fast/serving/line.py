@@ -145,9 +145,10 @@ class Line:
 
     def _run(self) -> None:
         while (first := self._prepared.get()) is not None:
-            batch = self._fill([first])
-            batch, over = [each for each in batch if not self._is_over(each.job)], len(batch)
-            self._permits.release(over - len(batch)) if over > len(batch) else None
+            taken = self._fill([first])
+            batch = [each for each in taken if not self._is_over(each.job)]
+            if over := len(taken) - len(batch):
+                self._permits.release(over)
             if not batch:
                 continue
             began = time.monotonic()
@@ -247,8 +248,10 @@ class _Job:
             return self.missing == 0
 
     def times(self) -> Times:
-        seconds = self.waited, self.decode, self.engine, self.encode
-        return Times(*(round(1e3 * each, 3) for each in seconds), batch_size=self.batch)
+        waited, decode, engine, encode = (
+            round(1e3 * seconds, 3) for seconds in (self.waited, self.decode, self.engine, self.encode)
+        )
+        return Times(waited, decode, engine, encode, self.batch)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,499 @@
+"""`agln-fast serve`: MLServer with a front of our own.
+
+MLServer brings the endpoints of health, metadata and repository, the versions of models, Prometheus, uvicorn and
+gRPC. What a request for inference goes through is replaced: MLServer turns each value of a tensor into a Python object,
+takes no binary tensors over HTTP, and answers 400 where a balancer needs 503.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from typing import Any
+
+import grpc
+import orjson
+import uvicorn
+from mlserver import ModelSettings, Settings
+from mlserver.errors import MLServerError
+from mlserver.grpc.dataplane_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from mlserver.grpc.model_repository_pb2_grpc import add_ModelRepositoryServiceServicer_to_server
+from mlserver.grpc.server import GRPCServer, ModelRepositoryServicer
+from mlserver.grpc.servicers import InferenceServicer
+from mlserver.handlers import DataPlane, ModelRepositoryHandlers
+from mlserver.metrics import MetricsServer
+from mlserver.registry import MultiModelRegistry
+from mlserver.repository import ModelRepository
+from mlserver.rest import RESTServer
+from mlserver.settings import ModelParameters
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+from starlette.routing import Route
+
+from agln_fast import __version__
+from agln_fast.errors import AglnError, BackendError, ConfigError
+from agln_fast.serving.model import BundleModel, Limits, RefusedError
+from agln_fast.serving.wire import (
+    HEADER_LENGTH,
+    Request,
+    Response,
+    read_binary,
+    read_json,
+    read_protobuf,
+    read_timeout,
+)
+
+__all__ = ["Addresses", "Options", "Served", "serve"]
+
+_BODY_S = 30.0  # for a body to come in
+_CONTROL = ("/v2/repository/models/{model_name}/load", "/v2/repository/models/{model_name}/unload")
+_REPLACED = ("/infer", "/generate", "/infer_stream", "/generate_stream", "/ready")
+_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+log = logging.getLogger("agln_fast.serving")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle by its name and version, and the fields of `Engine` for it."""
+
+    bundle: str
+    name: str
+    version: str | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """host and ports, 0 for free ones; body_bytes: the largest request; drain_s: for what is in flight at the end;
+    linger_s: before that, not ready any more but still serving, so that balancers notice; control: whether clients may
+    load and unload."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8080
+    grpc_port: int = 8081
+    metrics_port: int = 8082
+    limits: Limits = field(default_factory=Limits)
+    body_bytes: int = 32 << 20
+    drain_s: float = 30.0
+    linger_s: float = 0.0
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where it answers."""
+
+    http: str
+    grpc: str
+    metrics: str
+
+
+async def serve(models: Sequence[Served], options: Options, announce: Callable[[Addresses], None]) -> None:
+    """Serve until SIGTERM or SIGINT; `announce` is called when everything is ready. A second signal ends at once.
+
+    Raises:
+        BackendError, BundleError: a port that is in use, or a bundle that cannot be served.
+    """
+    with contextlib.ExitStack() as stack:
+        ports = options.http_port, options.metrics_port
+        sockets = [stack.enter_context(_listen(options.host, port)) for port in ports]
+        server = _Server(options, sockets, [_settings(model, options.limits) for model in models])
+        await server.run(announce)
+
+
+def _settings(model: Served, limits: Limits) -> ModelSettings:
+    extra = {**asdict(limits), **model.engine}
+    parameters = ModelParameters(uri=model.bundle, version=model.version, extra=extra)
+    return ModelSettings(name=model.name, implementation=BundleModel, parameters=parameters)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else header and body are 40 ms apart
+        return listener
+    except OSError as error:
+        raise BackendError(f"{host}:{port}: {error.strerror or error}; choose another host or port") from None
+
+
+class _Server:
+    """MLServer's parts put together, but for its order at the end, which ends the engines before the requests."""
+
+    def __init__(self, options: Options, sockets: list[socket.socket], models: list[ModelSettings]) -> None:
+        self._options, self._sockets, self._models = options, sockets, models
+        self._end = asyncio.Event()
+        settings = Settings(
+            debug=False,
+            host=options.host,
+            grpc_port=options.grpc_port,
+            grpc_max_message_length=options.body_bytes,
+            parallel_workers=0,
+            gzip_enabled=False,
+            server_name="agln-fast",
+            server_version=__version__,
+            extensions=["binary_tensor_data", *(["model_repository"] if options.control else [])],
+        )
+        self._registry = MultiModelRegistry()
+        self._plane = _Plane(settings, self._registry)
+        handlers = ModelRepositoryHandlers(_Repository(models), self._registry)
+        self._rest = _Rest(settings, self._plane, handlers)
+        self._rest.prepare(sockets[0], options)
+        self._grpc = _Grpc(settings, self._plane, handlers)
+        self._grpc.control = options.control
+        self._metrics = _Metrics(settings)
+        self._metrics.socket = sockets[1]
+        logging.getLogger("mlserver").setLevel(logging.WARNING)
+
+    async def run(self, announce: Callable[[Addresses], None]) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._asked_to_end)
+        servers: list[Any] = [self._grpc, self._rest, self._metrics]
+        running = [asyncio.create_task(server.start()) for server in servers]
+        try:
+            for settings in self._models:
+                try:
+                    await self._registry.load(settings)
+                except MLServerError as error:
+                    raise BackendError(str(error)) from None
+            host = self._options.host
+            ports = self._sockets[0].getsockname()[1], self._grpc.port, self._sockets[1].getsockname()[1]
+            at = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for port in ports]
+            self._plane.open = True
+            announce(Addresses(f"http://{at[0]}", at[1], f"http://{at[2]}/metrics"))
+            end = asyncio.create_task(self._end.wait())
+            await asyncio.wait([end, *running], return_when=asyncio.FIRST_COMPLETED)
+            await self._drain()
+        finally:
+            for server in servers:
+                await server.stop()
+            await asyncio.gather(*running, return_exceptions=True)
+            for model in await self._registry.get_models():
+                await model.unload()
+
+    async def _drain(self) -> None:
+        """Not ready from now on; after a while nothing new is taken, and what is in flight is answered."""
+        plane = self._plane
+        plane.open = False
+        log.info("draining: %d requests in flight", plane.in_flight)
+        await asyncio.sleep(self._options.linger_s)
+        plane.refuses = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._options.drain_s):
+                while plane.in_flight:
+                    await asyncio.sleep(0.01)
+
+    def _asked_to_end(self) -> None:
+        if self._end.is_set():
+            self._options = _at_once(self._options)
+        self._end.set()
+
+
+class _Plane(DataPlane):  # type: ignore[misc]
+    """open: whether it is ready. refuses: whether nothing new is taken."""
+
+    open = False
+    refuses = False
+    in_flight = 0
+
+    async def ready(self) -> bool:
+        return self.open and await super().ready()
+
+    async def segment(self, request: Request, name: str, version: str | None) -> Response:
+        """
+        Raises:
+            MLServerError: an unknown model, or as `BundleModel.segment`.
+        """
+        if self.refuses:
+            raise RefusedError(503, "the server is about to end", 1)
+        model = await self._model_registry.get_model(name, version or None)
+        if not model.ready:
+            raise RefusedError(503, f"model {name} is not ready", 1)
+        self.in_flight += 1
+        try:
+            answer: Response = await model.segment(request)
+            return answer
+        finally:
+            self.in_flight -= 1
+
+
+class _Repository(ModelRepository):  # type: ignore[misc]
+    """The bundles that the server was started with: no request names a path."""
+
+    def __init__(self, models: list[ModelSettings]) -> None:
+        self._models = models
+
+    async def find(self, name: str) -> list[ModelSettings]:
+        found = [model for model in self._models if model.name == name]
+        if not found:
+            raise RefusedError(404, f"model {name} is none of this server's")
+        return found
+
+    async def list(self) -> list[ModelSettings]:
+        return self._models
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to `_Server`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _uvicorn(app: Any) -> _Uvicorn:
+    return _Uvicorn(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_graceful_shutdown=5
+        )
+    )
+
+
+class _Rest(RESTServer):  # type: ignore[misc]
+    def prepare(self, listener: socket.socket, options: Options) -> None:
+        """Put our routes before MLServer's, and limits before all of them."""
+        self._socket = listener
+        routes = self._app.router.routes
+        kept = [
+            route
+            for route in routes
+            if not route.path.endswith(_REPLACED) and (options.control or route.path not in _CONTROL)
+        ]
+        models = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+        routes[:] = [
+            Route("/", _page),
+            Route("/v2/health/ready", self._ready),
+            *(Route(f"{model}/ready", self._model_ready) for model in models),
+            *(Route(f"{model}/infer", self._infer, methods=["POST"]) for model in models),
+            *kept,
+        ]
+        self._app.add_middleware(_BodyLimit, most=options.body_bytes)
+
+    async def start(self) -> None:
+        self._server = _uvicorn(self._app)
+        await self._server.serve(sockets=[self._socket])
+
+    async def stop(self, sig: int | None = None) -> None:
+        self._server.should_exit = True
+
+    async def _ready(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse(status_code=200 if await self._data_plane.ready() else 503)
+
+    async def _model_ready(self, request: HttpRequest) -> HttpResponse:
+        try:
+            ready = await self._data_plane.model_ready(*_model(request))
+        except MLServerError as error:
+            return _error(error)
+        return HttpResponse(status_code=200 if ready else 503)
+
+    async def _infer(self, request: HttpRequest) -> HttpResponse:
+        """JSON, JSON and binary tensors, or an image file alone."""
+        try:
+            kind = request.headers.get("content-type", "")
+            if request.headers.get("content-encoding", "identity") != "identity":
+                raise RefusedError(415, "Content-Encoding: send the body as it is")
+            body = await request.body()
+            if kind.startswith("image/"):
+                asked = _of_image(request, body)
+            elif HEADER_LENGTH in request.headers:
+                asked = _of_binary(request.headers[HEADER_LENGTH], body)
+            else:
+                asked = read_json(_json(body))
+            response = await self._data_plane.segment(asked, *_model(request))
+            return _of_response(response, asked.binary, files=kind.startswith("image/"))
+        except (MLServerError, AglnError) as error:
+            return _error(error)
+
+
+class _Grpc(GRPCServer):  # type: ignore[misc]
+    control = False
+    port = 0
+
+    def _create_server(self) -> Any:
+        # Without the option two servers could share a port, and nobody would notice.
+        self._server = grpc.aio.server(options=[*self._get_options(), ("grpc.so_reuseport", 0)])
+        servicer = _Servicer(self._data_plane, self._model_repository_handlers)
+        servicer.control = self.control
+        add_GRPCInferenceServiceServicer_to_server(servicer, self._server)
+        if self.control:
+            repository = ModelRepositoryServicer(self._model_repository_handlers)
+            add_ModelRepositoryServiceServicer_to_server(repository, self._server)
+        host = self._settings.host
+        address = f"[{host}]:{self._settings.grpc_port}" if ":" in host else f"{host}:{self._settings.grpc_port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise BackendError(f"{address}: cannot be listened on; choose another host or port") from None
+        return self._server
+
+    async def stop(self, sig: int | None = None) -> None:
+        await self._server.stop(grace=1.0)
+
+
+class _Metrics(MetricsServer):  # type: ignore[misc]
+    socket: socket.socket
+
+    async def start(self) -> None:
+        self._server = _uvicorn(self._app)
+        await self._server.serve(sockets=[self.socket])
+
+    async def stop(self, sig: int | None = None) -> None:
+        self._server.should_exit = True
+
+
+class _Servicer(InferenceServicer):  # type: ignore[misc]
+    control = False
+
+    async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        try:
+            asked = read_protobuf(request)
+            remaining = context.time_remaining()
+            if remaining is not None:
+                limit = max(1e-6, min(remaining, asked.timeout_s or remaining))
+                asked = Request(asked.inputs, asked.outputs, asked.id, limit)
+            response = await self._data_plane.segment(asked, request.model_name, request.model_version)
+            return response.to_protobuf()
+        except (MLServerError, AglnError) as error:
+            status, message, wait = _reason(error)
+            if wait:
+                context.set_trailing_metadata((("retry-after", str(wait)),))
+            await context.abort(_STATUS.get(status, grpc.StatusCode.INTERNAL), message)
+
+    async def ModelStreamInfer(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a picture has one answer: use ModelInfer")
+
+    async def RepositoryModelLoad(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        return await self._controlled(super().RepositoryModelLoad, request, context)
+
+    async def RepositoryModelUnload(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        return await self._controlled(super().RepositoryModelUnload, request, context)
+
+    async def _controlled(self, method: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if not self.control:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "started without --model-control")
+        return await method(request, context)
+
+
+class _BodyLimit:
+    """ASGI middleware: no body larger than `most` bytes, and none that takes longer than half a minute to come."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(length) > self._most:
+            await self._too_large()(scope, receive, send)
+            return
+        taken, until = 0, asyncio.get_running_loop().time() + _BODY_S
+        complete = False
+
+        async def limited() -> Any:
+            nonlocal taken, complete
+            if complete:
+                return await receive()  # whether the client is still there
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not come within {_BODY_S:.0f} s") from None
+            taken += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if taken > self._most:
+                raise HTTPException(413, self._message)
+            return message
+
+        await self._app(scope, limited, send)
+
+    @property
+    def _message(self) -> str:
+        return f"a request has {self._most} bytes at most here"
+
+    def _too_large(self) -> HttpResponse:
+        return _error(RefusedError(413, self._message))
+
+
+def _at_once(options: Options) -> Options:
+    return Options(**{**vars(options), "drain_s": 0.0, "linger_s": 0.0})
+
+
+def _model(request: HttpRequest) -> tuple[str, str | None]:
+    return request.path_params["name"], request.path_params.get("version")
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(
+            f"the body is no JSON ({error}); an image file needs Content-Type: image/jpeg or so"
+        ) from None
+
+
+def _of_binary(length: str, body: bytes) -> Request:
+    if not length.isdecimal() or int(length) > len(body):
+        raise ConfigError(f"{HEADER_LENGTH} {length[:20]}: the body has {len(body)} bytes")
+    return read_binary(_json(body[: int(length)]), body[int(length) :])
+
+
+def _of_image(request: HttpRequest, body: bytes) -> Request:
+    """`?output=NAME`, once or more, and `?timeout=`."""
+    names, timeout = request.query_params.getlist("output"), request.query_params.get("timeout")
+    return Request({"image": [body]}, tuple(names), timeout_s=read_timeout(timeout))
+
+
+def _of_response(response: Response, binary: frozenset[str], *, files: bool) -> HttpResponse:
+    times = asdict(response.times)
+    stages = ", ".join(f"{key.removesuffix('_ms')};dur={times[key]}" for key in times if key.endswith("_ms"))
+    headers = {"Server-Timing": stages}
+    if files and len(response.outputs) == 1:
+        [output] = response.outputs.values()
+        if output.dtype == object:
+            return HttpResponse(output[0], headers=headers, media_type="image/png")
+    document, blobs = response.to_json(binary)
+    text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not blobs:
+        return HttpResponse(text, headers=headers, media_type="application/json")
+    headers[HEADER_LENGTH] = str(len(text))
+    return HttpResponse(b"".join([text, *blobs]), headers=headers, media_type="application/octet-stream")
+
+
+def _reason(error: Exception) -> tuple[int, str, int | None]:
+    if isinstance(error, MLServerError):
+        return error.status_code, str(error), getattr(error, "retry_after", None)
+    return 400, str(error), None
+
+
+def _error(error: Exception) -> HttpResponse:
+    status, message, wait = _reason(error)
+    headers = {"Retry-After": str(wait)} if wait else {}
+    return HttpResponse(orjson.dumps({"error": message}), status, headers, "application/json")
+
+
+async def _page(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(_read_page(), media_type="text/html", headers={"Content-Security-Policy": _POLICY})
+
+
+_POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def _read_page() -> bytes:
+    return (resources.files("agln_fast.serving") / "page.html").read_bytes()
