@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -86,6 +87,7 @@ def serve(
     served = named_bundles(bundles)
     for _, _, path in served:
         open_matching(path, backend, precision, device, threads)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would print is raised, too
     try:
         from agln_fast.serving.model import Limits
         from agln_fast.serving.server import Options, Served

@@ -121,6 +121,10 @@ def _settings(model: Served, limits: Limits) -> ModelSettings:
     return ModelSettings(name=model.name, implementation=BundleModel, parameters=parameters)
 
 
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -128,7 +132,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else header and body are 40 ms apart
         return listener
     except OSError as error:
-        raise BackendError(f"{host}:{port}: {error.strerror or error}; choose another host or port") from None
+        raise BackendError(f"{_address(host, port)}: {error.strerror or error}; choose another host or port") from None
 
 
 class _Server:
@@ -154,7 +158,7 @@ class _Server:
         self._rest = _Rest(settings, self._plane, handlers)
         self._rest.prepare(sockets[0], options)
         self._grpc = _Grpc(settings, self._plane, handlers)
-        self._grpc.control = options.control
+        self._grpc.prepare(options)
         self._metrics = _Metrics(settings)
         self._metrics.socket = sockets[1]
         logging.getLogger("mlserver").setLevel(logging.WARNING)
@@ -171,13 +175,14 @@ class _Server:
                     await self._registry.load(settings)
                 except MLServerError as error:
                     raise BackendError(str(error)) from None
-            host = self._options.host
             ports = self._sockets[0].getsockname()[1], self._grpc.port, self._sockets[1].getsockname()[1]
-            at = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for port in ports]
+            at = [_address(self._options.host, port) for port in ports]
             self._plane.open = True
             announce(Addresses(f"http://{at[0]}", at[1], f"http://{at[2]}/metrics"))
             end = asyncio.create_task(self._end.wait())
-            await asyncio.wait([end, *running], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([end, *running], return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()  # of a server that fell over
             await self._drain()
         finally:
             for server in servers:
@@ -321,25 +326,25 @@ class _Rest(RESTServer):  # type: ignore[misc]
 
 
 class _Grpc(GRPCServer):  # type: ignore[misc]
-    control = False
-    port = 0
-
-    def _create_server(self) -> Any:
+    def prepare(self, options: Options) -> None:
+        """Listen. Raises BackendError where it cannot be."""
         # Without the option two servers could share a port, and nobody would notice.
         self._server = grpc.aio.server(options=[*self._get_options(), ("grpc.so_reuseport", 0)])
         servicer = _Servicer(self._data_plane, self._model_repository_handlers)
-        servicer.control = self.control
+        servicer.control = options.control
         add_GRPCInferenceServiceServicer_to_server(servicer, self._server)
-        if self.control:
+        if options.control:
             repository = ModelRepositoryServicer(self._model_repository_handlers)
             add_ModelRepositoryServiceServicer_to_server(repository, self._server)
-        host = self._settings.host
-        address = f"[{host}]:{self._settings.grpc_port}" if ":" in host else f"{host}:{self._settings.grpc_port}"
+        address = _address(options.host, options.grpc_port)
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError:
             raise BackendError(f"{address}: cannot be listened on; choose another host or port") from None
-        return self._server
+
+    async def start(self) -> None:
+        await self._server.start()
+        await self._server.wait_for_termination()
 
     async def stop(self, sig: int | None = None) -> None:
         await self._server.stop(grace=1.0)

@@ -42,6 +42,7 @@ def test_every_verb_has_help(cli):
         "build",
         "rebuild",
         "run",
+        "serve",
         "bench",
         "verify",
         "data",

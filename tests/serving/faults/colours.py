@@ -1,0 +1,3 @@
+"""First pixels of pictures at which something goes wrong."""
+
+RAISE, DIE, SLOW = (13, 37, 99), (66, 6, 66), (5, 50, 5)
