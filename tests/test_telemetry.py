@@ -17,10 +17,17 @@ from agln_fast.cli.app import app
 from agln_fast.data.scenes import Scenes
 
 _VERB = ("-c", "from agln_fast.cli import main; main()")
+_SERVING = (
+    "-c",
+    "import os, signal, threading\n"
+    "threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+    "from agln_fast.cli import main; main()",
+)
 _LINES = [
     "run {bundle} {photo} -o {folder}/out --backend torch",
     "run {bundle} {photo} -o {folder}/out --backend fused",
     "run {bundle} {photo} -o {folder}/out.mp4 --mask {folder}/labels.mkv --backend onnxruntime",
+    "serve {bundle} --http-port 0 --grpc-port 0 --metrics-port 0",
     "verify {bundle}",
     "build agln_nano -o {folder}/new --size 64x64 --precision fp32 --precision int8",
     "rebuild {bundle} -o {folder}/again",
@@ -53,7 +60,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def look(arguments: Sequence[str | Path], folder: Path, **environment: str) -> Watched:
     """What a verb, or Python with `-c`, does."""
-    first = () if arguments[0] == "-c" else _VERB
+    first = {"-c": (), "serve": _SERVING}.get(str(arguments[0]), _VERB)
     command = [sys.executable, *first, *map(str, arguments)]
     watched = watch(command, folder, AGLN_FAST_TUNE_SECONDS="0", **environment)
     assert watched.code == 0, watched.stderr

@@ -170,7 +170,7 @@ def read_timeout(microseconds: Any) -> float | None:
         return None
     try:
         seconds = 1e-6 * int(microseconds)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 < seconds <= _LARGEST_TIMEOUT_S:
         raise ConfigError(f"timeout {microseconds!r}: give whole microseconds, a day at most")

@@ -1,0 +1,119 @@
+"""Requests and responses over the wire, against clients of others: `tritonclient` writes and reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from agln_fast.errors import AglnError, ConfigError
+from agln_fast.serving.line import Times
+from agln_fast.serving.wire import Response, read_binary, read_json, read_tensor, read_timeout
+
+utils = pytest.importorskip("tritonclient.utils")
+http = pytest.importorskip("tritonclient.http")
+
+
+def sent_by_tritonclient(name: str, datatype: str, array: np.ndarray, *, binary: bool, **request: object):
+    """What `read_json` or `read_binary` makes of a request that tritonclient wrote."""
+    tensor = http.InferInput(name, array.shape, datatype)
+    tensor.set_data_from_numpy(array, binary_data=binary)
+    body, length = http.InferenceServerClient.generate_request_body([tensor], **request)
+    if length is None:
+        return read_json(json.loads(body))
+    return read_binary(json.loads(body[:length]), bytes(body[length:]))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_pixels_of_tritonclient(binary):
+    picture = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    request = sent_by_tritonclient("pixels", "UINT8", picture, binary=binary, request_id="a", timeout=1500)
+    np.testing.assert_array_equal(request.inputs["pixels"], picture)
+    assert (request.id, request.timeout_s) == ("a", pytest.approx(1.5e-3))
+
+
+def test_files_of_tritonclient():
+    files = np.array([b"", b"\x00\xff" * 300, b"x"], object)
+    request = sent_by_tritonclient("image", "BYTES", files, binary=True)
+    assert request.inputs["image"] == files.tolist()
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_which_outputs_come_as_binary_tensors(binary):
+    outputs = [http.InferRequestedOutput("shares", binary_data=binary), http.InferRequestedOutput("labels")]
+    request = sent_by_tritonclient("pixels", "UINT8", np.zeros((1, 1, 3), np.uint8), binary=True, outputs=outputs)
+    assert request.outputs == ("shares", "labels")
+    assert request.binary == frozenset({"labels", *(["shares"] if binary else [])})
+
+
+def test_tritonclient_reads_the_answer():
+    outputs = {
+        "labels": np.arange(6, dtype=np.uint8).reshape(1, 2, 3),
+        "runs": np.array([[1, 70_000], [0, 2]], np.int32),
+        "shares": np.array([[0.25, 0.75]], np.float32),
+        "labels_png": np.array([b"one", b""], object),
+    }
+    response = Response("m", "3", "id", outputs, Times(1, 2, 3, 4, 5))
+    document, blobs = response.to_json(frozenset(outputs))
+    text = json.dumps(document).encode()
+    result = http.InferResult.from_response_body(b"".join([text, *blobs]), header_length=len(text))
+    for name, array in outputs.items():
+        np.testing.assert_array_equal(result.as_numpy(name), array)
+        assert result.get_output(name)["datatype"] == utils.np_to_triton_dtype(array.dtype)
+    assert document["parameters"] == {
+        "queue_ms": 1,
+        "decode_ms": 2,
+        "engine_ms": 3,
+        "encode_ms": 4,
+        "batch_size": 5,
+    }
+
+
+@given(arrays.arrays(np.uint8, arrays.array_shapes(min_dims=3, max_dims=4, max_side=5)))
+@settings(max_examples=30, deadline=None)
+def test_whatever_shape_it_has(array):
+    shape = list(array.shape)
+    np.testing.assert_array_equal(read_tensor("pixels", "UINT8", shape, array.tobytes()), array)
+    np.testing.assert_array_equal(read_tensor("pixels", "UINT8", shape, array.tolist()), array)
+    np.testing.assert_array_equal(read_tensor("pixels", "UINT8", shape, array.ravel().tolist()), array)
+
+
+_KEYS = st.sampled_from(["inputs", "outputs", "name", "datatype", "shape", "data", "parameters", "timeout"])
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(_KEYS | st.text(), inner),
+)
+
+
+@given(_ANYTHING, st.binary(max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_sent_is_refused_with_one_kind_of_error(document, blobs):
+    for read in (lambda: read_json(document), lambda: read_binary(document, blobs)):
+        with contextlib.suppress(AglnError):
+            assert read().inputs == {}  # one without inputs is refused later, by the protocol
+
+
+@given(st.binary(max_size=64), st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_whatever_bytes_are_sent(data, count):
+    try:
+        files = read_tensor("image", "BYTES", [count], data)
+    except ConfigError:
+        return
+    assert b"".join(len(file).to_bytes(4, "little") + file for file in files) == data
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, None), (0, None), (1, 1e-6), ("2000000", 2.0), (2.5e6, 2.5)])
+def test_timeouts_are_microseconds(given, seconds):
+    assert read_timeout(given) == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize("given", ["soon", -1, float("nan"), float("inf"), 10**18, []])
+def test_timeouts_that_make_no_sense(given):
+    with pytest.raises(ConfigError, match="timeout"):
+        read_timeout(given)
