@@ -33,6 +33,7 @@ demo: $(READY)
 	show agln-fast run $(DEMO)/agln.agln $(DEMO)/scenes/images $(DEMO)/photograph.png -o $(DEMO)/out
 	@echo
 	@$(BIN)/python -m agln_fast.bench.jobs.demo compare $(DEMO)
+	@$(BIN)/python -m agln_fast.bench.jobs.demo serve $(DEMO)
 
 # Trains the checkpoints in agln_fast/checkpoints again: hours on two cores. It may be stopped; it goes on.
 checkpoints: $(READY)
