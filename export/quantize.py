@@ -89,6 +89,7 @@ def _save(openvino: Any, model: Any, path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             draft = Path(folder) / path.name
             openvino.save_model(model, draft, compress_to_fp16=False)
+            openvino.Core().read_model(draft)  # older versions are silent where the disk is full
             draft.with_suffix(".bin").replace(weights)
             draft.replace(path)
     except (OSError, RuntimeError) as error:
