@@ -58,7 +58,7 @@ class Desk:
         self.line = Line(gate.steps, self._answers.put, **settings)
 
     def put(self, number: int, *, count: int = 1, **settings: object) -> None:
-        self.line.put(Task(number, pixels(number, count), ("shares",), time.monotonic(), **settings))
+        self.line.put(Task(number, pixels(number % 256, count), ("shares",), time.monotonic(), **settings))
 
     def take(self, count: int = 1) -> dict[int, Answer]:
         answers = [self._answers.get(timeout=30) for _ in range(count)]
@@ -218,33 +218,48 @@ def test_only_so_many_images_are_decoded_ahead():
 
 @pytest.mark.parametrize("what", ["late", "cancelled", "failed", "unread"])
 def test_nothing_that_was_left_out_keeps_its_place(what):
-    """More than fit are left out in one way; after that there is place for others."""
+    """More than fit are left out in one way, again and again; after that there is place for others."""
     gate = Gate(most=2)
     desk = Desk(gate, readers=2)
-    desk.put(0)
-    until(lambda: gate.batches)
-    for number in range(1, 30):
-        if what == "unread":
-            desk.line.put(Task(number, {"image": [b"garbage"]}, (), time.monotonic()))
-        else:
-            desk.put(number, deadline=time.monotonic() + (SHORT if what == "late" else 60))
-    if what == "late":
+    for start in (0, 100, 200):
+        runs = len(gate.batches)
+        desk.put(start)
+        until(lambda runs=runs: len(gate.batches) > runs)
+        for number in range(start + 1, start + 30):
+            if what == "unread":
+                desk.line.put(Task(number, {"image": [b"garbage"]}, (), time.monotonic()))
+            else:
+                desk.put(number, deadline=time.monotonic() + (SHORT if what == "late" else 60))
         time.sleep(2 * SHORT)
-    if what == "cancelled":
-        for number in range(1, 30):
-            desk.line.cancel(number)
-    if what == "failed":
-        gate.fails = {run: BackendError("no") for run in range(2, 17)}
+        if what == "cancelled":
+            for number in range(start + 1, start + 30):
+                desk.line.cancel(number)
+        if what == "failed":
+            gate.fails = {run: BackendError("no") for run in range(runs + 2, runs + 17)}
+        gate.let(1 if what in ("late", "cancelled") else 30)
+        desk.take(1 if what == "cancelled" else 30)
+        gate.fails = {}
     gate.let(1000)
-    desk.take(1 if what == "cancelled" else 30)
-    for number in range(30, 50):
+    for number in range(1000, 1020):
         desk.put(number)
     assert len(desk.take(20)) == 20
+    assert desk.line._jobs == {}
     desk.line.close()
 
 
+def test_a_request_is_answered_once(desk):
+    desk.gate.fails[1] = BackendError("no")
+    desk.put(0)
+    until(lambda: desk.gate.batches)
+    desk.put(1, count=4)
+    until(lambda: len(desk.gate.prepared) == 5)
+    desk.gate.fails[2] = BackendError("no")
+    desk.gate.let(2)
+    assert sorted(desk.take(2)) == [0, 1]
+    assert desk.no_more()
+
+
 def test_closing_waits_for_the_run_and_ends_the_threads():
-    before = threading.active_count()
     gate = Gate()
     desk = Desk(gate)
     for number in range(3):
@@ -257,4 +272,4 @@ def test_closing_waits_for_the_run_and_ends_the_threads():
     gate.let(1000)
     closing.join(30)
     assert not closing.is_alive()
-    assert threading.active_count() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("agln-fast ")]

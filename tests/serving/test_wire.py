@@ -51,6 +51,54 @@ def test_which_outputs_come_as_binary_tensors(binary):
     assert request.binary == frozenset({"labels", *(["shares"] if binary else [])})
 
 
+def test_all_outputs_come_as_binary_tensors_where_that_is_asked():
+    document = {"inputs": [], "outputs": [{"name": "shares"}], "parameters": {"binary_data_output": True}}
+    assert read_json(document).binary == {"shares"}
+    assert read_json({"inputs": [], "parameters": {"binary_data_output": True}}).binary == {"labels"}
+    document["outputs"][0]["parameters"] = {"binary_data": False}
+    assert read_json(document).binary == frozenset()
+
+
+def _binary(size: object) -> dict:
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 3], "parameters": {"binary_data_size": size}}
+    return {"inputs": [tensor]}
+
+
+@pytest.mark.parametrize(
+    ("size", "blobs", "message"),
+    [
+        (3, b"abcd", "1 bytes behind the last"),
+        (4, b"abc", "binary_data_size 4: 3 bytes are left"),
+        (-1, b"abc", "binary_data_size -1"),
+        ("3", b"abc", "binary_data_size '3'"),
+        (2, b"ab", "says 3 values, and 2 came"),
+    ],
+)
+def test_binary_tensors_of_another_size(size, blobs, message):
+    with pytest.raises(ConfigError, match=message):
+        read_binary(_binary(size), blobs)
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "shape", "data", "message"),
+    [
+        ("pixels", "UINT8", [1], [256], "from 0 to 255"),
+        ("pixels", "UINT8", [1], [-1], "from 0 to 255"),
+        ("pixels", "UINT8", [1], [1.5], "whole numbers"),
+        ("pixels", "UINT8", [2], [True, None], "whole numbers"),
+        ("pixels", "UINT8", [2], [1], "says 2 values, and 1 came"),
+        ("pixels", "INT8", [1], [1], "datatype INT8: needs UINT8"),
+        ("image", "BYTES", [1], ["AA=A"], "base64"),
+        ("image", "BYTES", [1], ["/etc/hosts!"], "base64"),
+        ("image", "BYTES", [2], ["AAAA"], "says 2 images, and 1 came"),
+        ("image", "BYTES", [1], b"\x05\x00\x00\x00abc", "end too early"),
+    ],
+)
+def test_tensors_that_are_refused(name, datatype, shape, data, message):
+    with pytest.raises(ConfigError, match=message):
+        read_tensor(name, datatype, shape, data)
+
+
 def test_tritonclient_reads_the_answer():
     outputs = {
         "labels": np.arange(6, dtype=np.uint8).reshape(1, 2, 3),
