@@ -17,6 +17,7 @@ from agln_fast.cli.data import data
 from agln_fast.cli.doctor import doctor
 from agln_fast.cli.eval import evaluate
 from agln_fast.cli.inspect import inspect
+from agln_fast.cli.load import load
 from agln_fast.cli.plugins import plugins
 from agln_fast.cli.rebuild import rebuild
 from agln_fast.cli.run import run
@@ -42,6 +43,7 @@ for verb in (
     rebuild,
     run,
     serve,
+    load,
     bench,
     verify,
     evaluate,
