@@ -20,6 +20,7 @@ from agln_fast.cli.inspect import inspect
 from agln_fast.cli.load import load
 from agln_fast.cli.plugins import plugins
 from agln_fast.cli.rebuild import rebuild
+from agln_fast.cli.repository import export_repository
 from agln_fast.cli.run import run
 from agln_fast.cli.scenes import scenes
 from agln_fast.cli.serve import serve
@@ -44,6 +45,7 @@ for verb in (
     run,
     serve,
     load,
+    export_repository,
     bench,
     verify,
     evaluate,
@@ -55,7 +57,7 @@ for verb in (
     plugins,
     doctor,
 ):
-    app.command("eval" if verb is evaluate else None)(verb)
+    app.command({evaluate: "eval", export_repository: "export-repository"}.get(verb))(verb)
 
 
 def _print_version(value: bool) -> None:

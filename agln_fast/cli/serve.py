@@ -19,7 +19,7 @@ from agln_fast.errors import BackendError, ConfigError, MissingPackageError
 if TYPE_CHECKING:
     from agln_fast.serving.server import Addresses
 
-__all__ = ["named_bundles", "serve"]
+__all__ = ["named_bundle", "named_bundles", "serve"]
 
 _ADDRESSES, _LIMITS, _END = "Addresses", "Limits", "The end"
 
@@ -126,21 +126,28 @@ def serve(
     asyncio.run(run(models, options, announce))
 
 
-def named_bundles(arguments: list[str]) -> list[tuple[str, str | None, Path]]:
-    """Name, version and path of each of PATH, NAME=PATH, NAME:VERSION=PATH; the name is the folder's without them.
+def named_bundle(argument: str) -> tuple[str, str | None, Path]:
+    """Name, version and path of PATH, NAME=PATH or NAME:VERSION=PATH; the name is the folder's without them.
 
     Raises:
-        ConfigError: two have one name and version, or a name is none that an address can hold.
+        ConfigError: a name is none that an address can hold.
     """
-    found = []
-    for argument in arguments:
-        match = re.fullmatch(r"([^=/\\]+)=(.+)", argument)
-        path = Path(match[2] if match else argument)
-        name, _, version = match[1].partition(":") if match else (path.absolute().name.removesuffix(".agln"), "", "")
-        for part in (name, version):
-            if part and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
-                raise ConfigError(f"{part!r}: names and versions are letters, digits, '.', '_', '-'; use NAME=PATH")
-        found.append((name, version or None, path))
+    match = re.fullmatch(r"([^=/\\]+)=(.+)", argument)
+    path = Path(match[2] if match else argument)
+    name, _, version = match[1].partition(":") if match else (path.absolute().name.removesuffix(".agln"), "", "")
+    for part in (name, version):
+        if part and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
+            raise ConfigError(f"{part!r}: names and versions are letters, digits, '.', '_', '-'; use NAME=PATH")
+    return name, version or None, path
+
+
+def named_bundles(arguments: list[str]) -> list[tuple[str, str | None, Path]]:
+    """As `named_bundle`, of each.
+
+    Raises:
+        ConfigError: as there, or two have one name and version.
+    """
+    found = [named_bundle(argument) for argument in arguments]
     twice = {(name, version) for name, version, _ in found if [each[:2] for each in found].count((name, version)) > 1}
     if twice:
         raise ConfigError(

@@ -38,6 +38,7 @@ __all__ = [
     "as_promised",
     "block_tensors",
     "check_ports",
+    "ports_of",
 ]
 
 Array = npt.NDArray[np.generic]
@@ -305,21 +306,25 @@ class Port(NamedTuple):
         return all(has == side or side is None or not isinstance(has, int) for has, side in sides)
 
 
+def ports_of(artefact: Artefact) -> tuple[Port, Port]:
+    """What an engine's file takes and gives, by what the manifest says of it; a side that is None may be any."""
+    contract, classes = artefact.contract, artefact.model.num_classes
+    batch, size = contract.input_shape[0], (contract.height, contract.width)
+    image = Port("image", "uint8" if contract.layout == "uint8_nhwc" else "float32", contract.input_shape)
+    if contract.output == "logits":
+        return image, Port("logits", "float32", (batch, classes, *size))
+    if artefact.plan.low_resolution_labels:
+        return image, Port("logits", "float32", (batch, classes, None, None))
+    return image, Port("labels", labels_dtype(classes), (batch, *size))
+
+
 def check_ports(artefact: Artefact, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
     """Compare what an engine's file takes and gives with what the manifest says of it.
 
     Raises:
         BundleError: they differ.
     """
-    contract, classes = artefact.contract, artefact.model.num_classes
-    batch, size = contract.input_shape[0], (contract.height, contract.width)
-    image = Port("image", "uint8" if contract.layout == "uint8_nhwc" else "float32", contract.input_shape)
-    if contract.output == "logits":
-        result = Port("logits", "float32", (batch, classes, *size))
-    elif artefact.plan.low_resolution_labels:
-        result = Port("logits", "float32", (batch, classes, None, None))
-    else:
-        result = Port("labels", labels_dtype(classes), (batch, *size))
+    image, result = ports_of(artefact)
     for verb, found, wanted in (("takes", inputs, image), ("gives", outputs, result)):
         if len(found) != 1 or not found[0].serves(wanted):
             told = ", ".join(map(str, found))

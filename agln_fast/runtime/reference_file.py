@@ -28,7 +28,7 @@ from agln_fast.manifest import REBUILD
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.verify import Reference, batch_sizes
 
-__all__ = ["REFERENCE_FILE", "REFERENCE_IMAGES", "read_reference", "write_reference"]
+__all__ = ["REFERENCE_FILE", "REFERENCE_IMAGES", "read_frames", "read_reference", "write_reference"]
 
 REFERENCE_FILE = "reference.npz"
 REFERENCE_IMAGES = 2
@@ -38,6 +38,7 @@ _MOST_LOGITS = 2**18  # that are kept of an image: 1 MiB
 _LARGEST_HALF = 65504
 _HEADER = 4096  # bytes before an array's values, at most
 _GOLDEN = 0.6180339887498949
+_DAMAGED = ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
 
 _Array = npt.NDArray[Any]
 
@@ -90,7 +91,7 @@ def read_reference(data: bytes, contract: IOContract, num_classes: int) -> tuple
         logits = arrays.get("logits")
         if logits is not None and not np.isfinite(logits).all():
             raise ValueError("a logit is not finite")
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise BundleError(f"{REFERENCE_FILE} is damaged ({error}); {REBUILD}") from None
     pixels = None if logits is None else _pixels(contract, num_classes)
     references, start = [], 0
@@ -101,6 +102,18 @@ def read_reference(data: bytes, contract: IOContract, num_classes: int) -> tuple
         some = None if logits is None else logits[rows]
         references.append(Reference(image, some, labels[rows], margin[rows], pixels))
     return references, None if np.isnan(minimum) else minimum
+
+
+def read_frames(data: bytes, contract: IOContract, num_classes: int) -> npt.NDArray[np.uint8]:
+    """The images alone, (2, height, width, 3) RGB.
+
+    Raises:
+        BundleError: it is no such file.
+    """
+    try:
+        return _arrays(data, _layout(contract, num_classes))["frames"]
+    except _DAMAGED as error:
+        raise BundleError(f"{REFERENCE_FILE} is damaged ({error}); {REBUILD}") from None
 
 
 def _layout(contract: IOContract, num_classes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
