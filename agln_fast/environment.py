@@ -16,6 +16,7 @@ __all__ = [
     "default_threads",
     "forbid_reports",
     "keep_caches_together",
+    "let_layers_be_asked_for",
     "max_pixels",
     "obstacle_to_writing",
     "tensorrt_headers",
@@ -83,6 +84,12 @@ def allow_telemetry() -> bool:
     if text not in ("0", "1"):
         raise ConfigError(f"environment variable AGLN_FAST_ALLOW_TELEMETRY={_shown(text)}: must be 0 or 1")
     return text == "1"
+
+
+def let_layers_be_asked_for() -> None:
+    """Unset `AGLN_FAST_REGISTER_LAYERS`, which the library of our layers reads when it is loaded: to who asks it for
+    them it must not have given them already."""
+    os.environ.pop("AGLN_FAST_REGISTER_LAYERS", None)
 
 
 def forbid_reports() -> None:

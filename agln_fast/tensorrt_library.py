@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
+from agln_fast import environment
 from agln_fast.errors import BackendError, ConfigError, MissingPackageError, choose
 
 __all__ = [
@@ -84,6 +85,7 @@ def load_layers(library: Any, data: bytes) -> None:
         with tempfile.NamedTemporaryFile(prefix="agln_layers_", suffix=".so") as file:
             file.write(data)
             file.flush()
+            environment.let_layers_be_asked_for()
             registry.load_library(file.name)
         if not are_there():
             reason = shared_logger(library).last_error

@@ -116,7 +116,7 @@ class BundleModel(MLModel):  # type: ignore[misc]
         labels = {"model": self.name, "version": self.version or ""}
         self._metrics.in_flight.labels(**labels).set_function(lambda: self.in_flight)
         self.inputs = [_described(tensor.name, tensor.datatype, tensor.shape) for tensor in INPUTS.values()]
-        classes = len(self._description.classes)
+        classes = len(self._description().classes)
         self.outputs = [_described(output.name, *shape_of(output, classes)) for output in OUTPUTS.values()]
         return True
 
@@ -129,7 +129,7 @@ class BundleModel(MLModel):  # type: ignore[misc]
 
     async def metadata(self) -> MetadataModelResponse:
         """Also what the classes are called, their colours, and which engine runs."""
-        about = asdict(self._description)
+        about = asdict(self._description())
         contract = about.pop("contract")
         about["size"] = [contract["height"], contract["width"]]
         return MetadataModelResponse(
@@ -200,9 +200,8 @@ class BundleModel(MLModel):  # type: ignore[misc]
             ],
         )
 
-    @property
     def _description(self) -> Any:
-        return self._workers[0].description
+        return self._workers[0].description  # no property: MLServer looks at all of them before there is a worker
 
     async def _stop(self) -> None:
         await asyncio.gather(*(worker.stop() for worker in self._workers))

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -678,3 +679,32 @@ extern "C" __attribute__((visibility("default"))) IPluginCreatorInterface* const
 }
 
 extern "C" __attribute__((visibility("default"))) void setLoggerFinder(ILoggerFinder* finder) { gLoggerFinder = finder; }
+
+#define AGLN_TEXT_OF(x) #x
+#define AGLN_TEXT(x) AGLN_TEXT_OF(x)
+
+// Some programs, such as Triton Inference Server, only load a library of layers, and never ask it for them. Where
+// AGLN_FAST_REGISTER_LAYERS is 1 it gives them to the TensorRT that is loaded already; whoever asks, too, would get them
+// twice. Another major version's registry has other methods in other places: it must not be called.
+__attribute__((constructor)) static void registerLayers() {
+    char const* asked = std::getenv("AGLN_FAST_REGISTER_LAYERS");
+    if (asked == nullptr || std::strcmp(asked, "1") != 0) {
+        return;
+    }
+    void* library = dlopen("libnvinfer.so." AGLN_TEXT(NV_TENSORRT_MAJOR), RTLD_NOW | RTLD_NOLOAD);
+    void* symbol = library == nullptr ? nullptr : dlsym(library, "getPluginRegistry");
+    if (symbol == nullptr) {
+        report("no TensorRT " AGLN_TEXT(NV_TENSORRT_MAJOR) ", with whose headers this library was compiled, is loaded: "
+               "load the library after it, or compile it with the headers of the other");
+        return;
+    }
+    IPluginRegistry* registry = reinterpret_cast<IPluginRegistry* (*)()>(symbol)();
+    int32_t count = 0;
+    IPluginCreatorInterface* const* creators = getCreators(count);
+    for (int32_t i = 0; i < count; ++i) {
+        if (!registry->registerCreator(*creators[i], kNAMESPACE)) {
+            report("TensorRT takes no layers of ours: it has them already");
+            return;
+        }
+    }
+}

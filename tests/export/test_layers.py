@@ -16,6 +16,7 @@ import torch
 
 from agln_fast.bench.kernels.calls import CALLS
 from agln_fast.errors import BuildError
+from agln_fast.export.nodes import operators
 from agln_fast.export.plugins import compiler, headers, library, obstacle
 from agln_fast.export.records import Argument, Launch, Place, Port, Program, Record, _OnlyLaunches
 from agln_fast.kernels.devices import DEVICES
@@ -343,3 +344,39 @@ def test_old_headers_are_passed_over(tmp_path, monkeypatch):
         (tmp_path / "NvInferVersion.h").write_text(text)
         monkeypatch.setenv("AGLN_FAST_TENSORRT_INCLUDE", str(tmp_path))
         assert (obstacle() is None) == good
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A stand-in for the library of TensorRT whose headers there are."""
+    folder = tmp_path_factory.mktemp("nvinfer")
+    text = (headers()[0] / "NvInferVersion.h").read_text()
+    major = re.search(r"^#define (?:NV_TENSORRT|TRT)_MAJOR(?:_ENTERPRISE)? (\d+)", text, re.MULTILINE)[1]
+    name = f"libnvinfer.so.{major}"
+    include = [f"-I{path}" for path in headers()]
+    command = [compiler(), "-w", "-std=c++17", "-shared", "-fPIC", f"-Wl,-soname,{name}", *include]
+    subprocess.run([*command, HERE / "fake_nvinfer.cpp", "-o", folder / name], check=True)
+    return folder / name
+
+
+def loaded(*files, **environment):
+    """What a process says that only loads libraries, one after the other."""
+    script = "import ctypes, sys\nfor file in sys.argv[1:]: ctypes.CDLL(file)"
+    command = [sys.executable, "-c", script, *map(str, files)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+
+
+def test_layers_register_themselves_where_that_is_asked_for(built, stand_in):
+    """As Triton Inference Server loads them: it never asks a library for its layers."""
+    assert loaded(stand_in, built.library).stdout == ""
+    done = loaded(stand_in, built.library, AGLN_FAST_REGISTER_LAYERS="1")
+    assert (set(done.stdout.splitlines()), done.stderr) == ({f"{name} 1 agln" for name in operators()}, "")
+
+
+def test_layers_do_not_register_themselves_twice_nor_nowhere(built, stand_in, tmp_path):
+    again = tmp_path / "again.so"
+    again.write_bytes(built.library.read_bytes())
+    told = loaded(stand_in, built.library, again, AGLN_FAST_REGISTER_LAYERS="1").stderr
+    assert told == "agln-fast: TensorRT takes no layers of ours: it has them already\n"
+    told = loaded(built.library, AGLN_FAST_REGISTER_LAYERS="1").stderr
+    assert re.match(r"agln-fast: no TensorRT \d+, with whose headers this library was compiled, is loaded: ", told)

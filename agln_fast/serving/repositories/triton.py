@@ -60,7 +60,7 @@ def write(folder: Path, named: Sequence[Named]) -> Repository:
 
     Raises:
         MissingPackageError: tritonclient, which has Triton's schema of `config.pbtxt`, is not installed.
-        ConfigError: two plans for one compute capability under one name, or two models of one name.
+        ConfigError: two plans for one compute capability, or two models, under one name.
         BundleError, BundleChangedError: a bundle is damaged, or not what it was any more.
     """
     schema = config_schema()
@@ -86,9 +86,11 @@ def write(folder: Path, named: Sequence[Named]) -> Repository:
                 notes.append(
                     f"{name}: Triton cannot hold OpenVINO to {engine.precision}: where the CPU has bf16, that runs"
                 )
-    flags = [f"--backend-config=tensorrt,plugins={';'.join(plugins)}"] if plugins else []
-    start = ("tritonserver", "--model-repository={repository}", *flags)
-    return Repository(tuple(models), start, left_out, tuple(notes))
+    start = ["tritonserver", "--model-repository={repository}"]
+    if plugins:  # Triton loads these libraries, and does not ask them for their layers
+        flag = f"--backend-config=tensorrt,plugins={';'.join(plugins)}"
+        start = ["env", "AGLN_FAST_REGISTER_LAYERS=1", *start, flag]
+    return Repository(tuple(models), tuple(start), left_out, tuple(notes))
 
 
 def config_schema() -> Any:
@@ -102,7 +104,10 @@ def config_schema() -> Any:
     assert found is not None
     assert found.loader is not None
     module = module_from_spec(found)
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(error.name or "protobuf", "load") from None
     return module
 
 
@@ -165,8 +170,8 @@ def _write_engine(repository: Path, name: str, alike: Sequence[tuple[EngineRecor
         for count in sorted({contract.min_batch, contract.max_batch}):
             rows = 1 if batched else count
             images = pack([frames[index % len(frames)] for index in range(rows)], contract)
-            shape = images.shape[1:] if batched else images.shape
-            _warm_up(schema, config, folder, "image", image.dtype, shape, images.tobytes(), count if batched else 1)
+            sides = images.shape[1:] if batched else images.shape
+            _warm_up(schema, config, folder, "image", image.dtype, sides, images.tobytes(), count if batched else 1)
     _place_files(config, folder / "1", alike)
     _write(config, folder)
     return Model(name, engine.backend, str(image), str(result))
@@ -246,8 +251,9 @@ def _frames(bundle: Bundle) -> npt.NDArray[np.uint8] | None:
     manifest = bundle.manifest
     if REFERENCE_FILE not in manifest.files:
         return None
+    data = bundle.read(REFERENCE_FILE)
     try:
-        return read_frames(bundle.read(REFERENCE_FILE), manifest.contract, manifest.model.num_classes)
+        return read_frames(data, manifest.contract, manifest.model.num_classes)
     except BundleError as error:
         raise BundleError(f"{bundle.path}: {error}") from None
 
