@@ -185,16 +185,18 @@ def _place_files(config: Any, version: Path, alike: Sequence[tuple[EngineRecord,
             place(bundle, file, version / f"model{Path(file).suffix}")
         config.default_model_filename = f"model{Path(engine.file).suffix}"
         return
+    plans: dict[str, str] = {}
     for plan, built in alike:
         for capability in plan.compute_capabilities:
-            file, key = f"model.{capability}.plan", f"{capability[2:-1]}.{capability[-1]}"
-            if key in config.cc_model_filenames:
+            key = f"{capability[2:-1]}.{capability[-1]}"
+            if key in plans:
                 raise ConfigError(
                     f"{config.name}: {built.path} has one more plan for {capability}; give it another name"
                 )
-            place(built, plan.file, version / file)
-            config.cc_model_filenames[key] = file
-    config.default_model_filename = next(iter(config.cc_model_filenames.values()))  # TensorRT says why it does not fit
+            plans[key] = f"model.{capability}.plan"
+            place(built, plan.file, version / plans[key])
+    config.cc_model_filenames.update(plans)
+    config.default_model_filename = next(iter(plans.values()))  # on another GPU TensorRT says why it does not fit
 
 
 def _config(schema: Any, folder: Path, bundle: Bundle, backend: str, max_batch: int) -> Any:
