@@ -419,6 +419,13 @@ def test_two_plans_for_one_compute_capability_are_refused(tmp_path):
 
 
 @needs_triton
+def test_a_plan_for_no_compute_capability_is_refused(tmp_path):
+    bundle = made(tmp_path / "street.agln", replace(plan_for("sm90"), compute_capabilities=()))
+    with pytest.raises(BundleError, match="tensorrt-fp16 is for no compute capability; build it again"):
+        export(bundle, "triton", tmp_path / "models")
+
+
+@needs_triton
 def test_the_library_of_our_layers_comes_along_with_its_flag(tmp_path):
     engine = replace(plan_for("sm90"), name="tensorrt-fp16-kernels", plan=FUSED)
     written = export(made(tmp_path / "street.agln", engine), "triton", tmp_path / "models")

@@ -23,7 +23,7 @@ from agln_fast.artefact import LAYERS_FILE
 from agln_fast.bundle import Bundle
 from agln_fast.engines.base import ports_of
 from agln_fast.errors import BundleError, ConfigError, MissingPackageError
-from agln_fast.manifest import EngineRecord
+from agln_fast.manifest import REBUILD, EngineRecord
 from agln_fast.runtime.images import pack
 from agln_fast.runtime.reference_file import REFERENCE_FILE, read_frames
 from agln_fast.serving.protocol import INPUTS, MOST_IMAGES, OUTPUTS, shape_of
@@ -187,6 +187,8 @@ def _place_files(config: Any, version: Path, alike: Sequence[tuple[EngineRecord,
         return
     plans: dict[str, str] = {}
     for plan, built in alike:
+        if not plan.compute_capabilities:
+            raise BundleError(f"{built.path}: {plan.name} is for no compute capability; {REBUILD}")
         for capability in plan.compute_capabilities:
             key = f"{capability[2:-1]}.{capability[-1]}"
             if key in plans:
