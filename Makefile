@@ -1,5 +1,6 @@
 # `make demo`: build engines from checkpoints and segment pictures.  `make test`: all tests but the slow ones, which
-# `make test TESTS="slow or not slow"` runs, too.  `make test-lowest`: with the oldest versions.  `make lint`: all checks.
+# `make test TESTS="slow or not slow"` runs, too.  `make test-lowest`: with the oldest versions.  `make test-triton`: on
+# a real Triton Inference Server.  `make lint`: all checks.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
@@ -8,13 +9,15 @@ TESTS ?= not slow
 BIN = $(VENV)/bin
 LOWEST ?= .venv-lowest
 PYTHON_LOWEST ?= python3.12
+TRITON ?= .venv-triton
+PYTHON_TRITON ?= python3.11
 # setuptools warns of itself, and of bytecode where the user wants none.
 QUIET = PYTHONWARNINGS=ignore PYTHONDONTWRITEBYTECODE=
 PIP = $(QUIET) $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY = $(VENV)/.ready
 SOURCES = agln_fast kernels export bench tests setup.py
 
-.PHONY: demo checkpoints test test-lowest lint format clean
+.PHONY: demo checkpoints test test-lowest test-triton lint format clean
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "installing into $(VENV): about a minute, once"
@@ -54,6 +57,22 @@ $(LOWEST)/.ready: pyproject.toml setup.py constraints-lowest.txt
 		--constraint constraints-lowest.txt --editable ".[dev]"
 	@touch $@
 
+# Triton Inference Server 24.10 with its Python backend alone, out of the package nvidia-pytriton (glibc 2.35 or newer).
+# That backend crashes with NumPy 2, so agln-fast is installed there without what it asks for.
+test-triton: $(READY) $(TRITON)/.ready
+	OMP_NUM_THREADS=1 AGLN_FAST_TEST_TRITON=$(TRITON) $(BIN)/python -m pytest tests/serving/test_triton_server.py
+
+$(TRITON)/.ready: pyproject.toml setup.py
+	@echo "installing into $(TRITON): about a minute, once"
+	@$(PYTHON_TRITON) -m venv $(TRITON)
+	@$(QUIET) $(TRITON)/bin/python -m pip install -qq --disable-pip-version-check \
+		"numpy<2" jsonschema onnxruntime pillow rich typer
+	@$(QUIET) $(TRITON)/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
+		nvidia-pytriton==0.7.0 --editable .
+	@cd $(TRITON)/lib/python3.*/site-packages/pytriton/tritonserver/backends/python && \
+		ln -sf ../../python_backend_stubs/`cd ../../../../.. && basename $$PWD | sed s/python//`/triton_python_backend_stub .
+	@touch $@
+
 # Types and layers are checked on a build tree, where the mapped folders lie inside the package.
 lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -68,4 +87,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix $(SOURCES)
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TRITON) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
