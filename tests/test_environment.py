@@ -107,3 +107,19 @@ def test_who_has_no_home_gets_one_that_goes_with_the_process(tmp_path: Path, mon
         monkeypatch.setenv(name, "theirs")
     environment.keep_caches_together()
     assert os.environ["HOME"] == str(tmp_path)
+
+
+def test_who_asks_for_layers_is_not_given_them_before(monkeypatch):
+    """The library of our layers reads the variable when it is loaded, for programs that never ask."""
+    seen = []
+
+    class Registry:
+        def get_creator(self, *layer):
+            return seen or None
+
+        def load_library(self, name):
+            seen.append(os.environ.get("AGLN_FAST_REGISTER_LAYERS"))
+
+    monkeypatch.setenv("AGLN_FAST_REGISTER_LAYERS", "1")
+    load_layers(SimpleNamespace(get_plugin_registry=Registry), b"")
+    assert seen == [None]
