@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from agln_fast import environment
 from agln_fast.errors import ConfigError
+from agln_fast.tensorrt_library import load_layers
 
 
 @pytest.mark.parametrize("name", ["AGLN_FAST_THREADS", "AGLN_FAST_MAX_PIXELS", "AGLN_FAST_TUNE_SECONDS"])
