@@ -6,6 +6,7 @@ A crash of an engine's library ends that process and not the server; a stall of 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import math
@@ -270,6 +271,8 @@ class _Life:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, engine), name="agln-fast engine", daemon=True)
         self._process.start()
+        # Plain MLServer ends without unloading a model, and then Python would wait for what no signal ends.
+        atexit.register(self._process.kill)
         theirs.close()
         self.outbox: SimpleQueue[Task | _Cancel | None] = SimpleQueue()
         self.ready: asyncio.Future[Description] = self._loop.create_future()
@@ -297,6 +300,7 @@ class _Life:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        atexit.unregister(self._process.kill)
         for thread in self._threads:
             thread.join()
         self._connection.close()
