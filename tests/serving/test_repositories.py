@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -34,8 +35,8 @@ from agln_fast.runtime.images import pack
 from agln_fast.runtime.reference_file import REFERENCE_FILE, write_reference
 from agln_fast.runtime.verify import Reference
 from agln_fast.serving.protocol import MOST_IMAGES
-from agln_fast.serving.repositories import SERVERS, export_repository, is_repository, triton
-from agln_fast.serving.repositories.folder import open_named, place
+from agln_fast.serving.repositories import SERVERS, Repository, export_repository, is_repository, triton
+from agln_fast.serving.repositories.folder import open_named, place, place_bundle
 
 needs_triton = pytest.mark.skipif(find_spec("tritonclient") is None, reason="needs the package tritonclient")
 needs_mlserver = pytest.mark.skipif(find_spec("mlserver") is None, reason="needs the package mlserver")
@@ -205,6 +206,25 @@ def test_a_file_that_changes_after_its_check_is_refused(small, change, tmp_path)
         (small.path / "model.onnx").write_text(change)
     with pytest.raises(BundleChangedError, match=r"open it again|open the bundle again"):
         place(small, "model.onnx", tmp_path / "placed")
+
+
+def test_a_bundle_that_is_replaced_after_its_check_is_refused(small, tmp_path):
+    """Though the other one is sound."""
+    shutil.rmtree(small.path)
+    made(small.path, ONNX, BF16, salt="another")
+    with pytest.raises(BundleChangedError, match="was changed since it was opened"):
+        place_bundle(small, tmp_path / "placed.agln")
+
+
+def test_a_repository_that_appears_meanwhile_stays(small, tmp_path, monkeypatch):
+    def write(folder: Path, named: object) -> Repository:
+        export(small, "mlserver", tmp_path / "models")
+        return Repository((), ())
+
+    monkeypatch.setitem(SERVERS, "triton", write)
+    with pytest.raises(BuildError, match="appeared during the work"):
+        export(small, "triton", tmp_path / "models")
+    assert json.loads((tmp_path / "models" / "repository.json").read_text())["server"] == "mlserver"
 
 
 def test_bundles_of_one_name_must_be_of_one_network(tmp_path):
