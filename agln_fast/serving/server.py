@@ -14,11 +14,9 @@ import signal
 import socket
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from typing import Any
 
 import grpc
-import orjson
 import uvicorn
 from mlserver import ModelSettings, Settings
 from mlserver.errors import MLServerError
@@ -38,21 +36,13 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from agln_fast import __version__
-from agln_fast.errors import AglnError, BackendError, ConfigError
+from agln_fast.errors import AglnError, BackendError
+from agln_fast.serving.http import BodyLimit, is_file, page, read_request, refusal, write_response
 from agln_fast.serving.model import BundleModel, Limits, RefusedError
-from agln_fast.serving.wire import (
-    HEADER_LENGTH,
-    Request,
-    Response,
-    read_binary,
-    read_json,
-    read_protobuf,
-    read_timeout,
-)
+from agln_fast.serving.wire import Request, Response, read_protobuf
 
 __all__ = ["Addresses", "Options", "Served", "serve"]
 
-_BODY_S = 30.0  # for a body to come in
 _CONTROL = ("/v2/repository/models/{model_name}/load", "/v2/repository/models/{model_name}/unload")
 _REPLACED = ("/infer", "/generate", "/infer_stream", "/generate_stream", "/ready")
 _STATUS = {
@@ -281,13 +271,13 @@ class _Rest(RESTServer):  # type: ignore[misc]
         ]
         models = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
         routes[:] = [
-            Route("/", _page),
+            Route("/", page),
             Route("/v2/health/ready", self._ready),
             *(Route(f"{model}/ready", self._model_ready) for model in models),
             *(Route(f"{model}/infer", self._infer, methods=["POST"]) for model in models),
             *kept,
         ]
-        self._app.add_middleware(_BodyLimit, most=options.body_bytes)
+        self._app.add_middleware(BodyLimit, most=options.body_bytes)
 
     async def start(self) -> None:
         self._server = _uvicorn(self._app)
@@ -307,21 +297,11 @@ class _Rest(RESTServer):  # type: ignore[misc]
         return HttpResponse(status_code=200 if ready else 503)
 
     async def _infer(self, request: HttpRequest) -> HttpResponse:
-        """JSON, JSON and binary tensors, or an image file alone."""
         try:
-            kind = request.headers.get("content-type", "")
-            if request.headers.get("content-encoding", "identity") != "identity":
-                raise RefusedError(415, "Content-Encoding: send the body as it is")
-            body = await request.body()
-            if kind.startswith("image/"):
-                asked = _of_image(request, body)
-            elif HEADER_LENGTH in request.headers:
-                asked = _of_binary(request.headers[HEADER_LENGTH], body)
-            else:
-                asked = read_json(_json(body))
+            asked = await read_request(request)
             response = await self._data_plane.segment(asked, *_model(request))
-            return _of_response(response, asked.binary, files=kind.startswith("image/"))
-        except (MLServerError, AglnError) as error:
+            return write_response(response, asked.binary, file=is_file(request))
+        except (HTTPException, MLServerError, AglnError) as error:
             return _error(error)
 
 
@@ -394,48 +374,6 @@ class _Servicer(InferenceServicer):  # type: ignore[misc]
         return await method(request, context)
 
 
-class _BodyLimit:
-    """ASGI middleware: no body larger than `most` bytes, and none that takes longer than half a minute to come."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(length) > self._most:
-            await self._too_large()(scope, receive, send)
-            return
-        taken, until = 0, asyncio.get_running_loop().time() + _BODY_S
-        complete = False
-
-        async def limited() -> Any:
-            nonlocal taken, complete
-            if complete:
-                return await receive()  # whether the client is still there
-            try:
-                async with asyncio.timeout_at(until):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"the body did not come within {_BODY_S:.0f} s") from None
-            taken += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if taken > self._most:
-                raise HTTPException(413, self._message)
-            return message
-
-        await self._app(scope, limited, send)
-
-    @property
-    def _message(self) -> str:
-        return f"a request has {self._most} bytes at most here"
-
-    def _too_large(self) -> HttpResponse:
-        return _error(RefusedError(413, self._message))
-
-
 def _at_once(options: Options) -> Options:
     return Options(**{**vars(options), "drain_s": 0.0, "linger_s": 0.0})
 
@@ -444,61 +382,13 @@ def _model(request: HttpRequest) -> tuple[str, str | None]:
     return request.path_params["name"], request.path_params.get("version")
 
 
-def _json(data: bytes) -> Any:
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise ConfigError(
-            f"the body is no JSON ({error}); an image file needs Content-Type: image/jpeg or so"
-        ) from None
-
-
-def _of_binary(length: str, body: bytes) -> Request:
-    if not length.isdecimal() or int(length) > len(body):
-        raise ConfigError(f"{HEADER_LENGTH} {length[:20]}: the body has {len(body)} bytes")
-    return read_binary(_json(body[: int(length)]), body[int(length) :])
-
-
-def _of_image(request: HttpRequest, body: bytes) -> Request:
-    """`?output=NAME`, once or more, and `?timeout=`."""
-    names, timeout = request.query_params.getlist("output"), request.query_params.get("timeout")
-    return Request({"image": [body]}, tuple(names), timeout_s=read_timeout(timeout))
-
-
-def _of_response(response: Response, binary: frozenset[str], *, files: bool) -> HttpResponse:
-    times = asdict(response.times)
-    stages = ", ".join(f"{key.removesuffix('_ms')};dur={times[key]}" for key in times if key.endswith("_ms"))
-    headers = {"Server-Timing": stages}
-    if files and len(response.outputs) == 1:
-        [output] = response.outputs.values()
-        if output.dtype == object:
-            return HttpResponse(output[0], headers=headers, media_type="image/png")
-    document, blobs = response.to_json(binary)
-    text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    if not blobs:
-        return HttpResponse(text, headers=headers, media_type="application/json")
-    headers[HEADER_LENGTH] = str(len(text))
-    return HttpResponse(b"".join([text, *blobs]), headers=headers, media_type="application/octet-stream")
-
-
 def _reason(error: Exception) -> tuple[int, str, int | None]:
+    if isinstance(error, HTTPException):
+        return error.status_code, error.detail, None
     if isinstance(error, MLServerError):
         return error.status_code, str(error), getattr(error, "retry_after", None)
     return 400, str(error), None
 
 
 def _error(error: Exception) -> HttpResponse:
-    status, message, wait = _reason(error)
-    headers = {"Retry-After": str(wait)} if wait else {}
-    return HttpResponse(orjson.dumps({"error": message}), status, headers, "application/json")
-
-
-async def _page(request: HttpRequest) -> HttpResponse:
-    return HttpResponse(_read_page(), media_type="text/html", headers={"Content-Security-Policy": _POLICY})
-
-
-_POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-
-
-def _read_page() -> bytes:
-    return (resources.files("agln_fast.serving") / "page.html").read_bytes()
+    return refusal(*_reason(error))

@@ -1,0 +1,124 @@
+"""The Open Inference Protocol over HTTP, for any server that speaks ASGI: bodies, responses, a limit, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from importlib import resources
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+
+from agln_fast.errors import ConfigError
+from agln_fast.serving.wire import HEADER_LENGTH, Request, Response, read_binary, read_json, read_timeout
+
+__all__ = ["BodyLimit", "is_file", "page", "read_request", "refusal", "write_response"]
+
+_BODY_S = 30.0  # for a body to come in
+_POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+async def read_request(request: HttpRequest) -> Request:
+    """JSON, JSON and binary tensors, or an image file alone with `?output=NAME`, once or more, and `?timeout=`.
+
+    Raises:
+        HTTPException: 415 for a body that is compressed, 413 and 408 as `BodyLimit`.
+        ConfigError, ImageError: as `agln_fast.serving.wire.read_json`.
+    """
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "Content-Encoding: send the body as it is")
+    body = await request.body()
+    if is_file(request):
+        names, timeout = request.query_params.getlist("output"), request.query_params.get("timeout")
+        return Request({"image": [body]}, tuple(names), timeout_s=read_timeout(timeout))
+    length = request.headers.get(HEADER_LENGTH)
+    if length is None:
+        return read_json(_json(body))
+    if not length.isdecimal() or int(length) > len(body):
+        raise ConfigError(f"{HEADER_LENGTH} {length[:20]}: the body has {len(body)} bytes")
+    return read_binary(_json(body[: int(length)]), body[int(length) :])
+
+
+def write_response(response: Response, binary: frozenset[str], *, file: bool) -> HttpResponse:
+    """JSON, with binary tensors behind it if there are any; for an image file whose one output is a file, that file."""
+    times = asdict(response.times)
+    stages = ", ".join(f"{key.removesuffix('_ms')};dur={times[key]}" for key in times if key.endswith("_ms"))
+    headers = {"Server-Timing": stages}
+    if file and len(response.outputs) == 1:
+        [output] = response.outputs.values()
+        if output.dtype == object:
+            return HttpResponse(output[0], headers=headers, media_type="image/png")
+    document, blobs = response.to_json(binary)
+    text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not blobs:
+        return HttpResponse(text, headers=headers, media_type="application/json")
+    headers[HEADER_LENGTH] = str(len(text))
+    return HttpResponse(b"".join([text, *blobs]), headers=headers, media_type="application/octet-stream")
+
+
+def refusal(status: int, message: str, retry_after: int | None = None) -> HttpResponse:
+    """What a request gets that gets no result; retry_after: seconds after which it may be sent again."""
+    headers = {"Retry-After": str(retry_after)} if retry_after else {}
+    return HttpResponse(orjson.dumps({"error": message}), status, headers, "application/json")
+
+
+def is_file(request: HttpRequest) -> bool:
+    """Whether it brings an image file alone."""
+    return request.headers.get("content-type", "").startswith("image/")
+
+
+async def page(request: HttpRequest) -> HttpResponse:
+    """Try the models in a browser."""
+    text = (resources.files("agln_fast.serving") / "page.html").read_bytes()
+    return HttpResponse(text, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
+
+
+class BodyLimit:
+    """ASGI middleware: no body larger than `most` bytes, and none that takes longer than half a minute to come."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(length) > self._most:
+            await refusal(413, self._message)(scope, receive, send)
+            return
+        taken, until = 0, asyncio.get_running_loop().time() + _BODY_S
+        complete = False
+
+        async def limited() -> Any:
+            nonlocal taken, complete
+            if complete:
+                return await receive()  # whether the client is still there
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not come within {_BODY_S:.0f} s") from None
+            taken += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if taken > self._most:
+                raise HTTPException(413, self._message)
+            return message
+
+        await self._app(scope, limited, send)
+
+    @property
+    def _message(self) -> str:
+        return f"a request has {self._most} bytes at most here"
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(
+            f"the body is no JSON ({error}); an image file needs Content-Type: image/jpeg or so"
+        ) from None
