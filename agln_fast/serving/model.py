@@ -129,16 +129,13 @@ class BundleModel(MLModel):  # type: ignore[misc]
 
     async def metadata(self) -> MetadataModelResponse:
         """Also what the classes are called, their colours, and which engine runs."""
-        about = asdict(self._description())
-        contract = about.pop("contract")
-        about["size"] = [contract["height"], contract["width"]]
         return MetadataModelResponse(
             name=self.name,
             versions=[self.version] if self.version else [],
             platform="agln-fast",
             inputs=self.inputs,
             outputs=self.outputs,
-            parameters=Parameters(**about, resize=contract["resize"], max_batch=contract["max_batch"]),
+            parameters=Parameters(**self._description().parameters()),
         )
 
     async def segment(self, request: Request) -> Response:

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -29,7 +29,7 @@ from agln_fast.runtime.segmenter import Segmenter, load
 from agln_fast.serving.line import Answer, Failure, Line, Task
 from agln_fast.serving.protocol import Array
 
-__all__ = ["Description", "Engine", "Worker"]
+__all__ = ["Description", "Engine", "Worker", "canary"]
 
 _LONGEST_PAUSE_S = 30.0  # between two starts of a process that dies at once
 
@@ -52,7 +52,7 @@ class Engine:
         segmenter = load(self.bundle, self.backend, precision=self.precision, device=self.device, threads=self.threads)
         images = segmenter.contract.min_batch
         while True:
-            segmenter([_canary(segmenter.contract)] * images)
+            segmenter([canary(segmenter.contract)] * images)
             if images == segmenter.contract.max_batch:
                 return segmenter
             images = min(2 * images, segmenter.contract.max_batch)
@@ -60,7 +60,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Description:
-    """What a worker says of itself when it is ready."""
+    """What an opened engine says of itself."""
 
     engine: str
     backend: str
@@ -70,13 +70,33 @@ class Description:
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
 
+    @classmethod
+    def of(cls, segmenter: Segmenter) -> Description:
+        record, names = segmenter.engine, segmenter.class_set
+        return cls(
+            record.name,
+            record.backend,
+            segmenter.precision,
+            segmenter.device,
+            segmenter.contract,
+            tuple(names.classes),
+            tuple(names.palette),
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """For the metadata of a model: what the classes are called, their colours, and which engine runs."""
+        about, contract = asdict(self), self.contract
+        del about["contract"]
+        size = [contract.height, contract.width]
+        return {**about, "size": size, "resize": contract.resize, "max_batch": contract.max_batch}
+
 
 @dataclass(frozen=True)
 class _Cancel:
     number: int
 
 
-def _canary(contract: IOContract) -> Array:
+def canary(contract: IOContract) -> Array:
     """A picture that is no constant."""
     shape = contract.height, contract.width, 3
     return np.arange(math.prod(shape), dtype=np.uint32).astype(np.uint8).reshape(shape)
@@ -100,18 +120,7 @@ def _work(connection: Connection, engine: Engine) -> None:
             connection.send(answer)
 
     with segmenter:
-        record, names = segmenter.engine, segmenter.class_set
-        connection.send(
-            Description(
-                record.name,
-                record.backend,
-                segmenter.precision,
-                segmenter.device,
-                segmenter.contract,
-                tuple(names.classes),
-                tuple(names.palette),
-            )
-        )
+        connection.send(Description.of(segmenter))
         line = Line(segmenter.steps(), answer, wait_s=1e-3 * engine.wait_ms)
         with contextlib.suppress(EOFError, OSError):
             while message := connection.recv():
@@ -242,7 +251,7 @@ class Worker:
             if life is None or (self.healthy and time.monotonic() - self._answered < self._interval_s):
                 continue
             assert self.description is not None
-            sample = {"pixels": _canary(self.description.contract)}
+            sample = {"pixels": canary(self.description.contract)}
             deadline = time.monotonic() + self._limit_s
             answer = await self.ask(sample, ("shares",), deadline=deadline, urgent=True)
             self.healthy = self._life is life and not isinstance(answer.outputs, Failure)
