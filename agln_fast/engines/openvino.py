@@ -217,7 +217,7 @@ def _port(port: Any) -> Port:
 
 def _mostly_quantised(model: Any) -> bool:
     """Whether more than half of the convolutions take what was rounded to int8, and scaled back."""
-    rounded = []
+    rounded: list[bool] = []
     for node in model.get_ops():
         if node.get_type_name() == "Convolution":
             source = node.input_value(0).get_node()

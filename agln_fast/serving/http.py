@@ -15,7 +15,7 @@ from starlette.responses import Response as HttpResponse
 from agln_fast.errors import ConfigError
 from agln_fast.serving.wire import HEADER_LENGTH, Request, Response, read_binary, read_json, read_timeout
 
-__all__ = ["BodyLimit", "is_file", "page", "read_request", "refusal", "write_response"]
+__all__ = ["BodyLimit", "is_file", "json_of", "page", "read_request", "refusal", "write_response"]
 
 _BODY_S = 30.0  # for a body to come in
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -36,10 +36,10 @@ async def read_request(request: HttpRequest) -> Request:
         return Request({"image": [body]}, tuple(names), timeout_s=read_timeout(timeout))
     length = request.headers.get(HEADER_LENGTH)
     if length is None:
-        return read_json(_json(body))
+        return read_json(json_of(body))
     if not length.isdecimal() or int(length) > len(body):
         raise ConfigError(f"{HEADER_LENGTH} {length[:20]}: the body has {len(body)} bytes")
-    return read_binary(_json(body[: int(length)]), body[int(length) :])
+    return read_binary(json_of(body[: int(length)]), body[int(length) :])
 
 
 def write_response(response: Response, binary: frozenset[str], *, file: bool) -> HttpResponse:
@@ -115,7 +115,7 @@ class BodyLimit:
         return f"a request has {self._most} bytes at most here"
 
 
-def _json(data: bytes) -> Any:
+def json_of(data: bytes) -> Any:
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
+import orjson
 import uvicorn
 from mlserver import ModelSettings, Settings
 from mlserver.errors import MLServerError
@@ -30,6 +31,7 @@ from mlserver.registry import MultiModelRegistry
 from mlserver.repository import ModelRepository
 from mlserver.rest import RESTServer
 from mlserver.settings import ModelParameters
+from mlserver.types import RepositoryIndexRequest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
@@ -37,7 +39,7 @@ from starlette.routing import Route
 
 from agln_fast import __version__
 from agln_fast.errors import AglnError, BackendError
-from agln_fast.serving.http import BodyLimit, is_file, page, read_request, refusal, write_response
+from agln_fast.serving.http import BodyLimit, is_file, json_of, page, read_request, refusal, write_response
 from agln_fast.serving.model import BundleModel, Limits, RefusedError
 from agln_fast.serving.wire import Request, Response, read_protobuf
 
@@ -273,6 +275,7 @@ class _Rest(RESTServer):  # type: ignore[misc]
         routes[:] = [
             Route("/", page),
             Route("/v2/health/ready", self._ready),
+            Route("/v2/repository/index", self._index, methods=["POST"]),
             *(Route(f"{model}/ready", self._model_ready) for model in models),
             *(Route(f"{model}/infer", self._infer, methods=["POST"]) for model in models),
             *kept,
@@ -295,6 +298,17 @@ class _Rest(RESTServer):  # type: ignore[misc]
         except MLServerError as error:
             return _error(error)
         return HttpResponse(status_code=200 if ready else 503)
+
+    async def _index(self, request: HttpRequest) -> HttpResponse:
+        """MLServer's own route refuses a request without a body, which is how tritonclient asks."""
+        try:
+            asked = json_of(await request.body() or b"{}")
+            ready = asked.get("ready") if isinstance(asked, dict) else None
+            found = await self._model_repository_handlers.index(RepositoryIndexRequest(ready=ready is True))
+        except (HTTPException, AglnError) as error:
+            return _error(error)
+        models = [model.model_dump(mode="json", exclude_none=True) for model in found.root]
+        return HttpResponse(orjson.dumps(models), media_type="application/json")
 
     async def _infer(self, request: HttpRequest) -> HttpResponse:
         try:

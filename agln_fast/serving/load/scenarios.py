@@ -193,7 +193,7 @@ def _milliseconds(samples: list[_Sample]) -> npt.NDArray[np.float64]:
 def _percentiles(latencies: npt.NDArray[np.float64]) -> dict[str, float]:
     found = {}
     for name, percent in (("p50", 50.0), ("p90", 90.0), ("p99", 99.0), ("p99.9", 99.9)):
-        if len(latencies) * (1 - percent / 100) >= 10 or (percent == 50 and len(latencies)):
+        if round(len(latencies) * (100 - percent)) >= 1000 or (percent == 50 and len(latencies)):
             found[name] = float(np.percentile(latencies, percent))
     if len(latencies):
         found["max"] = float(latencies.max())

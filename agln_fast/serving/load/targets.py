@@ -235,7 +235,7 @@ def _input_of(metadata: dict[str, Any], kind: str, place: str) -> _Input:
 
 
 def _normalised(picture: ImageArray) -> npt.NDArray[np.float32]:
-    scaled = (picture / np.float32(255) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    scaled = (picture / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     return np.ascontiguousarray(scaled.transpose(2, 0, 1)[np.newaxis], dtype=np.float32)
 
 
