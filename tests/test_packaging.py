@@ -92,6 +92,7 @@ def test_wheel_and_sdist_hold_every_module_and_data_file(distributions):
     assert not {name for name in expected if name not in names and name[:-3] + "/__init__.py" not in packages & names}
     for data in ("ade20k.json", "pascal_voc.json", "manifest.schema.json"):
         assert f"agln_fast/data/{data}" in names
+    assert "agln_fast/serving/page.html" in names
     for name in (*list_checkpoints(), "README"):
         assert {f"agln_fast/checkpoints/{name}.safetensors", f"agln_fast/checkpoints/{name}.md"} & names
     assert not [name for name in names if name.split("/")[0] in ("kernels", "export", "bench", "tests")]
