@@ -8,21 +8,20 @@ import io
 import json as json_module
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agln_fast.cli.console import Json, err, out, print_json, print_wide, shown
-from agln_fast.errors import BackendError, ConfigError
+from agln_fast.errors import BackendError, ConfigError, choose
 
 if TYPE_CHECKING:
     from agln_fast.serving.load.scenarios import Trial
 
 __all__ = ["load"]
 
-_Scenario = Literal["single-stream", "server", "offline", "search"]
 _REQUESTS = {"single-stream": 300, "server": 1000, "offline": 1000, "search": 1000}
 _PERCENTILES = "p50", "p90", "p99", "p99.9", "max"
 
@@ -30,7 +29,7 @@ _PERCENTILES = "p50", "p90", "p99", "p99.9", "max"
 def load(
     target: Annotated[str, typer.Argument(help="grpc://HOST:PORT, http://HOST:PORT, or a bundle, called in here.")],
     scenario: Annotated[
-        _Scenario, typer.Option(help="One by one; at --rate; as many as go; or the largest rate within --limit-ms.")
+        str, typer.Option(help="single-stream, server (at --rate), offline, or search (of a rate within --limit-ms).")
     ] = "single-stream",
     rate: Annotated[float | None, typer.Option(help="Requests a second, for server: Poisson arrivals.")] = None,
     limit_ms: Annotated[float | None, typer.Option(help="For search: 99 of 100 answers come within it.")] = None,
@@ -39,9 +38,7 @@ def load(
     ] = None,
     in_flight: Annotated[int, typer.Option(help="For offline: requests at once.", min=1)] = 16,
     model: Annotated[str | None, typer.Option(help="Its name; default the only one of the server.")] = None,
-    kind: Annotated[
-        Literal["pixels", "image"], typer.Option("--input", help="pixels, or image: JPEG files, to be decoded.")
-    ] = "pixels",
+    kind: Annotated[str, typer.Option("--input", help="pixels, or image: JPEG files, to be decoded.")] = "pixels",
     outputs: Annotated[str, typer.Option(help="labels, labels_png, runs, overlay_png, shares; by commas.")] = "labels",
     images: Annotated[
         Path | None, typer.Option(help="A folder of pictures; default drawn ones of the engine's size.")
@@ -62,6 +59,8 @@ def load(
 
     Example: agln-fast load grpc://127.0.0.1:8081 --scenario search --limit-ms 50 --figure load.png
     """
+    choose("scenario", scenario, _REQUESTS)
+    choose("input", kind, ("pixels", "image"))
     if (scenario == "server") != (rate is not None):
         raise ConfigError("--rate belongs to --scenario server, which needs it")
     if (scenario == "search") != (limit_ms is not None):

@@ -216,6 +216,8 @@ def test_a_server_tells_what_it_thinks_of_a_request(server, cli):
         (["http://127.0.0.1:9"], 6, "no server of the protocol answers"),
         (["ftp://127.0.0.1"], 2, "give grpc://HOST:PORT"),
         (["no.agln"], 5, "no.agln"),
+        (["no.agln", "--scenario", "stress"], 2, "unknown scenario 'stress'"),
+        (["no.agln", "--input", "picture"], 2, "unknown input 'picture'"),
         (["no.agln", "--rate", "5"], 2, "--rate belongs to --scenario server"),
         (["no.agln", "--scenario", "server"], 2, "--rate belongs to --scenario server"),
         (["no.agln", "--scenario", "search"], 2, "--limit-ms belongs to --scenario search"),
