@@ -111,7 +111,7 @@ class BundleModel(MLModel):  # type: ignore[misc]
         started = await asyncio.gather(*(worker.start() for worker in self._workers), return_exceptions=True)
         for outcome in started:
             if isinstance(outcome, BaseException):
-                await self._stop()
+                await self.stop()
                 raise RefusedError(500, str(outcome)) if isinstance(outcome, AglnError) else outcome
         labels = {"model": self.name, "version": self.version or ""}
         self._metrics.in_flight.labels(**labels).set_function(lambda: self.in_flight)
@@ -124,7 +124,7 @@ class BundleModel(MLModel):  # type: ignore[misc]
         """What is in flight is answered first."""
         self._loaded = False
         await asyncio.gather(*(worker.drain(_DRAIN_S) for worker in self._workers))
-        await self._stop()
+        await self.stop()
         return True
 
     async def metadata(self) -> MetadataModelResponse:
@@ -200,7 +200,8 @@ class BundleModel(MLModel):  # type: ignore[misc]
     def _description(self) -> Any:
         return self._workers[0].description  # no property: MLServer looks at all of them before there is a worker
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """End the processes; what is in flight gets 503."""
         await asyncio.gather(*(worker.stop() for worker in self._workers))
 
 

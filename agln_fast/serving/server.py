@@ -132,7 +132,7 @@ class _Server:
 
     def __init__(self, options: Options, sockets: list[socket.socket], models: list[ModelSettings]) -> None:
         self._options, self._sockets, self._models = options, sockets, models
-        self._end = asyncio.Event()
+        self._end, self._at_once = asyncio.Event(), asyncio.Event()
         settings = Settings(
             debug=False,
             host=options.host,
@@ -181,10 +181,16 @@ class _Server:
                 await server.stop()
             await asyncio.gather(*running, return_exceptions=True)
             for model in await self._registry.get_models():
-                await model.unload()
+                await model.stop()
 
     async def _drain(self) -> None:
         """Not ready from now on; after a while nothing new is taken, and what is in flight is answered."""
+        steps = [asyncio.create_task(self._serve_on()), asyncio.create_task(self._at_once.wait())]
+        _, rest = await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
+        for step in rest:
+            step.cancel()
+
+    async def _serve_on(self) -> None:
         plane = self._plane
         plane.open = False
         log.info("draining: %d requests in flight", plane.in_flight)
@@ -196,9 +202,7 @@ class _Server:
                     await asyncio.sleep(0.01)
 
     def _asked_to_end(self) -> None:
-        if self._end.is_set():
-            self._options = _at_once(self._options)
-        self._end.set()
+        (self._at_once if self._end.is_set() else self._end).set()
 
 
 class _Plane(DataPlane):  # type: ignore[misc]
@@ -386,10 +390,6 @@ class _Servicer(InferenceServicer):  # type: ignore[misc]
         if not self.control:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "started without --model-control")
         return await method(request, context)
-
-
-def _at_once(options: Options) -> Options:
-    return Options(**{**vars(options), "drain_s": 0.0, "linger_s": 0.0})
 
 
 def _model(request: HttpRequest) -> tuple[str, str | None]:

@@ -18,6 +18,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -413,6 +414,24 @@ def test_sigterm_lets_it_finish(bundle, picture):
     assert server.process.wait(60) == 0
     assert server.process.stderr.read() == ""
     server.process.communicate()
+
+
+def test_a_second_signal_ends_it_at_once(bundle, picture):
+    server = Server(f"small={bundle.path}", "--backend", "onnxruntime", "--threads", 1, "--linger-s", 600)
+    server.process.send_signal(signal.SIGINT)
+    until(lambda: not server.is_ready)
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 0
+    server.process.communicate()
+
+
+def test_no_process_is_left_when_the_server_is_killed(bundle):
+    server = Server(f"small={bundle.path}", "--backend", "onnxruntime", "--threads", 1)
+    workers = server.workers
+    assert len(workers) == 1
+    server.process.kill()
+    server.process.communicate()
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
 
 def test_several_bundles_and_versions(bundle, picture):
