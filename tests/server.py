@@ -24,8 +24,8 @@ FAULTS = Path(__file__).parent / "serving" / "faults"
 """Where Python finds, by PYTHONPATH, what makes the engines of a server fail."""
 
 _colours = runpy.run_path(str(FAULTS / "colours.py"))
-RAISE, DIE, SLOW = (_colours[name] for name in ("RAISE", "DIE", "SLOW"))
-"""First pixels of pictures at which an engine raises, ends its process, or takes 0.7 s."""
+RAISE, BREAK, DIE, SLOW = (_colours[name] for name in ("RAISE", "BREAK", "DIE", "SLOW"))
+"""First pixels of pictures at which an engine raises, raises from then on, ends its process, or takes 0.7 s."""
 
 START_S, ANSWER_S = 60.0, 60.0  # on a machine that does something else, too
 
@@ -33,20 +33,17 @@ START_S, ANSWER_S = 60.0, 60.0  # on a machine that does something else, too
 class Server:
     """process; http, grpc, metrics: its addresses."""
 
-    def __init__(self, *arguments: object) -> None:
-        environment = os.environ | {"PYTHONPATH": str(FAULTS)}
+    def __init__(self, *arguments: object, **variables: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(FAULTS)} | variables
         ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
         command = [sys.executable, "-m", "agln_fast.cli", "serve", *map(str, arguments), *ports, "--json"]
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        text = ""
-        while not text.rstrip().endswith("}"):
-            line = self.process.stdout.readline()
-            if not line:
-                raise RuntimeError(self.process.stderr.read())
-            text += line
-        addresses = json.loads(text)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(self.process.stderr.read())
+        addresses = json.loads(line)
         self.http, self.grpc, self.metrics = (addresses[key] for key in ("http", "grpc", "metrics"))
 
     def ask(

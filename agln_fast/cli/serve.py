@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json as json_module
 import os
 import re
 from dataclasses import asdict
@@ -78,6 +79,8 @@ def serve(
     Example: agln-fast serve street.agln, then open http://127.0.0.1:8080
     """
     if check is not None:
+        if bundles:
+            raise ConfigError("--check asks a server that runs: give no bundle with it")
         _check(check, json)
         return
     if not bundles:
@@ -117,7 +120,7 @@ def serve(
 
     def announce(at: Addresses) -> None:
         if json:
-            print_json({**asdict(at), "models": [name for name, _, _ in served]})
+            typer.echo(json_module.dumps({**asdict(at), "models": [name for name, _, _ in served]}))  # one line
         else:
             out.print(f"{', '.join(shown(name) for name, _, _ in served)} at {at.http} (page and KServe v2)")
             out.print(f"gRPC {at.grpc}, Prometheus {at.metrics}; Ctrl-C ends it")
@@ -148,11 +151,14 @@ def named_bundles(arguments: list[str]) -> list[tuple[str, str | None, Path]]:
         ConfigError: as there, or two have one name and version.
     """
     found = [named_bundle(argument) for argument in arguments]
-    twice = {(name, version) for name, version, _ in found if [each[:2] for each in found].count((name, version)) > 1}
-    if twice:
-        raise ConfigError(
-            f"several bundles are called {min(name for name, _ in twice)}: use NAME=PATH, NAME:VERSION=PATH"
-        )
+    versions: dict[str, list[str | None]] = {}
+    for name, version, _ in found:
+        versions.setdefault(name, []).append(version)
+    for name, listed in versions.items():
+        if len(set(listed)) < len(listed):
+            raise ConfigError(f"several bundles are called {name}: use NAME=PATH, NAME:VERSION=PATH")
+        if None in listed and len(listed) > 1:
+            raise ConfigError(f"{name} comes with versions and without: give each one, NAME:VERSION=PATH")
     return found
 
 

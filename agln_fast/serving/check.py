@@ -40,18 +40,22 @@ def ask_all(url: str) -> Iterator[Check]:
     Raises:
         ConfigError: `url` is no address of HTTP.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # no port, no address
+        good = False
+    if not good:
         raise ConfigError(f"{url}: give the address of a server, e.g. http://127.0.0.1:8080")
     alive, _ = _ask(url, "alive", "GET", "/v2/health/live")
     yield alive
     if not alive.good:
         return
     yield _ask(url, "ready", "GET", "/v2/health/ready")[0]
-    check, server = _ask(url, "server", "GET", "/v2")
+    check, server = _ask(url, "server", "GET", "/v2", kind=dict)
     yield check if not check.good else _with(check, f"{server.get('name')} {server.get('version')}")
-    check, index = _ask(url, "models", "POST", "/v2/repository/index", {})
-    models = [model for model in index or [] if isinstance(model, dict)]
+    check, index = _ask(url, "models", "POST", "/v2/repository/index", {}, kind=list)
+    models = [model for model in index or [] if isinstance(model, dict) and model.get("name")]
     yield check if not check.good else _with(check, ", ".join(map(_called, models)) or "none", good=bool(models))
     for model in models:
         yield from _ask_model(url, model)
@@ -63,10 +67,10 @@ def _ask_model(url: str, model: dict[str, Any]) -> Iterator[Check]:
         path += f"/versions/{quote(model['version'], safe='')}"
     name = _called(model)
     yield _ask(url, f"{name}: ready", "GET", f"{path}/ready")[0]
-    check, about = _ask(url, f"{name}: metadata", "GET", path)
+    check, about = _ask(url, f"{name}: metadata", "GET", path, kind=dict)
     inputs = [tensor["name"] for tensor in (about or {}).get("inputs") or []]
     yield check if not check.good else _with(check, f"inputs {', '.join(inputs)}", good="image" in inputs)
-    check, answer = _ask(url, f"{name}: a picture", "POST", f"{path}/infer", _request(about))
+    check, answer = _ask(url, f"{name}: a picture", "POST", f"{path}/infer", _request(about), kind=dict)
     if check.good:
         outputs = {output["name"]: output for output in answer.get("outputs", ())}
         total = sum(outputs["shares"]["data"]) if "shares" in outputs else 0.0
@@ -94,10 +98,13 @@ def _with(check: Check, answer: str, *, good: bool = True) -> Check:
     return Check(check.question, good, answer, check.milliseconds)
 
 
-def _ask(url: str, question: str, method: str, path: str, body: Any = None) -> tuple[Check, Any]:
+def _ask(
+    url: str, question: str, method: str, path: str, body: Any = None, *, kind: type[Any] | None = None
+) -> tuple[Check, Any]:
+    """`kind`: of the JSON in a good answer; None for none. Other JSON is a bad answer."""
     parts, began = urlsplit(url), time.perf_counter()
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.netloc, timeout=_LIMIT_S)
+    secure = parts.scheme == "https"
+    connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(parts.netloc, timeout=_LIMIT_S)
     document = None
     try:
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -106,8 +113,10 @@ def _ask(url: str, question: str, method: str, path: str, body: Any = None) -> t
         response = connection.getresponse()
         data, good = response.read(), response.status == 200
         answer = f"{response.status} {response.reason}"
-        if data:
+        if data and (kind is not None or not good):
             document = json.loads(data)
+        if good and kind is not None and type(document) is not kind:
+            good, answer = False, f"{answer}: not what the protocol says"
         if not good and isinstance(document, dict) and document.get("error"):
             answer += f": {document['error']}"
     except (OSError, http.client.HTTPException, ValueError) as error:

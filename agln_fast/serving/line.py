@@ -18,7 +18,7 @@ from agln_fast.errors import AglnError, BackendError
 from agln_fast.runtime.images import ImageSource
 from agln_fast.runtime.result import Result
 from agln_fast.runtime.stages import Steps
-from agln_fast.serving.protocol import Array, sources_of, write_outputs
+from agln_fast.serving.protocol import Array, check_pixels, sources_of, write_outputs
 
 __all__ = ["Answer", "Failure", "Line", "Task", "Times"]
 
@@ -45,7 +45,7 @@ class Task:
 class Times:
     """Milliseconds that a request waited, was decoded, was in the engine and was encoded; images in the engine's batch.
 
-    Of a request of several images: the waiting of the last one, and the rest summed.
+    Of a request of several images: the longest waiting, the largest batch, and the rest summed.
     """
 
     queue_ms: float = 0.0
@@ -91,8 +91,9 @@ class Line:
         """`answer` is called in several threads at once. `readers`: threads that decode, and as many that encode."""
         self._steps, self._answer, self._wait_s = steps, answer, wait_s
         self._inbox, self._prepared = _Queue[_Job](), _Queue[_Image]()
-        self._permits = threading.Semaphore(2 * steps.most + readers)
+        self._places = threading.Semaphore(2 * steps.most + readers)
         self._jobs: dict[int, _Job] = {}
+        self._closed = False
         self._encoders = ThreadPoolExecutor(readers, "agln-fast encode")
         self._threads = [
             threading.Thread(target=self._read, name="agln-fast read", daemon=True) for _ in range(readers)
@@ -104,7 +105,15 @@ class Line:
     def put(self, task: Task) -> None:
         """Take a task."""
         job = self._jobs[task.number] = _Job(task)
-        self._inbox.put(job, task.urgent)
+        if not task.urgent:
+            self._inbox.put(job)
+            return
+        try:  # here and now: readers may be waiting for a place, and one picture of the engine's size takes no time
+            self._open(job)
+            for index in range(len(job.sources)):
+                self._prepare(job, index)
+        except Exception as error:
+            self._fail(job, error)
 
     def cancel(self, number: int) -> None:
         """Nobody waits for that task any more, if it is there still: what has not begun of it is left out."""
@@ -113,59 +122,79 @@ class Line:
 
     def close(self) -> None:
         """End the threads, each after what it is doing; what waits is not answered."""
+        self._closed = True
         self._inbox.end(len(self._threads) - 1)
         self._prepared.end(1)
         for _ in self._threads:
-            self._permits.release()
+            self._places.release()
         for thread in self._threads:
             thread.join()
         self._encoders.shutdown()
 
     def _read(self) -> None:
+        """An image of a job; then the rest of it waits behind other jobs."""
         while (job := self._inbox.get()) is not None:
             try:
-                job.images = sources_of(job.task.inputs)
-                job.results = [None] * len(job.images)
-                for index, source in enumerate(job.images):
-                    self._permits.acquire()
-                    if self._is_over(job):
-                        self._permits.release()
-                        break
-                    began = time.monotonic()
-                    try:
-                        prepared = self._steps.prepare(source)
-                    except BaseException:
-                        self._permits.release()
-                        raise
-                    spent = time.monotonic() - began
-                    job.decode += spent
-                    self._prepared.put(_Image(job, index, prepared, spent), job.task.urgent)
+                if not job.sources:
+                    self._open(job)
+                self._places.acquire()
+                if self._closed:
+                    return
+                if self._is_over(job):
+                    self._places.release()
+                    continue
+                try:
+                    self._prepare(job, job.read)
+                except BaseException:
+                    self._places.release()
+                    raise
+                job.read += 1
+                if job.read < len(job.sources):
+                    self._inbox.put(job)
             except Exception as error:
                 self._fail(job, error)
+
+    def _open(self, job: _Job) -> None:
+        job.sources = sources_of(job.task.inputs)
+        check_pixels(job.sources)
+        job.results = [None] * len(job.sources)
+
+    def _prepare(self, job: _Job, index: int) -> None:
+        began = time.monotonic()
+        prepared = self._steps.prepare(job.sources[index])
+        spent = time.monotonic() - began
+        job.decode += spent
+        self._prepared.put(_Image(job, index, prepared, spent), job.task.urgent)
+
+    def _give_back(self, images: Sequence[_Image]) -> None:
+        """Their places; what is urgent took none."""
+        if taken := sum(not image.job.task.urgent for image in images):
+            self._places.release(taken)
 
     def _run(self) -> None:
         while (first := self._prepared.get()) is not None:
             taken = self._fill([first])
             batch = [each for each in taken if not self._is_over(each.job)]
-            if over := len(taken) - len(batch):
-                self._permits.release(over)
+            self._give_back([each for each in taken if each not in batch])
             if not batch:
                 continue
             began = time.monotonic()
             try:
                 outputs = list(self._steps.run([each.prepared for each in batch]))
             except Exception as error:
-                self._permits.release(len(batch))
+                self._give_back(batch)
                 for each in batch:
                     self._fail(each.job, error if isinstance(error, AglnError) else BackendError(f"engine: {error}"))
                 continue
             spent = time.monotonic() - began
+            for job in {id(each.job): each.job for each in batch}.values():
+                job.engine += spent
             for each, output in zip(batch, outputs, strict=True):
-                each.job.add(len(batch), spent, began - each.job.task.sent - each.spent)
+                each.job.add(len(batch), began - each.job.task.sent - each.spent)
                 self._encoders.submit(self._finish, each, output)
 
     def _fill(self, batch: list[_Image]) -> list[_Image]:
-        until = time.monotonic() + self._wait_s
+        until = time.monotonic() + (0 if batch[0].job.task.urgent else self._wait_s)
         while len(batch) < self._steps.most:
             try:
                 following = self._prepared.get(max(0.0, until - time.monotonic()))
@@ -192,7 +221,7 @@ class Line:
         except Exception as error:
             self._fail(job, error)
         finally:
-            self._permits.release()
+            self._give_back([image])
 
     def _is_over(self, job: _Job, *, deadline: bool = True) -> bool:
         """Whether it has been answered or cancelled, or is answered now that it is late."""
@@ -223,7 +252,8 @@ class _Job:
     """A task on its way; seconds."""
 
     task: Task
-    images: Sequence[ImageSource] = ()
+    sources: Sequence[ImageSource] = ()
+    read: int = 0
     results: list[Any] = field(default_factory=list)
     decode: float = 0.0
     engine: float = 0.0
@@ -234,10 +264,9 @@ class _Job:
     ended: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, batch: int, engine: float, waited: float) -> None:
+    def add(self, batch: int, waited: float) -> None:
         """One of its images was in a batch."""
         self.batch, self.waited = max(self.batch, batch), max(self.waited, waited)
-        self.engine += engine
 
     def finished(self, index: int, result: Result, seconds: float) -> bool:
         """Whether it was the last of them."""
@@ -254,7 +283,7 @@ class _Job:
         return Times(waited, decode, engine, encode, self.batch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Image:
     """One of a job's images as the engine takes it, and the seconds that this took."""
 
@@ -271,7 +300,7 @@ class _Queue(Generic[T]):
         self._queue: PriorityQueue[tuple[int, int, T | None]] = PriorityQueue()
         self._number = count()
 
-    def put(self, item: T, urgent: bool) -> None:
+    def put(self, item: T, urgent: bool = False) -> None:
         self._queue.put((not urgent, next(self._number), item))
 
     def get(self, timeout: float | None = None) -> T | None:

@@ -25,7 +25,7 @@ from mlserver.types import (
     TensorData,
 )
 from mlserver.utils import get_model_uri
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Gauge, Histogram
 
 from agln_fast.errors import AglnError, ConfigError
 from agln_fast.serving.line import Failure, Times
@@ -38,7 +38,6 @@ __all__ = ["BundleModel", "Limits", "RefusedError"]
 _DRAIN_S = 30.0
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
-_REASONS = {400: "invalid", 500: "engine", 503: "busy", 504: "late"}
 
 
 class RefusedError(MLServerError):  # type: ignore[misc]  # MLServer has no types
@@ -108,11 +107,14 @@ class BundleModel(MLModel):  # type: ignore[misc]
         self._workers = [
             Worker(engine, interval_s=limits.canary_s, limit_s=limits.canary_s) for _ in range(limits.workers)
         ]
-        started = await asyncio.gather(*(worker.start() for worker in self._workers), return_exceptions=True)
-        for outcome in started:
-            if isinstance(outcome, BaseException):
-                await self.stop()
-                raise RefusedError(500, str(outcome)) if isinstance(outcome, AglnError) else outcome
+        try:
+            started = await asyncio.gather(*(worker.start() for worker in self._workers), return_exceptions=True)
+            for outcome in started:
+                if isinstance(outcome, BaseException):
+                    raise RefusedError(500, str(outcome)) if isinstance(outcome, AglnError) else outcome
+        except BaseException:  # also where the server is asked to end meanwhile
+            await self.stop()
+            raise
         labels = {"model": self.name, "version": self.version or ""}
         self._metrics.in_flight.labels(**labels).set_function(lambda: self.in_flight)
         self.inputs = [_described(tensor.name, tensor.datatype, tensor.shape) for tensor in INPUTS.values()]
@@ -138,6 +140,19 @@ class BundleModel(MLModel):  # type: ignore[misc]
             parameters=Parameters(**self._description().parameters()),
         )
 
+    @property
+    def _alive(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.healthy] or self._workers
+
+    def check_place(self) -> None:
+        """
+        Raises:
+            RefusedError: 503, because the queue is full.
+        """
+        if self.in_flight >= self._limits.queue:
+            wait = self.in_flight * self._pace / len(self._alive)
+            raise RefusedError(503, f"{self._limits.queue} requests wait already", max(1, math.ceil(wait)))
+
     async def segment(self, request: Request) -> Response:
         """Answer a request, or refuse it.
 
@@ -145,23 +160,18 @@ class BundleModel(MLModel):  # type: ignore[misc]
             RefusedError: 400 for what it brings or asks, 500 when the engine failed, 503 when the queue is full or the
                 engine's process has ended, 504 when it was late.
         """
-        version, limits = self.version or "", self._limits
-        labels = {"model": self.name, "version": version}
-        alive = [worker for worker in self._workers if worker.healthy] or self._workers
-        if self.in_flight >= limits.queue:
-            self._metrics.refused.labels(reason=_REASONS[503], **labels).inc()
-            wait = self.in_flight * self._pace / len(alive)
-            raise RefusedError(503, f"{limits.queue} requests wait already", max(1, math.ceil(wait)))
+        self.check_place()
+        limits, alive = self._limits, self._alive
         deadline = time.monotonic() + min(request.timeout_s or limits.timeout_s, limits.timeout_s)
         worker = min(alive, key=lambda worker: worker.in_flight)
         answer = await worker.ask(request.inputs, request.outputs, deadline=deadline)
         if isinstance(answer.outputs, Failure):
             status = answer.outputs.status
-            self._metrics.refused.labels(reason=_REASONS[status], **labels).inc()
             raise RefusedError(status, answer.outputs.message, 1 if status == 503 else None)
         times = answer.times
         self._pace += 0.1 * (1e-3 * times.engine_ms / times.batch_size - self._pace)
-        self._metrics.observe(times, labels)
+        version = self.version or ""
+        self._metrics.observe(times, {"model": self.name, "version": version})
         return Response(self.name, version, request.id, answer.outputs, times)
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
@@ -224,8 +234,9 @@ class _Metrics:
             "engine_ms": seconds("engine", "Runs of the engine that a request was in."),
             "encode_ms": seconds("encode", "From the engine's output to what the request asks for."),
         }
-        self._batch = Histogram("agln_fast_batch_images", "Images in the engine's run.", names, buckets=_IMAGES)
-        self.refused = Counter("agln_fast_refused", "Requests that got no result.", [*names, "reason"])
+        self._batch = Histogram(
+            "agln_fast_batch_images", "Images in the engine's run, of each request.", names, buckets=_IMAGES
+        )
         self.in_flight = Gauge("agln_fast_in_flight", "Requests that wait or run.", names)
 
     def observe(self, times: Times, labels: dict[str, str]) -> None:

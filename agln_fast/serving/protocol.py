@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from agln_fast import environment
 from agln_fast.errors import ConfigError, ImageError, choose
 from agln_fast.runtime.images import ImageArray, ImageSource, load_image
 from agln_fast.runtime.result import Result
@@ -25,6 +26,7 @@ __all__ = [
     "OUTPUTS",
     "Output",
     "Tensor",
+    "check_pixels",
     "read_images",
     "shape_of",
     "sources_of",
@@ -93,6 +95,30 @@ def sources_of(inputs: Mapping[str, Array | Sequence[bytes]]) -> list[ImageSourc
     if not 1 <= len(sources) <= MOST_IMAGES:
         raise ConfigError(f"input {name!r} has {len(sources)} images: a request needs 1 to {MOST_IMAGES}")
     return sources
+
+
+def check_pixels(sources: Sequence[ImageSource]) -> None:
+    """See that the images of a request have no more pixels together than one may have, by their headers.
+
+    Raises:
+        ImageError: they have.
+    """
+    pixels, most = sum(map(_pixels, sources)), environment.max_pixels()
+    if pixels > most:
+        raise ImageError(
+            f"the images of a request have {pixels} pixels together, above the limit of {most}: send fewer"
+        )
+
+
+def _pixels(source: ImageSource) -> int:
+    """0 where it is no image, which is told when it is read."""
+    if isinstance(source, np.ndarray):
+        return int(source.shape[0] * source.shape[1])
+    try:
+        with Image.open(io.BytesIO(cast(bytes, source))) as image:
+            return int(image.width * image.height)
+    except Exception:  # Pillow's of many kinds
+        return 0
 
 
 def read_images(inputs: Mapping[str, Array | Sequence[bytes]]) -> list[ImageArray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ import orjson
 import uvicorn
 from mlserver import ModelSettings, Settings
 from mlserver.errors import MLServerError
+from mlserver.grpc import dataplane_pb2 as pb
 from mlserver.grpc.dataplane_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from mlserver.grpc.model_repository_pb2_grpc import add_ModelRepositoryServiceServicer_to_server
 from mlserver.grpc.server import GRPCServer, ModelRepositoryServicer
@@ -32,21 +34,24 @@ from mlserver.repository import ModelRepository
 from mlserver.rest import RESTServer
 from mlserver.settings import ModelParameters
 from mlserver.types import RepositoryIndexRequest
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from agln_fast import __version__
 from agln_fast.errors import AglnError, BackendError
-from agln_fast.serving.http import BodyLimit, is_file, json_of, page, read_request, refusal, write_response
+from agln_fast.serving.http import BodyLimit, is_file, json_of, page, read_request, refusal, unless_gone, write_response
 from agln_fast.serving.model import BundleModel, Limits, RefusedError
 from agln_fast.serving.wire import Request, Response, read_protobuf
 
 __all__ = ["Addresses", "Options", "Served", "serve"]
 
 _CONTROL = ("/v2/repository/models/{model_name}/load", "/v2/repository/models/{model_name}/unload")
-_REPLACED = ("/infer", "/generate", "/infer_stream", "/generate_stream", "/ready")
+_LEFT_OUT = ("/infer", "/generate", "/infer_stream", "/generate_stream", "/ready", "/docs", "/dataplane.json")
+"""Routes of MLServer: replaced, without sense for pictures, or pages that load scripts from elsewhere."""
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
@@ -54,6 +59,7 @@ _STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+
 
 log = logging.getLogger("agln_fast.serving")
 
@@ -146,7 +152,7 @@ class _Server:
         )
         self._registry = MultiModelRegistry()
         self._plane = _Plane(settings, self._registry)
-        handlers = ModelRepositoryHandlers(_Repository(models), self._registry)
+        handlers = _Handlers(_Repository(models), self._registry)
         self._rest = _Rest(settings, self._plane, handlers)
         self._rest.prepare(sockets[0], options)
         self._grpc = _Grpc(settings, self._plane, handlers)
@@ -161,27 +167,34 @@ class _Server:
             loop.add_signal_handler(number, self._asked_to_end)
         servers: list[Any] = [self._grpc, self._rest, self._metrics]
         running = [asyncio.create_task(server.start()) for server in servers]
+        end, loading = asyncio.create_task(self._end.wait()), asyncio.create_task(self._load())
         try:
-            for settings in self._models:
-                try:
-                    await self._registry.load(settings)
-                except MLServerError as error:
-                    raise BackendError(str(error)) from None
-            ports = self._sockets[0].getsockname()[1], self._grpc.port, self._sockets[1].getsockname()[1]
-            at = [_address(self._options.host, port) for port in ports]
-            self._plane.open = True
-            announce(Addresses(f"http://{at[0]}", at[1], f"http://{at[2]}/metrics"))
-            end = asyncio.create_task(self._end.wait())
+            await asyncio.wait([end, loading, *running], return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                ports = self._sockets[0].getsockname()[1], self._grpc.port, self._sockets[1].getsockname()[1]
+                at = [_address(self._options.host, port) for port in ports]
+                self._plane.open = True
+                announce(Addresses(f"http://{at[0]}", at[1], f"http://{at[2]}/metrics"))
             done, _ = await asyncio.wait([end, *running], return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()  # of a server that fell over
             await self._drain()
         finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
             for server in servers:
                 await server.stop()
             await asyncio.gather(*running, return_exceptions=True)
             for model in await self._registry.get_models():
                 await model.stop()
+
+    async def _load(self) -> None:
+        for settings in self._models:
+            try:
+                await self._registry.load(settings)
+            except MLServerError as error:
+                raise BackendError(str(error)) from None
 
     async def _drain(self) -> None:
         """Not ready from now on; after a while nothing new is taken, and what is in flight is answered."""
@@ -193,7 +206,6 @@ class _Server:
     async def _serve_on(self) -> None:
         plane = self._plane
         plane.open = False
-        log.info("draining: %d requests in flight", plane.in_flight)
         await asyncio.sleep(self._options.linger_s)
         plane.refuses = True
         with contextlib.suppress(TimeoutError):
@@ -213,24 +225,58 @@ class _Plane(DataPlane):  # type: ignore[misc]
     in_flight = 0
 
     async def ready(self) -> bool:
-        return self.open and await super().ready()
+        """Not where every model was unloaded, either."""
+        models = list(await self._model_registry.get_models())
+        return self.open and bool(models) and all(model.ready for model in models)
 
-    async def segment(self, request: Request, name: str, version: str | None) -> Response:
-        """
+    async def model_ready(self, name: str, version: str | None = None) -> bool:
+        return self.open and await super().model_ready(name, version or None)
+
+    async def place(self, name: str, version: str | None) -> BundleModel:
+        """The model, which has place for a request: asked before a body is read and parsed.
+
         Raises:
-            MLServerError: an unknown model, or as `BundleModel.segment`.
+            MLServerError: an unknown model, or one that takes no request now.
         """
         if self.refuses:
             raise RefusedError(503, "the server is about to end", 1)
-        model = await self._model_registry.get_model(name, version or None)
+        try:
+            model: BundleModel = await self._model_registry.get_model(name, version or None)
+        except MLServerError:
+            if self.open:
+                raise
+            raise RefusedError(503, "the server is starting", 1) from None
         if not model.ready:
-            raise RefusedError(503, f"model {name} is not ready", 1)
+            raise RefusedError(503, f"model {model.name} is not ready", 1)
+        model.check_place()
+        return model
+
+    async def segment(self, model: BundleModel, request: Request) -> Response:
+        """
+        Raises:
+            RefusedError: as `BundleModel.segment`.
+        """
         self.in_flight += 1
         try:
-            answer: Response = await model.segment(request)
-            return answer
+            return await model.segment(request)
         finally:
             self.in_flight -= 1
+
+
+class _Handlers(ModelRepositoryHandlers):  # type: ignore[misc]
+    """One load or unload after the other: two at once would leave processes behind."""
+
+    def __init__(self, repository: _Repository, registry: MultiModelRegistry) -> None:
+        super().__init__(repository, registry)
+        self._turn = asyncio.Lock()
+
+    async def load(self, name: str) -> bool:
+        async with self._turn:
+            return bool(await super().load(name))
+
+    async def unload(self, name: str) -> bool:
+        async with self._turn:
+            return bool(await super().unload(name))
 
 
 class _Repository(ModelRepository):  # type: ignore[misc]
@@ -273,17 +319,19 @@ class _Rest(RESTServer):  # type: ignore[misc]
         kept = [
             route
             for route in routes
-            if not route.path.endswith(_REPLACED) and (options.control or route.path not in _CONTROL)
+            if not route.path.endswith(_LEFT_OUT) and (options.control or route.path not in _CONTROL)
         ]
         models = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
         routes[:] = [
             Route("/", page),
+            Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2/repository/index", self._index, methods=["POST"]),
             *(Route(f"{model}/ready", self._model_ready) for model in models),
             *(Route(f"{model}/infer", self._infer, methods=["POST"]) for model in models),
             *kept,
         ]
+        self._app.add_exception_handler(HTTPException, lambda _, error: refusal(error.status_code, error.detail))
         self._app.add_middleware(BodyLimit, most=options.body_bytes)
 
     async def start(self) -> None:
@@ -292,6 +340,9 @@ class _Rest(RESTServer):  # type: ignore[misc]
 
     async def stop(self, sig: int | None = None) -> None:
         self._server.should_exit = True
+
+    async def _live(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse()
 
     async def _ready(self, request: HttpRequest) -> HttpResponse:
         return HttpResponse(status_code=200 if await self._data_plane.ready() else 503)
@@ -309,17 +360,20 @@ class _Rest(RESTServer):  # type: ignore[misc]
             asked = json_of(await request.body() or b"{}")
             ready = asked.get("ready") if isinstance(asked, dict) else None
             found = await self._model_repository_handlers.index(RepositoryIndexRequest(ready=ready is True))
-        except (HTTPException, AglnError) as error:
+        except Exception as error:
             return _error(error)
         models = [model.model_dump(mode="json", exclude_none=True) for model in found.root]
         return HttpResponse(orjson.dumps(models), media_type="application/json")
 
     async def _infer(self, request: HttpRequest) -> HttpResponse:
         try:
+            model = await self._data_plane.place(*_model(request))
             asked = await read_request(request)
-            response = await self._data_plane.segment(asked, *_model(request))
-            return write_response(response, asked.binary, file=is_file(request))
-        except (HTTPException, MLServerError, AglnError) as error:
+            response = await unless_gone(request, self._data_plane.segment(model, asked))
+            return await write_response(response, asked.binary, file=is_file(request))
+        except ClientDisconnect:
+            return HttpResponse(status_code=400)  # which nobody reads
+        except Exception as error:
             return _error(error)
 
 
@@ -327,7 +381,9 @@ class _Grpc(GRPCServer):  # type: ignore[misc]
     def prepare(self, options: Options) -> None:
         """Listen. Raises BackendError where it cannot be."""
         # Without the option two servers could share a port, and nobody would notice.
-        self._server = grpc.aio.server(options=[*self._get_options(), ("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(
+            options=[*self._get_options(), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
+        )
         servicer = _Servicer(self._data_plane, self._model_repository_handlers)
         servicer.control = options.control
         add_GRPCInferenceServiceServicer_to_server(servicer, self._server)
@@ -364,18 +420,30 @@ class _Servicer(InferenceServicer):  # type: ignore[misc]
 
     async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
         try:
+            model = await self._data_plane.place(request.model_name, request.model_version)
             asked = read_protobuf(request)
             remaining = context.time_remaining()
             if remaining is not None:
                 limit = max(1e-6, min(remaining, asked.timeout_s or remaining))
                 asked = Request(asked.inputs, asked.outputs, asked.id, limit)
-            response = await self._data_plane.segment(asked, request.model_name, request.model_version)
-            return response.to_protobuf()
-        except (MLServerError, AglnError) as error:
+            return (await self._data_plane.segment(model, asked)).to_protobuf()
+        except Exception as error:
             status, message, wait = _reason(error)
             if wait:
                 context.set_trailing_metadata((("retry-after", str(wait)),))
             await context.abort(_STATUS.get(status, grpc.StatusCode.INTERNAL), message)
+
+    async def ModelReady(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        try:
+            return pb.ModelReadyResponse(ready=await self._data_plane.model_ready(request.name, request.version))
+        except MLServerError as error:
+            await context.abort(_STATUS.get(error.status_code, grpc.StatusCode.INTERNAL), str(error))
+
+    async def RepositoryIndex(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        response = await super().RepositoryIndex(request, context)
+        for model in response.models:
+            model.state = model.state.removeprefix("State.")  # as the specification has it
+        return response
 
     async def ModelStreamInfer(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a picture has one answer: use ModelInfer")
@@ -397,12 +465,25 @@ def _model(request: HttpRequest) -> tuple[str, str | None]:
 
 
 def _reason(error: Exception) -> tuple[int, str, int | None]:
+    """Status of HTTP, message, and the seconds after which the request may be sent again; it is counted."""
+    wait: int | None = None
     if isinstance(error, HTTPException):
-        return error.status_code, error.detail, None
-    if isinstance(error, MLServerError):
-        return error.status_code, str(error), getattr(error, "retry_after", None)
-    return 400, str(error), None
+        status, message = error.status_code, error.detail
+    elif isinstance(error, MLServerError):
+        status, message, wait = error.status_code, str(error), getattr(error, "retry_after", None)
+    elif isinstance(error, AglnError):
+        status, message = 400, str(error)
+    else:
+        status, message = 500, f"{type(error).__name__}: see the server's log"
+        log.error("a request has failed", exc_info=error)
+    _refused().labels(status=status).inc()
+    return status, message, wait
 
 
 def _error(error: Exception) -> HttpResponse:
     return refusal(*_reason(error))
+
+
+@functools.cache
+def _refused() -> Counter:
+    return Counter("agln_fast_refused", "Requests that got no result, by the status of HTTP.", ["status"])

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import math
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from agln_fast.errors import ConfigError, choose
+from agln_fast.errors import ConfigError, choose, printable
 from agln_fast.serving.line import Times
-from agln_fast.serving.protocol import INPUTS, Array
+from agln_fast.serving.protocol import INPUTS, OUTPUTS, Array
 
 if TYPE_CHECKING:
     from mlserver.grpc.dataplane_pb2 import ModelInferRequest, ModelInferResponse
@@ -29,6 +31,7 @@ HEADER_LENGTH: Final = "inference-header-content-length"
 
 _DATATYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32", "object": "BYTES"}
 _LARGEST_TIMEOUT_S = 24 * 3600.0
+_LARGEST_SIDE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -98,65 +101,92 @@ def read_json(document: Any) -> Request:
     """
     Raises:
         ConfigError: it is no request of the protocol, or one that this server does not know.
-        ImageError: what it brings is no image.
     """
-    return _read(document, b"")
+    return read_binary(document, b"")
 
 
 def read_binary(document: Any, blobs: bytes) -> Request:
     """A request whose JSON object `document` was followed by binary tensors.
 
     Raises:
-        ConfigError, ImageError: as `read_json`.
+        ConfigError: as `read_json`.
     """
-    return _read(document, blobs)
+    inputs: dict[str, Array | list[bytes]] = {}
+    rest = memoryview(blobs)
+    for tensor in _get(document, "inputs", list):
+        size = _get(_get(tensor, "parameters", dict, {}), "binary_data_size", int, None)
+        if size is None:
+            data: Any = _get(tensor, "data", list)
+        elif 0 <= size <= len(rest):
+            data, rest = bytes(rest[:size]), rest[size:]
+        else:
+            raise ConfigError(f"binary_data_size {size}: {len(rest)} bytes are left behind the JSON object")
+        name = _get(tensor, "name", str)
+        _add(inputs, name, read_tensor(name, _get(tensor, "datatype", str), _get(tensor, "shape", list), data))
+    if len(rest):
+        raise ConfigError(f"{len(rest)} bytes behind the last binary tensor: wrong binary_data_size?")
+    parameters, asked = _get(document, "parameters", dict, {}), _get(document, "outputs", list, [])
+    everything = _get(parameters, "binary_data_output", bool, False)
+    names = [choose("output", _get(output, "name", str), OUTPUTS) for output in asked]
+    binary = {
+        name: _get(_get(output, "parameters", dict, {}), "binary_data", bool, everything)
+        for name, output in zip(names or ["labels"], asked or [{}], strict=True)
+    }
+    return Request(
+        inputs,
+        tuple(names),
+        _get(document, "id", str, ""),
+        read_timeout(parameters.get("timeout")),
+        frozenset(name for name, is_binary in binary.items() if is_binary),
+    )
 
 
-def _read(document: Any, blobs: bytes) -> Request:
-    try:
-        inputs, rest = {}, memoryview(blobs)
-        for tensor in document["inputs"]:
-            parameters = tensor.get("parameters") or {}
-            size = parameters.get("binary_data_size")
-            if size is None:
-                data: Any = tensor["data"]
-            else:
-                if type(size) is not int or not 0 <= size <= len(rest):
-                    raise ConfigError(f"binary_data_size {size!r}: {len(rest)} bytes are left behind the JSON object")
-                data, rest = bytes(rest[:size]), rest[size:]
-            inputs[tensor["name"]] = read_tensor(tensor["name"], tensor["datatype"], tensor["shape"], data)
-        if len(rest):
-            raise ConfigError(f"{len(rest)} bytes behind the last binary tensor: wrong binary_data_size?")
-        asked, parameters = document.get("outputs") or [], document.get("parameters") or {}
-        everything = bool(parameters.get("binary_data_output", False))
-        names = tuple(output["name"] for output in asked)
-        binary = frozenset(
-            output["name"]
-            for output in asked or [{"name": "labels"}]
-            if (output.get("parameters") or {}).get("binary_data", everything)
-        )
-        return Request(inputs, names, str(document.get("id") or ""), read_timeout(parameters.get("timeout")), binary)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"no request of the Open Inference Protocol: {type(error).__name__} {error}") from None
+_NEEDED = object()
+
+
+def _get(values: Any, key: str, kind: type[Any], default: Any = _NEEDED) -> Any:
+    """`values[key]`, of that type and no other; `default` where it is missing or null."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"no request of the Open Inference Protocol: {_cut(values)} where an object belongs")
+    found = values.get(key)
+    if found is None and default is not _NEEDED:
+        return default
+    if type(found) is not kind:
+        raise ConfigError(f"no request of the Open Inference Protocol: {key} is {_cut(found)}")
+    return found
+
+
+def _add(inputs: dict[str, Array | list[bytes]], name: str, value: Array | list[bytes]) -> None:
+    if name in inputs:
+        raise ConfigError(f"input {name!r} comes twice")
+    inputs[name] = value
+
+
+def _cut(value: Any) -> str:
+    return printable(reprlib.repr(value), 60)
 
 
 def read_protobuf(message: ModelInferRequest) -> Request:
     """
     Raises:
-        ConfigError, ImageError: as `read_json`.
+        ConfigError: as `read_json`.
     """
-    raw, inputs = list(message.raw_input_contents), {}
+    raw, inputs = list(message.raw_input_contents), dict[str, Array | list[bytes]]()
     if raw and len(raw) != len(message.inputs):
         raise ConfigError(f"{len(raw)} raw_input_contents for {len(message.inputs)} inputs")
     for index, tensor in enumerate(message.inputs):
-        data: Any = raw[index] if raw else _contents(tensor.contents)
-        inputs[tensor.name] = read_tensor(tensor.name, tensor.datatype, list(tensor.shape), data)
+        lists = [list(values) for _, values in tensor.contents.ListFields()]
+        if len(lists) + bool(raw) > 1:
+            raise ConfigError(f"input {_cut(tensor.name)}: its values come in more than one way")
+        data: Any = raw[index] if raw else lists[0] if lists else []
+        _add(inputs, tensor.name, read_tensor(tensor.name, tensor.datatype, list(tensor.shape), data))
     timeout = message.parameters.get("timeout", None)
+    chosen = timeout.WhichOneof("parameter_choice") if timeout is not None else None
     return Request(
         inputs,
-        tuple(output.name for output in message.outputs),
+        tuple(choose("output", output.name, OUTPUTS) for output in message.outputs),
         message.id,
-        read_timeout(getattr(timeout, timeout.WhichOneof("parameter_choice")) if timeout else None),
+        read_timeout(getattr(timeout, chosen) if chosen else None),
     )
 
 
@@ -166,14 +196,14 @@ def read_timeout(microseconds: Any) -> float | None:
     Raises:
         ConfigError: it is no number of that kind.
     """
-    if microseconds in (None, 0, ""):
+    if microseconds is None or microseconds == 0 or microseconds == "":
         return None
-    try:
-        seconds = 1e-6 * int(microseconds)
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.nan
+    seconds = math.nan
+    if not isinstance(microseconds, bool):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            seconds = 1e-6 * int(microseconds)
     if not 0 < seconds <= _LARGEST_TIMEOUT_S:
-        raise ConfigError(f"timeout {microseconds!r}: give whole microseconds, a day at most")
+        raise ConfigError(f"timeout {_cut(microseconds)}: give whole microseconds, a day at most")
     return seconds
 
 
@@ -189,9 +219,10 @@ def read_tensor(name: str, datatype: str, shape: Sequence[int], data: bytes | It
     """
     expected = INPUTS[choose("input", name, INPUTS)]
     if datatype != expected.datatype:
-        raise ConfigError(f"input {name!r}: datatype {datatype}: needs {expected.datatype}")
-    if not all(type(side) is int and side >= 0 for side in shape):
-        raise ConfigError(f"input {name!r}: shape {list(shape)!r}: needs whole numbers")
+        raise ConfigError(f"input {name!r}: datatype {_cut(datatype)}: needs {expected.datatype}")
+    # Before anything is computed with it: sides have no bound in JSON, and their number none either.
+    if not 1 <= len(shape) <= 4 or not all(type(side) is int and 0 <= side <= _LARGEST_SIDE for side in shape):
+        raise ConfigError(f"input {name!r}: shape {_cut(list(shape))}: needs 1 to 4 whole numbers")
     count = math.prod(shape)
     if datatype == "BYTES":
         items = _split(data) if isinstance(data, bytes) else [_file(item) for item in data]
@@ -212,12 +243,6 @@ def _whole_numbers(name: str, values: list[Any]) -> Array:
     if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255):
         raise ConfigError(f"input {name!r}: UINT8 needs whole numbers from 0 to 255")
     return array.astype(np.uint8)
-
-
-def _contents(contents: Any) -> list[Any]:
-    """Of the one list that is filled."""
-    fields = contents.ListFields()
-    return list(fields[0][1]) if fields else []
 
 
 def _file(item: Any) -> bytes:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -83,6 +84,11 @@ class Description:
             tuple(names.palette),
         )
 
+    @property
+    def promises(self) -> tuple[Any, ...]:
+        """What clients rely on as long as a model is loaded."""
+        return self.contract, self.classes, self.palette
+
     def parameters(self) -> dict[str, Any]:
         """For the metadata of a model: what the classes are called, their colours, and which engine runs."""
         about, contract = asdict(self), self.contract
@@ -110,8 +116,9 @@ def _work(connection: Connection, engine: Engine) -> None:
         segmenter = engine.open()
     except Exception as error:
         known = error if isinstance(error, AglnError) else f"{engine.bundle}: {type(error).__name__}: {error}"
-        # Some errors do not survive a pipe: their arguments are no message.
-        connection.send((BundleError if isinstance(error, BundleError) else BackendError)(str(known)))
+        with contextlib.suppress(OSError):  # the server is gone
+            # Some errors do not survive a pipe: their arguments are no message.
+            connection.send((BundleError if isinstance(error, BundleError) else BackendError)(str(known)))
         return
     lock = threading.Lock()
 
@@ -122,12 +129,14 @@ def _work(connection: Connection, engine: Engine) -> None:
     with segmenter:
         connection.send(Description.of(segmenter))
         line = Line(segmenter.steps(), answer, wait_s=1e-3 * engine.wait_ms)
-        with contextlib.suppress(EOFError, OSError):
+        try:
             while message := connection.recv():
                 if isinstance(message, _Cancel):
                     line.cancel(message.number)
                 else:
                     line.put(message)
+        except (EOFError, OSError):
+            os._exit(1)  # the server is gone: nobody waits for what the engine is at
         line.close()
 
 
@@ -146,6 +155,7 @@ class Worker:
         self._interval_s, self._limit_s = interval_s, limit_s
         self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._numbers = count()
+        self._probes = 0
         self._answered = 0.0
         self._life: _Life | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -157,8 +167,8 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """Requests without an answer yet, the canary's among them."""
-        return len(self._pending)
+        """Requests without an answer yet; canaries are none."""
+        return len(self._pending) - self._probes
 
     async def start(self) -> Description:
         """Start the process and wait until it is warm.
@@ -168,6 +178,8 @@ class Worker:
         """
         self.description = await self._begin()
         self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch())]
+        for task in self._tasks:
+            task.add_done_callback(_tell)
         return self.description
 
     async def ask(
@@ -221,7 +233,10 @@ class Worker:
         life = _Life(self.engine, self._resolve)
         try:
             ready = await life.ready
+            if (before := self.description) is not None and before.promises != ready.promises:
+                raise BackendError(f"{self.engine.bundle}: another bundle lies there now: load it, or serve it anew")
         except BaseException:
+            life.kill()
             await asyncio.to_thread(life.end)
             raise
         self._life, self.healthy, self._answered = life, True, time.monotonic()
@@ -239,7 +254,7 @@ class Worker:
             while self._life is None:
                 try:
                     self.description = await self._begin()
-                except AglnError as error:
+                except (AglnError, OSError) as error:  # the system has no process or file to give
                     log.error("%s; trying again in %.0f s", error, pause)
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -253,14 +268,19 @@ class Worker:
             assert self.description is not None
             sample = {"pixels": canary(self.description.contract)}
             deadline = time.monotonic() + self._limit_s
-            answer = await self.ask(sample, ("shares",), deadline=deadline, urgent=True)
+            self._probes += 1
+            try:
+                answer = await self.ask(sample, ("shares",), deadline=deadline, urgent=True)
+            finally:
+                self._probes -= 1
             self.healthy = self._life is life and not isinstance(answer.outputs, Failure)
             if not self.healthy and time.monotonic() - self._answered > 10 * self._limit_s and self._life is life:
                 log.error("engine's process of %s does not answer: killed", self.engine.bundle)
                 life.kill()
 
     def _resolve(self, answer: Answer) -> None:
-        self._answered = time.monotonic()
+        if not isinstance(answer.outputs, Failure):  # the engine has run
+            self._answered = time.monotonic()
         future = self._pending.get(answer.number)
         if future is not None and not future.done():
             future.set_result(answer)
@@ -269,6 +289,11 @@ class Worker:
         for number, future in self._pending.items():
             if not future.done():
                 future.set_result(Answer(number, Failure(503, "the engine's process ended; send the request again")))
+
+
+def _tell(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("a task that looks after an engine's process has ended", exc_info=error)
 
 
 class _Life:

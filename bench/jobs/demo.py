@@ -68,11 +68,8 @@ def serve(folder: Path) -> None:
     server = subprocess.Popen([sys.executable, "-m", "agln_fast.cli", *arguments, "--json"], stdout=subprocess.PIPE)
     try:
         assert server.stdout is not None
-        text = b""
-        while not text.rstrip().endswith(b"}"):
-            if not (line := server.stdout.readline()):
-                raise SystemExit(server.wait())
-            text += line
+        if not (text := server.stdout.readline()):
+            raise SystemExit(f"the server has ended with {server.wait()}")
         addresses = json.loads(text)
         print(f"ready: {addresses['http']} and gRPC {addresses['grpc']}")
         image = client.InferInput("image", [1], "BYTES")

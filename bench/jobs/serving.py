@@ -52,11 +52,8 @@ def running(bundle: Path, *options: str) -> Iterator[Addresses]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        text = ""
-        while not text.rstrip().endswith("}"):
-            if not (line := process.stdout.readline()):
-                raise SystemExit(process.wait())
-            text += line
+        if not (text := process.stdout.readline()):
+            raise SystemExit(f"the server has ended with {process.wait()}")
         yield Addresses(text, process.pid)
     finally:
         process.terminate()

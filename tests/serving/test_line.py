@@ -142,6 +142,70 @@ def test_what_is_urgent_goes_ahead(desk):
     assert desk.gate.batches[1][0] == 9
 
 
+def test_what_is_urgent_needs_no_place():
+    gate = Gate(most=1)
+    desk = Desk(gate, readers=1)
+    for number in range(8):
+        desk.put(number)
+    until(lambda: len(gate.prepared) == 3)  # no more fit
+    time.sleep(SHORT)
+    desk.put(99, urgent=True)
+    assert gate.prepared == [0, 1, 2, 99]
+    gate.let(2)
+    until(lambda: len(gate.batches) == 3)
+    assert gate.batches[1] == [99]
+    gate.let(100)
+    assert len(desk.take(9)) == 9
+    gate.shut()
+    for number in range(20, 28):
+        desk.put(number)
+    until(lambda: len(gate.prepared) == 9 + 3)
+    time.sleep(SHORT)
+    assert len(gate.prepared) == 9 + 3  # as many places as before
+    gate.let(100)
+    desk.take(8)
+    desk.line.close()
+
+
+def test_requests_of_many_images_take_turns_with_others():
+    gate = Gate(most=1)
+    desk = Desk(gate, readers=1)
+    desk.put(1, count=20)
+    until(lambda: len(gate.prepared) == 3)
+    desk.put(2)
+    gate.let(100)
+    assert list(desk.take()) == [2]
+    assert sorted(desk.take()) == [1]
+    desk.line.close()
+
+
+def test_a_run_counts_once_for_each_request(desk):
+    desk.put(0)
+    until(lambda: desk.gate.batches)
+    desk.put(1, count=4)
+    until(lambda: len(desk.gate.prepared) == 5)
+    desk.gate.let()
+    until(lambda: len(desk.gate.batches) == 2)
+    time.sleep(SHORT)
+    desk.gate.let()
+    times = desk.take(2)[1].times
+    assert 1e3 * SHORT <= times.engine_ms < 2e3 * SHORT
+    assert times.batch_size == 4
+
+
+def test_closing_with_a_request_half_read():
+    gate = Gate(most=1)
+    desk = Desk(gate, readers=2)
+    desk.put(1, count=40)
+    desk.put(2, count=40)
+    until(lambda: len(gate.prepared) >= 4)
+    closing = threading.Thread(target=desk.line.close)
+    closing.start()
+    gate.let(1000)
+    closing.join(30)
+    assert not closing.is_alive()
+
+
 def test_what_is_late_is_not_run(desk):
     desk.put(0)
     until(lambda: desk.gate.batches)

@@ -7,7 +7,6 @@ server that stalls is charged for all that would have come meanwhile (no "coordi
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -72,23 +71,23 @@ class _Sample:
 
 async def single_stream(target: Target, requests: int) -> Trial:
     """Each request when the one before it was answered."""
-    began = time.perf_counter()
+    began = _now()
     samples = [await _ask(target, number) for number in range(requests)]
-    return _trial("SingleStream", target, samples, time.perf_counter() - began)
+    return _trial("SingleStream", target, samples, _now() - began)
 
 
 async def offline(target: Target, requests: int, in_flight: int) -> Trial:
     """As fast as they are answered, `in_flight` at once."""
     if in_flight < 1:
         raise ConfigError(f"in flight {in_flight}: must be at least 1")
-    began, samples, numbers = time.perf_counter(), list[_Sample](), iter(range(requests))
+    began, samples, numbers = _now(), list[_Sample](), iter(range(requests))
 
     async def go_on() -> None:
         for number in numbers:
             samples.append(await _ask(target, number))
 
     await asyncio.gather(*(go_on() for _ in range(in_flight)))
-    return _trial("Offline", target, samples, time.perf_counter() - began)
+    return _trial("Offline", target, samples, _now() - began)
 
 
 async def server(target: Target, rate: float, requests: int, seed: int = 0) -> Trial:
@@ -96,22 +95,22 @@ async def server(target: Target, rate: float, requests: int, seed: int = 0) -> T
     if not rate > 0:
         raise ConfigError(f"rate {rate:g}: must be above 0, requests a second")
     arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
-    began, samples, flying = time.perf_counter(), list[_Sample](), set[asyncio.Task[None]]()
+    began, samples, flying = _now(), list[_Sample](), set[asyncio.Task[None]]()
 
     async def one(number: int, due: float) -> None:
-        late = time.perf_counter() - due
+        late = _now() - due
         answer = await target.ask(number)
-        samples.append(_Sample(answer, time.perf_counter() - due, late))
+        samples.append(_Sample(answer, _now() - due, late))
 
     for number, arrival in enumerate(arrivals):
         due = began + float(arrival)
-        if (wait := due - time.perf_counter()) > 0:
+        if (wait := due - _now()) > 0:
             await asyncio.sleep(wait)
         task = asyncio.create_task(one(number, due))
         flying.add(task)
         task.add_done_callback(flying.discard)
     await asyncio.gather(*flying)
-    return _trial("Server", target, samples, time.perf_counter() - began, rate)
+    return _trial("Server", target, samples, _now() - began, rate)
 
 
 async def search(target: Target, limit_ms: float, requests: int) -> AsyncIterator[Trial]:
@@ -150,10 +149,14 @@ async def search(target: Target, limit_ms: float, requests: int) -> AsyncIterato
     raise BackendError(f"{target.name}: no rate was confirmed: this machine does other work, too")
 
 
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 async def _ask(target: Target, number: int) -> _Sample:
-    began = time.perf_counter()
+    began = _now()
     answer = await target.ask(number)
-    return _Sample(answer, time.perf_counter() - began)
+    return _Sample(answer, _now() - began)
 
 
 def _trial(

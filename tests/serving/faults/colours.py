@@ -1,3 +1,3 @@
 """First pixels of pictures at which something goes wrong."""
 
-RAISE, DIE, SLOW = (13, 37, 99), (66, 6, 66), (5, 50, 5)
+RAISE, BREAK, DIE, SLOW = (13, 37, 99), (99, 37, 13), (66, 6, 66), (5, 50, 5)

@@ -3,17 +3,19 @@
 import os
 import time
 
-from colours import DIE, RAISE, SLOW
+from colours import BREAK, DIE, RAISE, SLOW
 
 from agln_fast.runtime.segmenter import Segmenter
 
 _whole = Segmenter._whole
+broken = []
 
 
 def _faulty(self, batch):
     for each in batch:
         first = tuple(int(value) for value in each.image[0, 0])
-        if first == RAISE:
+        broken.extend([first] if first == BREAK else [])
+        if first == RAISE or broken:
             raise RuntimeError("the engine has a bad day")
         if first == DIE:
             os._exit(3)
