@@ -18,7 +18,7 @@ SERVICE_S = 0.004
 
 
 class Clock(asyncio.SelectorEventLoop):
-    """An event loop whose time passes at once while nothing else is to be done: results do not depend on the machine."""
+    """An event loop whose time passes at once where nothing is to be done: results do not depend on the machine."""
 
     now = 0.0
 
