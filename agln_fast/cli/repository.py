@@ -20,12 +20,12 @@ __all__ = ["export_repository"]
 
 def export_repository(
     bundles: Annotated[list[str], typer.Argument(help="Bundles: PATH or NAME=PATH.")],
-    server: Annotated[str, typer.Option("--for", help="triton, openvino-model-server or mlserver.")],
+    server: Annotated[str, typer.Option("--for", help="triton, openvino-model-server, mlserver or ray.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a repository that this verb wrote.")] = False,
     json: Json = False,
 ) -> None:
-    """Write bundles as the repository of another server: Triton, OpenVINO Model Server or MLServer.
+    """Write bundles as the repository of another server: Triton, OpenVINO Model Server, MLServer or Ray.
 
     Bundles of one network that were built on several GPUs may share a name: Triton gets a plan for each.
 

@@ -217,7 +217,7 @@ def test_a_bundle_that_is_replaced_after_its_check_is_refused(small, tmp_path):
 
 
 def test_a_repository_that_appears_meanwhile_stays(small, tmp_path, monkeypatch):
-    def write(folder: Path, named: object) -> Repository:
+    def write(folder: Path, named: object, at: Path) -> Repository:
         export(small, "mlserver", tmp_path / "models")
         return Repository((), ())
 

@@ -1,6 +1,7 @@
 """Folders from which servers of others serve bundles: a file here for each server.
 
-A writer gets an empty folder and the bundles, and says what it wrote; one more is one line in `SERVERS`.
+A writer gets an empty folder, the bundles, and the path at which the folder will stand, and says what it wrote; one more
+is one line in `SERVERS`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from typing import Any, Final, TypeAlias
 import agln_fast
 from agln_fast.errors import ConfigError, choose, printable
 from agln_fast.files import whole_folder
-from agln_fast.serving.repositories import mlserver, openvino_model_server, triton
+from agln_fast.serving.repositories import mlserver, openvino_model_server, ray, triton
 from agln_fast.serving.repositories.folder import Model, Named, Repository, open_named
 
 __all__ = ["SERVERS", "Model", "Named", "Repository", "Writer", "export_repository", "is_repository"]
 
-Writer: TypeAlias = Callable[[Path, Sequence[Named]], Repository]
+Writer: TypeAlias = Callable[[Path, Sequence[Named], Path], Repository]
 
 SERVERS: Final[dict[str, Writer]] = {
     "triton": triton.write,
     "openvino-model-server": openvino_model_server.write,
     "mlserver": mlserver.write,
+    "ray": ray.write,
 }
 """What writes a repository, by the name of the server."""
 
@@ -55,7 +57,7 @@ def export_repository(
     _check(output, overwrite)
     named = open_named(bundles)
     with whole_folder(output, is_repository if overwrite else None) as folder:
-        written = write(folder, named)
+        written = write(folder, named, output.absolute())
         record = {"server": server, "agln_fast": agln_fast.__version__, **_record(written)}
         (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return replace(written, start=tuple(word.replace("{repository}", str(output)) for word in written.start))

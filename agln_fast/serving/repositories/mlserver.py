@@ -13,7 +13,7 @@ __all__ = ["write"]
 _IMPLEMENTATION = "agln_fast.serving.model.BundleModel"
 
 
-def write(folder: Path, named: Sequence[Named]) -> Repository:
+def write(folder: Path, named: Sequence[Named], at: Path) -> Repository:
     """NAME/model-settings.json and NAME/NAME.agln for each bundle."""
     for each in named:
         model, bundle = new_model(folder, each.name), f"{each.name}.agln"

@@ -20,7 +20,7 @@ _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _REQUESTS = 2  # one is filled while the other runs
 
 
-def write(folder: Path, named: Sequence[Named]) -> Repository:
+def write(folder: Path, named: Sequence[Named], at: Path) -> Repository:
     """`config.json`, and NAME_ENGINE/1/ with the graph of each engine of OpenVINO.
 
     Raises:

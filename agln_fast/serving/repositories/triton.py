@@ -55,7 +55,7 @@ _TYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32", "BYTES": "STRIN
 _MOST_WAITING, _LONGEST_WAIT_US = 128, 60_000_000
 
 
-def write(folder: Path, named: Sequence[Named]) -> Repository:
+def write(folder: Path, named: Sequence[Named], at: Path) -> Repository:
     """The models of all bundles.
 
     Raises:
