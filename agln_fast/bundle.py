@@ -30,10 +30,12 @@ from agln_fast.manifest import (
     parse_manifest,
 )
 
-__all__ = ["Bundle", "is_bundle", "open_bundle", "read_manifest", "seal", "unreadable"]
+__all__ = ["SEALS", "Bundle", "is_bundle", "open_bundle", "read_manifest", "seal", "unreadable"]
 
 _MANIFEST = "manifest.json"
 _SUMS = "SHA256SUMS"
+SEALS = (_MANIFEST, _SUMS)
+"""The files of a bundle that its manifest does not list."""
 # Gone, on a server that has another now, or no regular file, which `_regular` says.
 _ANOTHER = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.ENXIO, errno.EINVAL)
 _LONGEST = 1200  # characters of a message

@@ -16,6 +16,7 @@ __all__ = [
     "default_threads",
     "forbid_reports",
     "keep_caches_together",
+    "keep_ray_in_bounds",
     "let_layers_be_asked_for",
     "max_pixels",
     "obstacle_to_writing",
@@ -95,6 +96,21 @@ def let_layers_be_asked_for() -> None:
 def forbid_reports() -> None:
     """Set the variables by which libraries are told not to report on their use, unless the user has set them."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def keep_ray_in_bounds(*, alone: bool) -> None:
+    """Set the variables of Ray, before it is imported, that nothing else can: unless the user has set them.
+
+    It reports on nothing (`AGLN_FAST_ALLOW_TELEMETRY`), prints no log of its own, and leaves the GPUs visible to what
+    asks for none. alone: a Ray of this process' own. It listens on the loopback interface, since whoever reaches its
+    ports can run code.
+    """
+    if not allow_telemetry():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if alone:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # the name is Ray's
 
 
 def keep_caches_together() -> None:

@@ -106,13 +106,14 @@ def whole_folder(destination: Path, replaceable: Callable[[Path], bool] | None =
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
+def scratch_folder(inside: Path | None = None) -> Iterator[Path]:
     """An empty folder, for this user alone, in the system's folder for temporary files; removed at the end.
 
-    What dead processes left there is removed first.
+    What dead processes left there is removed first. `inside`: it is a hidden one in that folder, and follows the umask.
     """
-    with _claim(Path(tempfile.gettempdir()), _SCRATCH) as folder:
-        folder.mkdir(0o700)
+    parent, prefix = (inside, f".{_SCRATCH}") if inside else (Path(tempfile.gettempdir()), _SCRATCH)
+    with _claim(parent, prefix) as folder:
+        folder.mkdir(0o777 if inside else 0o700)
         yield folder
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,16 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_VIDEOS = "Videos"
+_VIDEOS, _RAY = "Videos", "Any number of images, on Ray"
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="The bundle, NAME.agln.")],
     images: Annotated[
-        list[str], typer.Argument(help="Image files, folders or glob patterns; or a video, a camera, an address.")
+        list[str],
+        typer.Argument(help="Image files, folders or glob patterns; or a video, a camera, an address; or s3://..."),
     ],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "-o", "--to", help="Folder for NAME.overlay.png and NAME.labels.png; or a video, e.g. overlay.mp4."
         ),
@@ -70,6 +69,18 @@ def run(
     seconds: Annotated[
         float | None, typer.Option(help="End after so many seconds of the video.", rich_help_panel=_VIDEOS)
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="By processes side by side, to masks alone.", rich_help_panel=_RAY)
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A cluster, auto or HOST:PORT, rather than this machine alone.", rich_help_panel=_RAY),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes with an engine; default one for each GPU or CPU.", min=1, rich_help_panel=_RAY),
+    ] = None,
+    overlays: Annotated[bool, typer.Option("--overlays", help="NAME.overlay.png, too.", rich_help_panel=_RAY)] = False,
     json: Json = False,
 ) -> None:
     """Segment images; write an overlay with a legend and a label map with palette for each. Or segment a video.
@@ -79,28 +90,40 @@ def run(
 
     A video is clip.mp4, /dev/video0, an address, frames/%05d.png, or pictures with -o overlay.mp4. Ctrl-C ends it, and
     leaves a video that plays.
+
+    With --ray images and masks may lie in a store, s3://bucket/prefix. Masks mirror the folders; index.jsonl beside
+    them has a line for each image. What this bundle made of the same bytes is not made again.
     """
     from agln_fast.cli.inputs import find_images
+    from agln_fast.cli.offline import RayOptions, check_no_ray, run_offline
     from agln_fast.cli.places import check_folder
     from agln_fast.cli.request import open_matching
     from agln_fast.cli.video import VideoOptions, check_no_video, concerns_video, run_video
+    from agln_fast.runtime.names import output_names, telling_ends
 
     opened = open_matching(bundle, backend, precision, device, threads)
+    on_ray = RayOptions(ray, ray_address, workers, overlays)
+    if on_ray.asked:
+        engine = {"backend": backend, "precision": precision, "device": device, "threads": threads}
+        run_offline(opened, images, output, on_ray, recursive=recursive, json=json, bit_depth=bit_depth, **engine)
+        return
+    check_no_ray(images, output, on_ray)
+    to = None if output is None else Path(output)
     video = VideoOptions(mask, codec, crf, frames, every, fps, seconds)
-    if concerns_video(images, output, video):
+    if concerns_video(images, to, video):
 
         def load_engine() -> Segmenter:
             from agln_fast.runtime.segmenter import load
 
             return load(opened, backend, precision=precision, device=device, threads=threads)
 
-        run_video(images, output, video, load_engine, recursive=recursive, bit_depth=bit_depth, json=json)
+        run_video(images, to, video, load_engine, recursive=recursive, bit_depth=bit_depth, json=json)
         return
-    output = check_no_video(output, video)
+    folder = check_no_video(to, video)
     found, failed = find_images(images, recursive=recursive)
-    ends = _telling_ends(found)
-    names, ends_of = _names(ends), dict(zip(map(str, found), ends, strict=True))
-    check_folder(output, ImageError)
+    ends = telling_ends(found)
+    names, ends_of = output_names(ends), dict(zip(map(str, found), ends, strict=True))
+    check_folder(folder, ImageError)
 
     # From here on PyTorch is needed, which takes seconds to load.
     from agln_fast.runtime.segmenter import load
@@ -109,13 +132,13 @@ def run(
     loaded = load(opened, backend, precision=precision, device=device, threads=threads)
     with loaded as segment, progress_bar("images") as bar:
         try:
-            output.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ImageError(f"{output}: cannot be created ({error.strerror}); choose another folder") from None
+            raise ImageError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
         inputs = {os.path.abspath(path) for path in found}
         segmented = bar.track(_segment(segment, found, bit_depth), total=len(found), description="segment")
         for path, name, result in zip(found, names, segmented, strict=True):
-            overlay, labels = output / f"{name}.overlay.png", output / f"{name}.labels.png"
+            overlay, labels = folder / f"{name}.overlay.png", folder / f"{name}.labels.png"
             try:
                 if isinstance(result, ImageError):
                     raise result
@@ -180,35 +203,3 @@ def _segment(segment: Segmenter, paths: list[Path], bit_depth: int | None) -> It
                     yield segment(path, bit_depth=bit_depth)
                 except ImageError as error:
                     yield error
-
-
-def _telling_ends(paths: list[Path]) -> list[str]:
-    """For each path its shortest end, in whole names, that none of the others has."""
-    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
-    lengths = [1] * len(parts)
-    while True:
-        ends = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
-        counts = Counter(ends)
-        longer = [
-            min(len(part), length + (counts[end] > 1)) for part, length, end in zip(parts, lengths, ends, strict=True)
-        ]
-        if longer == lengths:
-            return ends
-        lengths = longer
-
-
-def _names(ends: list[str]) -> list[str]:
-    """A file name for each of these paths, without case, since some file systems know none.
-
-    It is the path without the suffix, `a_x` for `a/x.png`; with it, `x_png`, for those that differ in nothing else. So
-    an image that is added or fails does not change the names of others.
-    """
-    plain = ["_".join(Path(end).with_suffix("").parts) for end in ends]
-    counts = Counter(name.casefold() for name in plain)
-    names: dict[str, str] = {}
-    for end, name in zip(ends, plain, strict=True):
-        wanted = name + Path(end).suffix.replace(".", "_") if counts[name.casefold()] > 1 else name
-        free = (f"{wanted}_{number}" if number > 1 else wanted for number in count(1))
-        chosen = next(each for each in free if each.casefold() not in names)
-        names[chosen.casefold()] = chosen
-    return list(names.values())

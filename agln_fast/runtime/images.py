@@ -45,6 +45,7 @@ __all__ = [
     "as_image_list",
     "fit",
     "is_output",
+    "largest_file",
     "list_images",
     "load_image",
     "pack",
@@ -173,10 +174,15 @@ def list_images(pattern: str | Path, *, recursive: bool = False) -> list[Path]:
     raise ImageError(f"{path}: holds no files{hint}" if path.is_dir() else _missing(path))
 
 
-def is_output(path: Path) -> bool:
+def largest_file(max_pixels: int) -> int:
+    """Bytes that the file of an image of so many pixels may have."""
+    return 8 * max_pixels + _HEADERS
+
+
+def is_output(file: Path | IO[bytes]) -> bool:
     """Whether `Result.save` wrote this file, by its EXIF tag Software; BMP has none. Only the header is read."""
     try:
-        with Image.open(path, formats=["JPEG", "PNG", "TIFF", "WEBP"]) as image:
+        with Image.open(file, formats=["JPEG", "PNG", "TIFF", "WEBP"]) as image:
             has_exif = "exif" in image.info or image.format == "TIFF"  # others would be decoded to look for it
             return has_exif and image.getexif().get(ExifTags.Base.Software) == SOFTWARE
     except Exception:  # what cannot be read is told where it is loaded
@@ -323,7 +329,7 @@ def _rewindable(file: IO[bytes], name: str, max_pixels: int) -> IO[bytes]:
         raise ImageError(f"{name}: read() gives {type(empty).__name__}, not bytes; open it in binary mode, 'rb'")
     if getattr(file, "seekable", lambda: hasattr(file, "seek"))():
         return file
-    limit, buffer = 8 * max_pixels + _HEADERS, io.BytesIO()
+    limit, buffer = largest_file(max_pixels), io.BytesIO()
     while chunk := file.read(1 << 16):
         buffer.write(chunk)
         if buffer.tell() > limit:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -11,6 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from agln_fast.data.classes import ClassSet
 from agln_fast.errors import ConfigError, ImageError, choose
@@ -138,14 +141,32 @@ class Result:
         suffix = path.suffix.lower()
         if suffix not in formats:
             raise ImageError(f"{path}: suffix {suffix!r} is none for {kind}: use {', '.join(formats)}")
-        image = self.overlay() if kind == "overlay" else self.label_image()
-        exif = Image.Exif()
-        exif[ExifTags.Base.Software] = SOFTWARE
+        image, exif = self._picture(kind)
         with replacing(path, ImageError) as part:
             try:
                 image.save(part, formats[suffix], exif=exif)
             except ValueError as error:  # too large for the format
                 raise OSError(error) from error
+
+    def png(self, kind: Kind = "overlay", notes: Mapping[str, str] | None = None) -> bytes:
+        """The PNG file that `save` would write, with `notes`: texts by their keywords, before the pixels.
+
+        Raises:
+            ConfigError: `kind` is neither "overlay" nor "labels".
+        """
+        choose("kind", kind, get_args(Kind))
+        texts = PngInfo()
+        for keyword, text in (notes or {}).items():
+            texts.add_text(keyword, text)
+        image, exif = self._picture(kind)
+        image.save(file := io.BytesIO(), "PNG", exif=exif, pnginfo=texts)
+        return file.getvalue()
+
+    def _picture(self, kind: Kind) -> tuple[Image.Image, Image.Exif]:
+        """What is saved, and the tag by which it is known again."""
+        exif = Image.Exif()
+        exif[ExifTags.Base.Software] = SOFTWARE
+        return self.overlay() if kind == "overlay" else self.label_image(), exif
 
     def _legend_rows(self) -> list[_Row]:
         colours = dict(zip(self.class_set.classes, self.class_set.palette, strict=True))
