@@ -338,7 +338,8 @@ class Report:
 
     workers: that were asked for; processes: that segmented, more where some died. segmented, skipped: images; failed:
     why, by the image. waited, seconds: until the first answer, for which engines are opened, and until the last one.
-    milliseconds: of each stage, the mean of the images that were segmented. engines: images by "NAME on DEVICE". index: where `INDEX` is.
+    milliseconds: of each stage, the mean of the images that were segmented. engines: images by "NAME on DEVICE".
+    index: where `INDEX` is.
     """
 
     workers: int
