@@ -71,7 +71,7 @@ class Ingress:
     async def infer(self, request: HttpRequest) -> HttpResponse:
         asked = await read_request(request)
         response = await self._answer(request.path_params["name"], asked)
-        return write_response(response, asked.binary, file=is_file(request))
+        return await write_response(response, asked.binary, file=is_file(request))
 
     async def metadata(self, request: HttpRequest) -> HttpResponse:
         name = request.path_params["name"]
