@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from agln_fast.cli.serve import named_bundles
 from agln_fast.machine import machine
 from agln_fast.runtime.segmenter import load
 from agln_fast.serving.load.scenarios import Trial, search, server, single_stream
@@ -150,7 +149,7 @@ def main() -> None:
     parser.add_argument("--limit-ms", type=float)
     parser.add_argument("--soak", action="store_true", help=f"{_SOAK} requests, and memory")
     arguments = parser.parse_args()
-    [(name, _, _)] = named_bundles([str(arguments.bundle)])
+    name = arguments.bundle.absolute().name.removesuffix(".agln")
     with load(arguments.bundle, arguments.backend, threads=arguments.threads) as segment:
         engine = {"engine": segment.engine.name, "size": [segment.contract.height, segment.contract.width]}
     with running(arguments.bundle, "--threads", str(arguments.threads), "--backend", arguments.backend) as addresses:

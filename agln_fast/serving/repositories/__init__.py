@@ -1,7 +1,7 @@
 """Folders from which servers of others serve bundles: a file here for each server.
 
-A writer gets an empty folder, the bundles, and the path at which the folder will stand, and says what it wrote; one more
-is one line in `SERVERS`.
+A writer gets an empty folder, the bundles, and the path at which the folder will stand, and says what it wrote. One
+more is one line in `SERVERS`.
 """
 
 from __future__ import annotations
