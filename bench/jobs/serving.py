@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--input", dest="kind", choices=("pixels", "image"), default="pixels")
     parser.add_argument("--limit-ms", type=float)
     parser.add_argument("--soak", action="store_true", help=f"{_SOAK} requests, and memory")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     name = arguments.bundle.absolute().name.removesuffix(".agln")
     with load(arguments.bundle, arguments.backend, threads=arguments.threads) as segment:
         engine = {"engine": segment.engine.name, "size": [segment.contract.height, segment.contract.width]}
