@@ -29,6 +29,7 @@ _LINES = [
     "run {bundle} {photo} -o {folder}/out.mp4 --mask {folder}/labels.mkv --backend onnxruntime",
     "serve {bundle} --http-port 0 --grpc-port 0 --metrics-port 0",
     "export-repository {bundle} --for triton -o {folder}/models",
+    "load {bundle} -n 5 --save {folder}/load.json",
     "verify {bundle}",
     "build agln_nano -o {folder}/new --size 64x64 --precision fp32 --precision int8",
     "rebuild {bundle} -o {folder}/again",

@@ -455,7 +455,8 @@ def segment_pictures(
             count(_failure(row, ImageError(f"{_image(row)}: {_DEADLY}")) for row in dead)
         report.seconds = time.perf_counter() - began
         index.seek(0)
-        output.write(INDEX, index)
+        with interruption.held():  # a stream to a store that is cut short would be closed, and the half of it be there
+            output.write(INDEX, index)
     report.index = output.shown(INDEX)
     return report
 

@@ -35,7 +35,13 @@ _LOCAL = ""
 _WHOLE = ("s3", "s3a", "gs", "gcs", "abfs", "az")  # an object there is whole, or is not there
 _CHUNK = 1 << 24  # bytes
 _PARTS = ".agln-fast-parts"
-_NAMES = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR)  # a name is at fault, not the place
+_NAMES = (
+    errno.ENAMETOOLONG,
+    errno.EILSEQ,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)  # a name is at fault, not the place
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,9 @@ class Output:
         self._is_whole = self._files.type_name.rpartition("+")[2] in _WHOLE
         self._folders: set[str] = set()
 
+    def __str__(self) -> str:
+        return _shown(self._store, self._path)
+
     def shown(self, name: str) -> str:
         """A file there, as a user would write it."""
         return _shown(self._store, f"{self._path}/{name}")
@@ -197,7 +206,7 @@ class Output:
             if self._store != _LOCAL:
                 self._make(parts := f"{self._path}/{_PARTS}-{os.urandom(4).hex()}")
         except OSError as error:
-            raise ImageError(f"{self.place}: cannot be made ({_reason(error)}); choose another place") from None
+            raise ImageError(f"{self}: cannot be made ({_reason(error)}); choose another place") from None
         if self._store == _LOCAL:
             with scratch_folder(inside=Path(self._path)) as folder:
                 yield Output(self.place, str(folder))
@@ -219,7 +228,7 @@ class Output:
         try:
             found = self._files.get_file_info(selected)
         except OSError as error:
-            raise ImageError(f"{self.place}: cannot be listed ({_reason(error)})") from None
+            raise ImageError(f"{self}: cannot be listed ({_reason(error)})") from None
         return {posixpath.relpath(info.path, self._path) for info in found if info.is_file}
 
     def read(self, name: str) -> bytes:
@@ -269,7 +278,7 @@ def _split(uri: str) -> tuple[str, str]:
     host, _, path = rest.partition("/")
     store = f"{scheme}://{host}/{mark}{query}"
     base = _open(store)[1].rstrip("/")
-    return store, posixpath.join(base, path.strip("/")).rstrip("/") if path else base
+    return store, f"{base}/{path}".rstrip("/")
 
 
 def _file_system(store: str) -> FileSystem:
@@ -304,7 +313,7 @@ def _open(store: str) -> tuple[FileSystem, str]:
 @contextmanager
 def _opening(store: str) -> Iterator[None]:
     """Errors in our words."""
-    place = printable(store.partition("?")[0])
+    place = _address(store)
     try:
         yield
     except ImportError as error:
@@ -316,8 +325,18 @@ def _opening(store: str) -> Iterator[None]:
 
 
 def _shown(store: str, path: str) -> str:
-    return path if store == _LOCAL or is_uri(path) else f"{store.partition('://')[0]}://{path}"
+    """As a user would write it, without a password."""
+    if store == _LOCAL:
+        return path
+    return _address(store) + path.removeprefix(_open(store)[1].rstrip("/"))
+
+
+def _address(store: str) -> str:
+    scheme, _, host = store.partition("?")[0].partition("://")
+    user, at, name = host.rstrip("/").rpartition("@")
+    return printable(f"{scheme}://{name if ':' in user else user + at + name}")
 
 
 def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else printable(error)
+    number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno  # fsspec's have none
+    return os.strerror(number) if number else printable(error)

@@ -43,6 +43,7 @@ def test_every_verb_has_help(cli):
         "rebuild",
         "run",
         "serve",
+        "load",
         "export-repository",
         "bench",
         "verify",

@@ -15,7 +15,6 @@ from PIL import Image
 import agln_fast.cli.request
 import agln_fast.runtime.segmenter
 from agln_fast.cli.console import progress_bar
-from agln_fast.cli.run import _names, _telling_ends
 from agln_fast.runtime.images import is_output
 from agln_fast.runtime.result import Kind
 
@@ -173,36 +172,6 @@ def test_bit_depth_reaches_the_image_and_its_absence_is_told(run, tmp_path):
 def test_help_lists_every_precision(cli):
     for verb in ("run", "eval"):
         assert "int8" in cli(verb, "--help")[1]
-
-
-PATHS = {
-    "alone": (["a/x.png"], ["x.png"], ["x"]),
-    "different": (["a/x.png", "b/y.png"], ["x.png", "y.png"], ["x", "y"]),
-    "folders": (["a/x.png", "b/x.png", "y.png"], ["a/x.png", "b/x.png", "y.png"], ["a_x", "b_x", "y"]),
-    "grandparents": (["a/c/x.png", "b/c/x.png"], ["a/c/x.png", "b/c/x.png"], ["a_c_x", "b_c_x"]),
-    "formats": (["x.png", "x.jpg"], ["x.png", "x.jpg"], ["x_png", "x_jpg"]),
-    "case": (["X.png", "x.png"], ["X.png", "x.png"], ["X_png", "x_png_2"]),
-    "joined-name-is-taken": (["a/x.png", "b/x.png", "a_x.png"], ["a/x.png", "b/x.png", "a_x.png"], None),
-    "dots": (["a/../x.png", "b/x.png"], None, None),
-    "same-file-twice": (["x.png", "a/../x.png"], None, None),
-}
-
-
-@pytest.mark.parametrize(("paths", "ends", "names"), PATHS.values(), ids=PATHS)
-def test_names_tell_images_apart(paths, ends, names):
-    found = _telling_ends([Path(path) for path in paths])
-    assert ends is None or found == ends
-    chosen = _names(found)
-    assert names is None or chosen == names
-    assert len({name.casefold() for name in chosen}) == len(paths)
-    assert all("/" not in name and not name.startswith(".") for name in chosen)
-
-
-def test_name_does_not_depend_on_the_order_or_on_other_images():
-    few, more = ["a/x.png", "b/x.png"], ["c/x.png", "b/x.png", "y.png", "a/x.png"]
-    few_names = dict(zip(few, _names(_telling_ends([Path(path) for path in few])), strict=True))
-    more_names = dict(zip(more, _names(_telling_ends([Path(path) for path in more])), strict=True))
-    assert few_names == {path: more_names[path] for path in few}
 
 
 def test_table_tells_images_of_one_name_apart(cli, run, tmp_path):

@@ -42,16 +42,16 @@ class Arguments(BaseModel):
     backend: str = "auto"
     precision: str | None = None
     device: str | None = None
-    threads: int | None = Field(None, ge=1)
-    wait_ms: float = Field(0.0, ge=0)
-    cpus: float = Field(1.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
-    models_per_replica: int = Field(4, ge=1)
-    min_replicas: int = Field(1, ge=0)
-    max_replicas: int = Field(4, ge=1)
-    queue: int = Field(64, ge=1)
-    timeout_s: float = Field(30.0, gt=0)
-    max_body_mib: int = Field(32, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    wait_ms: float = Field(default=0.0, ge=0)
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+    models_per_replica: int = Field(default=4, ge=1)
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=4, ge=1)
+    queue: int = Field(default=64, ge=1)
+    timeout_s: float = Field(default=30.0, gt=0)
+    max_body_mib: int = Field(default=32, ge=1)
 
     @field_validator("bundles", mode="before")
     @classmethod

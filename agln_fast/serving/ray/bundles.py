@@ -89,7 +89,9 @@ class Bundles:
         self._paths, self._at_once = bundles, models_per_replica
         self._options: dict[str, Any] = {}
         self._models: WeakSet[Model] = WeakSet()
-        self._batches: Any = self._run  # Ray's setters of batches are in no type of it
+        self._in_batches: Any = serve.batch(
+            self._run, batch_wait_timeout_s=0.0, max_concurrent_batches=BATCHES, batch_size_fn=places
+        )
         self._running, self._free = 0, asyncio.Event()
         self._checked = time.monotonic()
 
@@ -112,7 +114,7 @@ class Bundles:
         for option in user_config:
             choose("key of user_config", option, OPTIONS)
         self._options = dict(user_config)
-        self._batches.set_batch_wait_timeout_s(1e-3 * self._options.get("wait_ms", 0.0))
+        self._in_batches.set_batch_wait_timeout_s(1e-3 * self._options.get("wait_ms", 0.0))
         for model in list(self._models):
             model.segmenter = await asyncio.to_thread(self._open, model.name)  # calls go on with the old one
         self._fit_batches()
@@ -170,7 +172,7 @@ class Bundles:
                 await asyncio.to_thread(model.run, [canary(model.segmenter.contract)])
 
     def _fit_batches(self) -> None:
-        self._batches.set_max_batch_size(max((model.most for model in self._models), default=1))
+        self._in_batches.set_max_batch_size(max((model.most for model in self._models), default=1))
 
     def _open(self, name: str) -> Segmenter:
         options = {**self._options, "threads": self._options.get("threads") or _cpus()}
@@ -184,12 +186,11 @@ class Bundles:
         while self._running >= BATCHES:  # Ray would make a batch of each picture that comes meanwhile
             self._free.clear()
             await self._free.wait()
-        done = await self._run(image)
+        done: _Done | str = await self._in_batches(image)
         if isinstance(done, str):
             raise BackendError(done)
         return done
 
-    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0, max_concurrent_batches=BATCHES, batch_size_fn=places)
     async def _run(self, batch: list[Image]) -> list[_Done | str]:
         """Pictures for one model, since Ray splits batches by models; or why there are no labels."""
         model = batch[0].model
