@@ -482,7 +482,7 @@ def test_the_server_tells_what_it_has(monkeypatch):
     index = json.loads(ask(monkeypatch, handle, "POST", "/v2/repository/index", b"{}")[2])
     assert [model["name"] for model in index] == ["street", "night"]
     assert json.loads(ask(monkeypatch, handle, "GET", "/v2")[2])["name"] == "agln-fast"
-    assert b"<!doctype html>" in ask(monkeypatch, handle, "GET", "/")[2]
+    assert b"<!doctype html>" in ask(monkeypatch, handle, "GET", "/")[2].lower()
 
 
 @pytest.mark.parametrize(
