@@ -431,6 +431,30 @@ def test_too_many_pixels_together(bundle, picture):
         assert server.end() == 0
 
 
+def test_a_process_takes_no_other_bundle_than_before(bundle, small_checkpoint, picture, tmp_path):
+    """Clients rely on its classes and shapes, until they are told to load it."""
+    place = tmp_path / "small.agln"
+    shutil.copytree(bundle.path, place)
+    server = Server(place, "--backend", "onnxruntime", "--threads", 1, "--model-control")
+    try:
+        [before] = server.workers
+        options = {"size": (32, 64), "precision": "fp32", "plan": agln_fast.Plan(fold_batchnorm=True)}
+        agln_fast.build(small_checkpoint, place, overwrite=True, **options)
+        os.kill(before, signal.SIGKILL)
+        until(lambda: server.picture(picture) == 503)
+        until(lambda: server.workers not in ([], [before]))
+        until(lambda: server.workers == [])  # it was looked at, and ended
+        assert server.picture(picture) == 503
+        assert server.ask("POST", "/v2/repository/models/small/load", b"{}")[0] == 200
+        assert server.picture(picture) == 200
+        _, _, body = server.ask("GET", "/v2/models/small")
+        assert json.loads(body)["parameters"]["size"] == [32, 64]
+    finally:
+        server.process.kill()
+        _, told = server.process.communicate()
+    assert "another bundle lies there now" in told
+
+
 def test_a_process_that_dies_is_started_again(server, picture):
     [before] = server.workers
     status, headers, _ = server.ask(
