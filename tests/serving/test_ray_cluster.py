@@ -305,7 +305,9 @@ def test_the_exported_file_is_served_and_changed_in_place(deployed, picture, exp
     config = yaml.safe_load(path.read_text())
     [application] = config["applications"]
     application["name"] = "test"
-    application["args"] |= {"queue": 1, "backend": "onnxruntime", "max_replicas": 1, "cpus": 2}
+    application["args"] |= {"queue": 1, "max_replicas": 1, "cpus": 2}
+    [deployment] = application["deployments"]
+    deployment["user_config"] |= {"backend": "onnxruntime", "threads": 1}
 
     def run() -> None:
         path.write_text(yaml.safe_dump(config))
@@ -336,7 +338,7 @@ def test_the_exported_file_is_served_and_changed_in_place(deployed, picture, exp
     assert {status for status, _ in statuses} == {200, 503}
     assert all(headers["retry-after"] == "1" for status, headers in statuses if status == 503)
 
-    application["deployments"] = [{"name": "Bundles", "user_config": {"backend": "torch"}}]
+    deployment["user_config"]["backend"] = "torch"
     run()
     limit = time.monotonic() + START_S
     while json.loads(deployed.ask("GET", "/v2/models/small")[2])["parameters"]["engine"] != "torch-fp32":

@@ -11,6 +11,10 @@ from agln_fast.serving.repositories.folder import PICTURES, Model, Named, Reposi
 __all__ = ["write"]
 
 _APP = "agln_fast.serving.ray:app"
+_HEAD = """\
+# After a change: serve deploy serve.yaml. Below user_config, the replicas that run open their engines anew. Anywhere
+# else, others take their place.
+"""
 
 
 def write(folder: Path, named: Sequence[Named], at: Path) -> Repository:
@@ -25,21 +29,29 @@ def write(folder: Path, named: Sequence[Named], at: Path) -> Repository:
     except ModuleNotFoundError as error:
         raise MissingPackageError(error.name or "ray", "ray") from None
     from agln_fast.serving.ray import Arguments
+    from agln_fast.serving.ray.bundles import OPTIONS, Bundles
 
     bundles = {}
     for each in named:
         bundle = new_model(folder, each.name) / f"{each.name}.agln"
         place_bundle(each.bundle, bundle)
         bundles[each.name] = str(at / bundle.relative_to(folder))
-    arguments = Arguments(bundles=bundles).model_dump(exclude={"bundle"})
-    application = {"name": "agln-fast", "route_prefix": "/", "import_path": _APP, "args": arguments}
+    arguments = Arguments(bundles=bundles)
+    application = {
+        "name": "agln-fast",
+        "route_prefix": "/",
+        "import_path": _APP,
+        "args": arguments.model_dump(exclude={"bundle", *OPTIONS}),
+        # Ray replaces the replicas of a deployment that is listed for the first time.
+        "deployments": [{"name": Bundles.__name__, "user_config": arguments.user_config()}],
+    }
     config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "127.0.0.1", "port": 8000},
         "applications": [application],
     }
     ServeDeploySchema.model_validate(config)
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / "serve.yaml").write_text(_HEAD + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     models = tuple(Model(each.name, _APP, *PICTURES) for each in named)
     note = f"every node of the cluster must find the bundles in {at}, or where you say in serve.yaml"
     return Repository(models, ("serve", "run", "{repository}/serve.yaml"), notes=(note,))
