@@ -96,6 +96,7 @@ def let_layers_be_asked_for() -> None:
 def forbid_reports() -> None:
     """Set the variables by which libraries are told not to report on their use, unless the user has set them."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def keep_ray_in_bounds(*, alone: bool) -> None:
@@ -106,7 +107,7 @@ def keep_ray_in_bounds(*, alone: bool) -> None:
     ports can run code.
     """
     if not allow_telemetry():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        forbid_reports()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if alone:

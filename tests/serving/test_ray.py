@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -88,6 +91,16 @@ def test_the_application_has_room_for_the_batches_of_its_bundle(bundle):
     scaling = engines._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 2 * most)
     assert engines.user_config["threads"] == 1
+
+
+@pytest.mark.parametrize(("allowed", "found"), [("0", "0"), ("1", "None")], ids=["quiet", "allowed"])
+def test_a_cluster_that_is_started_for_the_application_reports_nothing(allowed, found):
+    """`serve run` imports it first."""
+    environment = {**os.environ, "AGLN_FAST_ALLOW_TELEMETRY": allowed}
+    environment.pop("RAY_USAGE_STATS_ENABLED", None)
+    program = "import os, agln_fast.serving.ray; print(os.environ.get('RAY_USAGE_STATS_ENABLED'))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found]
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
