@@ -17,7 +17,7 @@ PIP = $(QUIET) $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY = $(VENV)/.ready
 SOURCES = agln_fast kernels export bench tests setup.py
 
-.PHONY: demo checkpoints test test-lowest test-triton lint format clean
+.PHONY: demo checkpoints test test-cluster test-lowest test-triton lint format clean
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "installing into $(VENV): about a minute, once"
@@ -45,6 +45,10 @@ checkpoints: $(READY)
 # A core for each process: PyTorch's threads of two would wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "$(TESTS)"
+
+# Clusters of Ray on this machine, each a dozen processes: one test after the other.
+test-cluster: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/serving
 
 # The same with the oldest versions that the metadata allows, among them PyTorch's CUDA build: gigabytes, once.
 test-lowest: $(LOWEST)/.ready

@@ -401,6 +401,7 @@ def index_of(place: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_folder_to_masks_and_again(run, images, tmp_path, expected):
     for index in range(5, 40):
         draw(images / "dusk" / f"{index}.png", index)
@@ -426,6 +427,7 @@ def test_a_folder_to_masks_and_again(run, images, tmp_path, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_images_that_are_all_bad(run, tmp_path):
     for index in range(25):
         (tmp_path / f"{index}.png").write_bytes(b"no image")
@@ -436,6 +438,7 @@ def test_images_that_are_all_bad(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_from_a_store_to_a_store(run, images, tmp_path, expected):
     code, report, _ = run(f"file://{images}", f"file://{tmp_path}/out")
     assert (code, report["segmented"]) == (0, 5)
@@ -445,6 +448,7 @@ def test_from_a_store_to_a_store(run, images, tmp_path, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_an_image_that_kills_is_told_and_the_others_segmented(run, images, tmp_path, expected):
     killer = draw(images / "day" / "killer.png", 7, DIE)
     code, report, _ = run(images, out := tmp_path / "out")
@@ -455,6 +459,7 @@ def test_an_image_that_kills_is_told_and_the_others_segmented(run, images, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_workers_that_die_of_everything_end_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(offline, "_ALONE", 2)
     for index in range(4):
@@ -466,6 +471,7 @@ def test_workers_that_die_of_everything_end_the_run(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_an_engine_that_fails_ends_the_run(run, images, tmp_path):
     draw(images / "day" / "1.png", 1, RAISE)
     code, _, err = run(images, tmp_path / "out")
@@ -475,6 +481,7 @@ def test_an_engine_that_fails_ends_the_run(run, images, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_machines_without_the_bundle_get_it_by_ray(run, bundle, images, tmp_path, expected, monkeypatch):
     """Here it is moved away once it has been shipped."""
     (path := tmp_path / "moving.agln").symlink_to(bundle.path)
@@ -554,6 +561,7 @@ def slow_images(tmp_path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_worker_that_is_killed_is_replaced_and_all_masks_are_right(bundle, slow_images, tmp_path, expected):
     with Running(bundle.path, slow_images, "-o", out := tmp_path / "out") as running:
         running.wait_for_masks(out, 3)
@@ -566,12 +574,14 @@ def test_a_worker_that_is_killed_is_replaced_and_all_masks_are_right(bundle, slo
         assert os.listdir(running.folder) == []
     assert killed_at < 16
     assert (code, err) == (0, "")
-    assert (report["segmented"], report["workers"], report["processes"]) == (16, 2, 3)
+    assert (report["segmented"], report["workers"]) == (16, 2)
+    assert report["processes"] in (2, 3)  # the other one may be through before there is another
     assert_all_right(slow_images, out, expected)
     assert sorted(line["image"] for line in index_of(out)) == sorted(map(str, slow_images.iterdir()))
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_interrupted_goes_on_where_it_was(number, bundle, slow_images, tmp_path, expected):
     """Ctrl-C reaches the whole group, and a supervisor's SIGTERM the process alone."""
@@ -594,6 +604,7 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(number, bundle, slow_ima
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_ray_of_its_own_is_heard_on_the_loopback_alone(bundle, slow_images, tmp_path):
     """Whoever reaches its ports can run code."""
     with Running(bundle.path, slow_images, "-o", out := tmp_path / "out") as running:

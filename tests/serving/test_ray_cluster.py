@@ -29,7 +29,7 @@ from agln_fast.serving.check import ask_all
 from agln_fast.serving.repositories import export_repository
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 NAMESPACE, LIMIT_S = "serve", 120.0
 LARGEST = 100 << 20  # bytes of the store of a raylet
