@@ -1,5 +1,5 @@
 # `make demo`: build engines from checkpoints and segment pictures.  `make test`: all tests but the slow ones, which
-# `make test TESTS="slow or not slow"` runs, too.  `make test-lowest`: with the oldest versions.  `make test-triton`: on
+# `make test TESTS="not cluster"` runs, too.  `make test-lowest`: with the oldest versions.  `make test-triton`: on
 # a real Triton Inference Server.  `make lint`: all checks.
 PYTHON ?= python3
 VENV ?= .venv
