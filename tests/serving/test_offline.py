@@ -637,6 +637,8 @@ def test_a_folder_with_too_long_a_name_for_sockets_says_so(tmp_path, monkeypatch
         pass
 
 
+@pytest.mark.slow
+@pytest.mark.cluster  # others may have one on this machine
 def test_a_cluster_that_is_not_there_says_so(monkeypatch):
     with pytest.raises(BackendError, match="Ray auto: cannot be reached or started"), cluster("auto"):
         pass
